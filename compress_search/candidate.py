@@ -1,0 +1,128 @@
+"""The model under compression: its weights-free description (Subject) and the thing itself (Candidate).
+
+Owns which facts about a model methods may decide on, and the closed forms for its size. Knows nothing of
+methods, studies or how a model is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+Lowering = Callable[[Path, Path], None]
+"""A file-level transform: reads the ONNX file at the first path and writes the second."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a step may know of the model it would be applied to: shapes and traits, no weights.
+
+    ``heads`` and ``intermediate`` are means over the layers, which a pruning step can make unequal.
+    ``bits`` are the stored bits of an encoder or head weight, ``embedding_bits`` those of an embedding weight.
+
+    Traits the engine itself sets on the teacher: ``"timed"`` (an objective or constraint depends on running
+    time, so only real kernels count) and ``"kernel:<name>"`` for each kernel that a probe found to be real on
+    this machine (``kernel:int8``, ``kernel:bf16``, ``kernel:int4`` …). Steps add their own, such as ``"lossy"``
+    (training could win back accuracy), ``"non-uniform"``, ``"shared"``, ``"onnx-only"``, ``"torch-only"``.
+    """
+
+    family: str
+    task: str
+    layers: int
+    heads: float
+    head_dim: int
+    hidden: int
+    intermediate: float
+    vocabulary: int
+    positions: int
+    token_types: int
+    labels: int
+    pooler: bool = True
+    device: str = "cpu"
+    bits: float = 32
+    embedding_bits: float = 32
+    traits: frozenset[str] = frozenset()
+
+    def having(self, *traits: str, **changes: Any) -> Subject:
+        """A copy with the given fields changed and traits added."""
+        return replace(self, traits=self.traits | set(traits), **changes)
+
+    def without(self, *traits: str) -> Subject:
+        """A copy without the given traits."""
+        return replace(self, traits=self.traits - set(traits))
+
+    @property
+    def embedding_parameters(self) -> int:
+        """(V + P + token types)·H weights and the LayerNorm's 2·H."""
+        return (self.vocabulary + self.positions + self.token_types) * self.hidden + 2 * self.hidden
+
+    @property
+    def encoder_parameters(self) -> int:
+        """Per layer 4·k·d·H + 3·k·d + 2·f·H + f + 6·H for k heads of width d and f neurons."""
+        width = self.heads * self.head_dim
+        layer = 4 * width * self.hidden + 3 * width + 2 * self.intermediate * self.hidden
+        return round(self.layers * (layer + self.intermediate + 6 * self.hidden))
+
+    @property
+    def head_parameters(self) -> int:
+        """The pooler, where there is one, and one linear layer onto the labels."""
+        pooler = self.hidden * self.hidden + self.hidden if self.pooler else 0
+        return pooler + self.hidden * self.labels + self.labels
+
+    @property
+    def parameters(self) -> int:
+        """All parameters, in closed form."""
+        return self.embedding_parameters + self.encoder_parameters + self.head_parameters
+
+    @property
+    def megabytes(self) -> float:
+        """Size of the stored weights in MB of 10⁶ bytes, scales and file overhead aside."""
+        encoder = (self.encoder_parameters + self.head_parameters) * self.bits
+        return (encoder + self.embedding_parameters * self.embedding_bits) / 8e6
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, the inverse of :meth:`from_dict`."""
+        return {**asdict(self), "traits": sorted(self.traits)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Subject:
+        """Rebuild a subject from :meth:`to_dict`'s output."""
+        known = {f.name for f in fields(cls)}
+        return cls(**{**{k: v for k, v in data.items() if k in known}, "traits": frozenset(data["traits"])})
+
+
+@dataclass
+class Candidate:
+    """A network with all that is needed to save, lower and run it.
+
+    ``network`` is a torch module called as ``network(input_ids=…, attention_mask=…, [token_type_ids=…])`` and
+    returning an object with ``.logits`` of shape (B, C), or (B, S, C) for token tasks. Its shapes are read off
+    the network itself when it is saved, so a step that changes shapes leaves nothing else to update but
+    ``subject``. ``lowering`` is applied in order to the exported ONNX file; ``runtime`` names how the result
+    is run (``engine``: ``"onnxruntime"`` or ``"torch"``, and that engine's own options).
+    ``simulated`` marks arithmetic that this machine has no kernel for: its latency means nothing.
+    """
+
+    network: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    subject: Subject
+    lowering: tuple[Lowering, ...] = ()
+    runtime: Mapping[str, Any] = field(default_factory=dict)
+    simulated: bool = False
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    def copy(self) -> Candidate:
+        """A candidate that owns a deep copy of the network; aliased (shared) layers stay aliased."""
+        from copy import deepcopy
+
+        return replace(self, network=deepcopy(self.network))
+
+    def replace(self, **changes: Any) -> Candidate:
+        """The same candidate with some fields changed; the network is not copied."""
+        return replace(self, **changes)

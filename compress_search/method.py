@@ -1,0 +1,135 @@
+"""The plugin interface: everything a compression method must, may and can rely on, on one screen.
+
+Knows nothing of the search, of storage or of any particular method.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from enum import IntEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from compress_search.candidate import Candidate, Subject
+from compress_search.space import Dim, Params
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Batch = dict[str, "torch.Tensor"]
+"""``input_ids``, ``attention_mask`` (B, S), where the family has them ``token_type_ids``; ``labels`` (B,) or
+(B, S) with -100 where there is none; ``index`` (B,), the rows' numbers in their split."""
+
+Loss = Callable[["nn.Module", Batch], "torch.Tensor"]
+"""(network, batch) -> scalar to minimise."""
+
+
+class Stage(IntEnum):
+    """The order in which the steps of a recipe apply."""
+
+    VOCABULARY = 1
+    STUDENT = 2
+    STRUCTURE = 3
+    SHARING = 4
+    FACTORIZATION = 5
+    SPARSITY = 6
+    RECOVERY = 7
+    PRECISION = 8
+    RUNTIME = 9
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether a recipe holds at most one step of this stage."""
+        return self in (Stage.STUDENT, Stage.RECOVERY, Stage.PRECISION, Stage.RUNTIME)
+
+
+class Context(Protocol):
+    """What the engine lends a method for the time of one step."""
+
+    seed: int
+    device: torch.device
+    scratch: Path
+    """A directory of this trial's own; removed when the trial ends."""
+    dry: bool
+    """Whether only shapes matter: ``fit`` trains zero steps and trained weights mean nothing."""
+    teacher: nn.Module
+    """The frozen teacher in evaluation mode on ``device``; never to be changed."""
+
+    def fit(
+        self,
+        network: nn.Module,
+        *,
+        loss: Loss | None = None,
+        scored: bool = True,
+        share: float = 1.0,
+        parameters: Iterable[nn.Parameter] | None = None,
+        learning_rate: float | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Train the network in place: the only training loop there is.
+
+        Args:
+            network: what to train; left in evaluation mode.
+            loss: defaults to the task's own loss on the labels.
+            scored: whether the validation score means something while this runs; it is then reported at rungs.
+            share: part of this step's training budget to spend, in (0, 1].
+            parameters: what to optimise; all that require gradients by default.
+            learning_rate: the peak; the study's own by default.
+            on_step: called as ``on_step(step, steps)`` before each optimizer step, step counted from 0.
+        """
+
+    def task_loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
+        """The task's loss on the labels of a batch."""
+
+    def teacher_logits(self, batch: Batch) -> torch.Tensor:
+        """The teacher's logits for a training batch, (B, C) or (B, S, C); computed once per study."""
+
+    def calibration(self, examples: int, batch_size: int = 32) -> Iterator[Batch]:
+        """Batches of training examples on ``device``, the same ones for the same trial seed."""
+
+
+class Method(ABC):
+    """A compression method.
+
+    Instances hold no state: every call gets all it needs, and may run in another process. Randomness comes
+    from ``context.seed``. The class is a thin wrapper; the method itself is a pure function beside it.
+    """
+
+    stage: ClassVar[Stage]
+
+    @abstractmethod
+    def search_space(self, teacher: Subject) -> Mapping[str, Dim]:
+        """The dimensions to search, from the teacher alone; pure, so that it is the same for a whole study."""
+
+    @abstractmethod
+    def apply(self, candidate: Candidate, params: Params, context: Context) -> Candidate:
+        """The compressed candidate. Owns its copy: the argument stays as it was.
+
+        ``params`` holds every active dimension, as :meth:`effective` returned it. What is done here must
+        survive later training. Raises TrialError for what cannot be done with these parameters.
+        """
+
+    def unsupported(self, subject: Subject) -> str | None:
+        """Why this step cannot follow on such a model; None when it can."""
+        return None
+
+    def effective(self, subject: Subject, params: Params) -> Params:
+        """The parameters as ``apply`` will really use them, for example a ratio rounded to whole heads.
+
+        Recipes that agree in these are the same recipe. Pure and idempotent.
+        """
+        return params
+
+    def after(self, subject: Subject, params: Params) -> Subject:
+        """What the step will leave: shapes in closed form and traits."""
+        return subject
+
+    def trains(self, params: Params) -> bool:
+        """Whether ``apply`` calls ``context.fit``, and so takes a part of the trial's training budget."""
+        return False
+
+    def evaluate(self, candidate: Candidate, context: Context) -> Mapping[str, float]:
+        """Extra metrics of the trained network, recorded as ``<method>.<key>``."""
+        return {}
