@@ -1,0 +1,255 @@
+"""From a recipe to a compressed candidate: the steps in order, on a budget, dry or for real.
+
+Owns the training budget's split over the steps, the rungs inside it and the Context each step is lent. Knows
+nothing of files, of measuring time or of the search.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from compress_search import training
+from compress_search.candidate import Candidate
+from compress_search.data import Split, training_batches
+from compress_search.encoders import bake
+from compress_search.errors import CompressSearchError, TrialError
+from compress_search.logits import LogitCache
+from compress_search.method import Batch, Loss, Method, Stage
+from compress_search.recipe import Recipe, digest
+from compress_search.study import TrainingConfig
+from compress_search.tasks import Task
+
+RUNG_FRACTIONS = (1 / 9, 1 / 3)
+"""Parts of a trial's planned optimizer steps after which it is compared with the others."""
+
+OnRung = Callable[[int, float], bool]
+"""(rung index, validation score) -> whether to go on."""
+
+
+class TrialStopped(Exception):
+    """Raised inside ``fit`` when the search asks a trial to stop; no error."""
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What trials of one study share: loaded once in a worker, never changed by a trial."""
+
+    teacher: Candidate
+    task: Task
+    train: Split
+    validation: Split
+    logits: LogitCache
+    device: torch.device
+    training: TrainingConfig
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps a whole trial may spend."""
+        per_epoch = -(-len(self.train) // self.training.batch_size)
+        return max(1, round(self.training.epochs * per_epoch))
+
+
+@dataclass
+class Budget:
+    """The training budget of one trial: what is spent, what it took, and the rungs passed on the way."""
+
+    steps: int
+    on_rung: OnRung
+    done: int = 0
+    fit_seconds: float = 0.0
+    rungs: list[float] = field(default_factory=lambda: list(RUNG_FRACTIONS))
+
+    def passes_rung(self) -> int | None:
+        """The index of the rung that the latest step completed, if it did; each is passed once."""
+        passed = None
+        while self.rungs and self.done >= self.rungs[0] * self.steps:
+            passed = len(RUNG_FRACTIONS) - len(self.rungs)
+            self.rungs.pop(0)
+        return passed
+
+
+@dataclass
+class StepContext:
+    """The engine's side of :class:`compress_search.method.Context` for one step of one trial."""
+
+    materials: Materials
+    budget: Budget
+    share_of_budget: int
+    seed: int
+    scratch: Path
+    dry: bool
+
+    @property
+    def device(self) -> torch.device:
+        """Where the step's networks live."""
+        return self.materials.device
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The frozen teacher."""
+        return self.materials.teacher.network
+
+    def fit(
+        self,
+        network: nn.Module,
+        *,
+        loss: Loss | None = None,
+        scored: bool = True,
+        share: float = 1.0,
+        parameters: Iterable[nn.Parameter] | None = None,
+        learning_rate: float | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Train in place on a share of the step's budget; see the interface for the arguments."""
+        if not 0 < share <= 1:
+            raise TrialError(f"a share of the training budget lies in (0, 1], got {share}")
+        settings = self.materials.training
+        steps = 0 if self.dry else max(1, round(share * self.share_of_budget))
+        started = time.perf_counter()
+        training.fit(
+            network.to(self.device),
+            training_batches(self.materials.train, settings.batch_size, self.seed),
+            steps,
+            loss or self.task_loss,
+            learning_rate=settings.learning_rate if learning_rate is None else learning_rate,
+            warmup=settings.warmup,
+            weight_decay=settings.weight_decay,
+            device=self.device,
+            seed=self.seed,
+            parameters=parameters,
+            on_step=on_step,
+            on_progress=lambda _: self._advance(network, scored),
+        )
+        self.budget.fit_seconds += time.perf_counter() - started
+
+    def _advance(self, network: nn.Module, scored: bool) -> None:
+        self.budget.done += 1
+        rung = self.budget.passes_rung()
+        if rung is None or not scored:
+            return
+        if not self.budget.on_rung(rung, validation_score(network, self.materials)):
+            raise TrialStopped
+
+    def task_loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
+        """The task's loss on the labels of a batch."""
+        return self.materials.task.loss(forward(network, batch), batch["labels"])
+
+    def teacher_logits(self, batch: Batch) -> torch.Tensor:
+        """The teacher's cached logits, (B, C) or (B, S, C)."""
+        width = batch["input_ids"].shape[1]
+        return self.materials.logits.batch(batch["index"].cpu(), width).to(self.device)
+
+    def calibration(self, examples: int, batch_size: int = 32) -> Iterator[Batch]:
+        """Batches of training examples on the device, the same ones for the same seed."""
+        train = self.materials.train
+        rows = random.Random(self.seed).sample(range(len(train)), min(examples, len(train)))
+        for start in range(0, len(rows), batch_size):
+            batch = train.batch(rows[start : start + batch_size])
+            yield {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+
+def forward(network: nn.Module, batch: Batch) -> torch.Tensor:
+    """The network's logits for a batch."""
+    inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "index")}
+    logits: torch.Tensor = network(**inputs).logits
+    return logits
+
+
+def validation_score(network: nn.Module, materials: Materials) -> float:
+    """The task's primary metric on validation; the network's training mode is left as it was."""
+    mode = network.training
+    logits, labels = training.evaluate(
+        network, materials.validation, materials.task, batch_size=64, device=materials.device
+    )
+    network.train(mode)
+    return materials.task.score(logits, labels)[materials.task.primary]
+
+
+def run_recipe(
+    recipe: Recipe,
+    methods: Mapping[str, Method],
+    materials: Materials,
+    *,
+    seed: int,
+    scratch: Path,
+    on_rung: OnRung = lambda rung, score: True,
+    dry: bool = False,
+) -> tuple[Candidate, Budget]:
+    """Apply the steps in order to a copy of the teacher.
+
+    A dry run trains zero steps: shapes are right (uniform where they depend on training), weights mean nothing.
+
+    Raises:
+        TrialError: a step cannot be applied, or leaves something other than it should.
+        TrialStopped: ``on_rung`` asked to stop.
+    """
+    candidate = materials.teacher.copy()
+    budget = Budget(materials.steps, on_rung)
+    portions = _portions(recipe, methods, materials.steps)
+    for index, (step, portion) in enumerate(zip(recipe.steps, portions, strict=True)):
+        method = methods[step.method]
+        if method.stage >= Stage.PRECISION:
+            bake(candidate.network)
+        context = StepContext(materials, budget, portion, derive_seed(seed, index), scratch, dry)
+        _seed_everything(context.seed)
+        if reason := method.unsupported(candidate.subject):
+            raise TrialError(reason, method=step.method, params=step.params)
+        try:
+            candidate = method.apply(candidate, step.params, context)
+        except TrialError as error:
+            # the step that failed is known here, and not where a helper raised
+            raise error if error.method else type(error)(error.message, method=step.method, params=step.params)
+        candidate.network.eval()
+    bake(candidate.network)
+    return candidate, budget
+
+
+def extra_metrics(
+    recipe: Recipe, methods: Mapping[str, Method], candidate: Candidate, context: StepContext
+) -> dict[str, float]:
+    """What the methods' ``evaluate`` hooks say of the trained network, as ``<method>.<key>``."""
+    metrics: dict[str, float] = {}
+    for step in recipe.steps:
+        for key, value in methods[step.method].evaluate(candidate, context).items():
+            metrics[f"{step.method}.{key}"] = float(value)
+    return metrics
+
+
+def _portions(recipe: Recipe, methods: Mapping[str, Method], steps: int) -> list[int]:
+    """Optimizer steps for each step of the recipe: equal parts for those that train, the rest to the last."""
+    trains = [methods[step.method].trains(step.params) for step in recipe.steps]
+    count = sum(trains)
+    portions = [steps // count if train else 0 for train in trains]
+    if count:
+        last = max(index for index, train in enumerate(trains) if train)
+        portions[last] += steps - sum(portions)
+    return portions
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A seed below 2³¹ that depends on every part and on nothing else."""
+    return int(digest(list(parts))[:8], 16) & 0x7FFFFFFF
+
+
+def _seed_everything(seed: int) -> None:
+    """Methods draw from ``context.seed``; libraries they call may still draw from the global generators."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that host or device memory ran out."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError)
+        and not isinstance(error, CompressSearchError)
+        and "can't allocate memory" in str(error)
+    )

@@ -1,0 +1,238 @@
+"""From a study and the installed methods to the space of recipes a search may propose.
+
+Owns which methods take part, how a study narrows their dimensions, and the walk over the stages that turns
+suggested values into a legal recipe. Knows nothing of trials that ran, of storage or of weights.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from optuna.distributions import distribution_to_json
+from optuna.trial import BaseTrial
+
+from compress_search.candidate import Subject
+from compress_search.method import Method, Stage
+from compress_search.recipe import Recipe, Step, digest
+from compress_search.registry import Registry
+from compress_search.space import Dim, Params, Value, defaults, fix_experts, narrow, suggest
+from compress_search.study import Study
+
+NONE = "none"
+MAX_STARTING_POINTS = 6
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One decision about which method to use: ``options`` are method names and, unless forced, ``"none"``."""
+
+    name: str
+    options: tuple[str, ...]
+
+    @property
+    def forced(self) -> bool:
+        """Whether there is nothing to decide."""
+        return len(self.options) == 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The searchable space of recipes of one study; the same for the study's whole life."""
+
+    study: Study
+    registry: Registry
+    teacher: Subject
+    spaces: Mapping[str, Mapping[str, Dim]]
+    slots: tuple[Slot, ...]
+
+    @cached_property
+    def methods(self) -> dict[str, Method]:
+        """The methods that take part, by name."""
+        return {name: self.registry[name] for name in self.spaces}
+
+    @cached_property
+    def space_hash(self) -> str:
+        """Identity of the space: equal hashes mean that a sampler can go on learning."""
+        return digest(self.outline())
+
+    def outline(self) -> dict[str, Any]:
+        """The space as plain data, for the identity and for a readable difference between two of them."""
+        return {
+            "slots": {slot.name: list(slot.options) for slot in self.slots},
+            "dims": {
+                f"{method}.{name}": [distribution_to_json(dim.distribution), dim.default, _conditions(dim)]
+                for method, space in self.spaces.items()
+                for name, dim in space.items()
+            },
+        }
+
+    @property
+    def dimensions(self) -> int:
+        """How many decisions a sampler can make at most."""
+        searched = sum(not dim.fixed for space in self.spaces.values() for dim in space.values())
+        return searched + sum(not slot.forced for slot in self.slots)
+
+    def propose(self, trial: BaseTrial) -> Recipe:
+        """A legal recipe with effective parameters, suggested define-by-run."""
+
+        def choose(slot: Slot) -> str:
+            if slot.forced:
+                return slot.options[0]
+            choice: str = trial.suggest_categorical(slot.name, slot.options)
+            return choice
+
+        return self._walk(choose, lambda name: suggest(trial, name, self.spaces[name]))
+
+    def starting_points(self) -> list[dict[str, Value]]:
+        """Optuna parameters of recipes known to work well: each method at its defaults with what follows it.
+
+        A student or a structural step alone with recovery and precision, then all of them together.
+        """
+        points, seen = [], {Recipe().key}
+        for wanted in self._starting_sets():
+            recipe, point = self.at_defaults(wanted)
+            if recipe.key not in seen:
+                seen.add(recipe.key)
+                points.append(point)
+        return points[:MAX_STARTING_POINTS]
+
+    def _starting_sets(self) -> Iterator[set[str]]:
+        by_stage = {
+            stage: [name for name, method in self.methods.items() if method.stage == stage] for stage in Stage
+        }
+        finish = {name for stage in (Stage.RECOVERY, Stage.PRECISION) for name in by_stage[stage][:1]}
+        lossy = [name for name, method in self.methods.items() if method.stage < Stage.RECOVERY]
+        yield {name for name in finish if self.methods[name].stage is Stage.PRECISION}
+        for name in lossy:
+            yield {name} | finish
+        yield set(by_stage[Stage.STUDENT][:1]) | set(by_stage[Stage.STRUCTURE]) | finish
+
+    def at_defaults(self, wanted: Iterable[str]) -> tuple[Recipe, dict[str, Value]]:
+        """The recipe of these methods (and the forced ones) at their defaults, and the Optuna parameters of it."""
+        wanted, point = set(wanted), {}
+
+        def choose(slot: Slot) -> str:
+            choice = next((name for name in slot.options if name in wanted), slot.options[0])
+            if not slot.forced:
+                point[slot.name] = choice
+            return choice
+
+        def at_default(name: str) -> Params:
+            params = defaults(self.spaces[name])
+            point.update({f"{name}.{k}": v for k, v in params.items() if not self.spaces[name][k].fixed})
+            return params
+
+        return self._walk(choose, at_default), point
+
+    def _walk(self, choose: Callable[[Slot], str], parameters: Callable[[str], Params]) -> Recipe:
+        """Visit the slots in stage order; a chosen step that cannot follow is left out."""
+        subject, steps = self.teacher, []
+        for slot in self.slots:
+            candidates = [name for name in slot.options if name != NONE]
+            if all(self.methods[name].unsupported(subject) for name in candidates):
+                continue
+            name = choose(slot)
+            if name == NONE or self.methods[name].unsupported(subject):
+                continue
+            params = self.methods[name].effective(subject, parameters(name))
+            subject = self.methods[name].after(subject, params)
+            steps.append(Step.of(name, params))
+        return Recipe(tuple(steps))
+
+
+def make_plan(study: Study, registry: Registry, teacher: Subject) -> Plan:
+    """The plan of a study.
+
+    Raises:
+        StudyError: an unknown method or dimension, a value outside a method's space, a method that can never
+            apply to this teacher, or two forced methods of one exclusive stage.
+        PluginError: a method the study names cannot be loaded.
+    """
+    wanted = _wanted(study, registry)
+    spaces = {
+        name: _narrowed(study, name, registry[name].search_space(teacher), narrowing)
+        for name, narrowing in sorted(wanted.items(), key=lambda item: (registry[item[0]].stage, item[0]))
+    }
+    plan = Plan(study, registry, teacher, spaces, _slots(study, registry, list(spaces), wanted))
+    if study.methods != "all":
+        _check_reachable(plan)
+    return plan
+
+
+def _wanted(study: Study, registry: Registry) -> dict[str, Mapping[str, Any]]:
+    if study.methods == "all":
+        return {name: {} for name in registry if registry.unavailable(name) is None}
+    for name in study.methods:
+        if name not in registry:
+            raise study.error(f"methods.{name}", f"unknown method{_hint(name, registry)}")
+    return dict(study.methods)
+
+
+def _narrowed(study: Study, method: str, space: Mapping[str, Dim], to: Mapping[str, Any]) -> dict[str, Dim]:
+    """The method's space under the study's words; one learning rate for all unless a method has its own."""
+    narrowed = dict(space)
+    wishes = {name: (f"methods.{method}.{name}", value) for name, value in to.items() if name != "use"}
+    if "learning_rate" in space:
+        wishes.setdefault("learning_rate", ("training.learning_rate", study.training.learning_rate))
+    for name, (key, value) in wishes.items():
+        if name not in space:
+            raise study.error(key, f"unknown dimension{_hint(name, space)}")
+        try:
+            narrowed[name] = narrow(space[name], value)
+        except ValueError as error:
+            raise study.error(key, str(error)) from error
+    return fix_experts(narrowed)
+
+
+def _slots(
+    study: Study, registry: Registry, names: list[str], wanted: Mapping[str, Mapping[str, Any]]
+) -> tuple[Slot, ...]:
+    """One slot a method, or one a stage where the stage admits a single step."""
+    slots: dict[str, list[str]] = {}
+    for name in names:
+        stage = registry[name].stage
+        slots.setdefault(stage.name.lower() if stage.exclusive else f"{name}.use", []).append(name)
+    made = []
+    for slot, members in slots.items():
+        forced = [name for name in members if wanted[name].get("use") is True]
+        if len(forced) > 1:
+            message = f"only one {slot} method can be forced, and {forced[0]!r} is already"
+            raise study.error(f"methods.{forced[1]}.use", message)
+        allowed = [name for name in members if wanted[name].get("use") is not False]
+        if forced or allowed:
+            made.append(Slot(slot, tuple(forced or [NONE, *allowed])))
+    return tuple(made)
+
+
+def _check_reachable(plan: Plan) -> None:
+    """Refuse a named method that fits neither the teacher nor what the steps before it leave."""
+    for name, method in plan.methods.items():
+        before = [other for other, m in plan.methods.items() if m.stage < method.stage]
+        subjects = [plan.teacher]
+        for kept in (before, *([other] for other in before)):
+            subjects.append(_after(plan, kept))
+        reasons = [method.unsupported(subject) for subject in subjects]
+        if all(reasons):
+            raise plan.study.error(f"methods.{name}", f"cannot be used in this study: {reasons[0]}")
+
+
+def _after(plan: Plan, names: Iterable[str]) -> Subject:
+    recipe, _ = plan.at_defaults(names)
+    subject = plan.teacher
+    for step in recipe.steps:
+        subject = plan.methods[step.method].after(subject, step.params)
+    return subject
+
+
+def _conditions(dim: Dim) -> dict[str, list[Value]]:
+    return {name: sorted(allowed, key=str) for name, allowed in dim.when.items()}
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f' (did you mean "{close[0]}"?)' if close else f"; there are: {', '.join(sorted(known))}"
