@@ -1,0 +1,51 @@
+"""Fixtures shared by all tests; the tiny data and models themselves are made in tests/tiny.py."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import tiny
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``tiny_teacher(kind, family)``: a saved untrained teacher, made once a session; not to be written to."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def teacher(kind: str = "text-classification", family: str = "bert") -> Path:
+        if (kind, family) not in made:
+            folder = tmp_path_factory.mktemp(f"teacher-{kind}-{family}")
+            made[kind, family] = tiny.tiny_teacher(folder, kind, family)
+        return made[kind, family]
+
+    return teacher
+
+
+@pytest.fixture
+def tiny_study(tmp_path: Path) -> Callable[..., Path]:
+    """``tiny_study(task=…, search={…})``: the path of a study file that runs, data and teacher beside it."""
+
+    def study(task: str = "text-classification", **sections: Any) -> Path:
+        return tiny.tiny_study(tmp_path, task, **sections)
+
+    return study
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data and a real encoder, outside the project; the test is skipped where there is none."""
+    default = Path(__file__).resolve().parents[2] / "shared"
+    folder = Path(os.environ.get("COMPRESS_SEARCH_SHARED", default))
+    if not (folder / "data").is_dir():
+        pytest.skip(f"REAL DATA MISSING: set COMPRESS_SEARCH_SHARED (looked in {folder})")
+    return folder
