@@ -1,0 +1,237 @@
+"""Models of a few thousand weights, data they can learn, and a Context that really trains them.
+
+Owns what a test needs in place of a study. Knows nothing of any particular method.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from compress_search.candidate import Candidate
+from compress_search.method import Batch, Loss
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerBase
+
+WORDS = tuple(f"{first}{second}" for first in "bdfgklmnprst" for second in ("a", "e", "i", "o", "u", "ai", "ou"))
+"""The 84 words of the tiny language; the first half votes for label 0, the second half for label 1."""
+
+LABELS = {
+    "text-classification": ("first", "second"),
+    "text-regression": (),
+    "token-classification": ("O", "B-X", "I-X"),
+}
+
+
+def tiny_tokenizer(family: str = "bert") -> PreTrainedTokenizerBase:
+    """A word-level tokenizer of the family's input names and special ids, over :data:`WORDS`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    roberta = "roberta" in family
+    special = (
+        ["<s>", "<pad>", "</s>", "<unk>", "<mask>"] if roberta else ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    )
+    cls, pad, sep, unk, mask = special if roberta else [special[i] for i in (2, 0, 3, 1, 4)]
+    ids = {token: i for i, token in enumerate([*special, *WORDS])}
+    words = Tokenizer(models.WordLevel(ids, unk_token=unk))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    second = 0 if roberta else 1
+    words.post_processor = processors.TemplateProcessing(
+        single=f"{cls} $A {sep}",
+        pair=f"{cls} $A {sep} $B:{second} {sep}:{second}",
+        special_tokens=[(token, ids[token]) for token in (cls, sep)],
+    )
+    names = ["input_ids", "attention_mask"]
+    if family in ("bert", "electra"):
+        names.insert(1, "token_type_ids")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        cls_token=cls,
+        pad_token=pad,
+        sep_token=sep,
+        unk_token=unk,
+        mask_token=mask,
+        model_input_names=names,
+    )
+
+
+def tiny_candidate(
+    family: str = "bert",
+    task: str = "text-classification",
+    layers: int = 4,
+    *,
+    hidden: int = 32,
+    heads: int = 4,
+    intermediate: int = 64,
+    seed: int = 0,
+) -> Candidate:
+    """An untrained encoder of this family (bert, roberta, xlm-roberta, electra, distilbert) with the task's head.
+
+    Its weights are drawn wide (standard deviation 0.2) so that outputs differ visibly between inputs.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+    from compress_search.encoders.view import subject_of
+
+    tokenizer = tiny_tokenizer(family)
+    sizes = {"num_hidden_layers": layers, "num_attention_heads": heads, "hidden_size": hidden}
+    sizes |= {"intermediate_size": intermediate, "embedding_size": hidden}
+    if family == "distilbert":
+        sizes = {"n_layers": layers, "n_heads": heads, "dim": hidden, "hidden_dim": intermediate}
+    labels = LABELS[task] or ("value",)
+    config = AutoConfig.for_model(
+        family,
+        **sizes,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=40,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.2,
+        id2label=dict(enumerate(labels)),
+        label2id={label: i for i, label in enumerate(labels)},
+    )
+    config.problem_type = "regression" if task == "text-regression" else None
+    token = task == "token-classification"
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        auto = AutoModelForTokenClassification if token else AutoModelForSequenceClassification
+        network = auto.from_config(config, attn_implementation="sdpa").eval()
+    return Candidate(network, tokenizer, subject_of(network, task))
+
+
+def tiny_batches(
+    candidate: Candidate, *, batch_size: int = 8, seed: int = 0, examples: int | None = None
+) -> Iterator[Batch]:
+    """Batches of the tiny task the candidate's subject names, padded to their longest row; endless by default.
+
+    The text label says which half of :data:`WORDS` holds the majority (its share, for regression); a word of the
+    second half opens or continues an entity.
+    """
+    rng = np.random.default_rng(seed)
+    done = 0
+    while examples is None or done < examples:
+        rows = batch_size if examples is None else min(batch_size, examples - done)
+        yield _batch(candidate, rng, np.arange(done, done + rows))
+        done += rows
+
+
+def _batch(candidate: Candidate, rng: np.random.Generator, index: np.ndarray[Any, Any]) -> Batch:
+    texts = [rng.choice(len(WORDS), size=int(rng.integers(3, 13))) for _ in index]
+    tokenizer = candidate.tokenizer
+    batch: Batch = tokenizer(
+        [" ".join(WORDS[i] for i in text) for text in texts], padding=True, return_tensors="pt"
+    ).data
+    if candidate.subject.task == "token-classification":
+        labels = torch.full(batch["input_ids"].shape, -100)
+        for row, text in enumerate(texts):
+            inside = text >= len(WORDS) // 2
+            opens = inside & ~np.concatenate([[False], inside[:-1]])
+            labels[row, 1 : 1 + len(text)] = torch.as_tensor(np.where(opens, 1, np.where(inside, 2, 0)))
+    else:
+        share = torch.tensor([(text >= len(WORDS) // 2).mean() for text in texts], dtype=torch.float32)
+        labels = share if candidate.subject.task == "text-regression" else (share > 0.5).long()
+    return batch | {"labels": labels, "index": torch.as_tensor(index)}
+
+
+@dataclass
+class TinyContext:
+    """A working :class:`~compress_search.Context` over the tiny task.
+
+    ``steps`` is the whole training budget of a method; ``fits`` records the steps of each call of :meth:`fit`.
+    """
+
+    candidate: Candidate
+    seed: int = 0
+    dry: bool = False
+    steps: int = 6
+    batch_size: int = 8
+    scratch: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="compress-search-")))
+    fits: list[int] = field(default_factory=list)
+    training: bool = False
+    """Whether :meth:`fit` is running now."""
+
+    def __post_init__(self) -> None:
+        from compress_search.tasks import Task
+
+        weakref.finalize(self, shutil.rmtree, self.scratch, ignore_errors=True)
+        self.device = torch.device("cpu")
+        task = self.candidate.subject.task
+        self.task = Task(task, LABELS[task], entities=task == "token-classification")
+        self.teacher: nn.Module = deepcopy(self.candidate.network).eval().requires_grad_(False)
+
+    def fit(
+        self,
+        network: nn.Module,
+        *,
+        loss: Loss | None = None,
+        scored: bool = True,
+        share: float = 1.0,
+        parameters: Iterable[nn.Parameter] | None = None,
+        learning_rate: float | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Train on tiny batches for ``share`` of the budget, as the engine's loop does."""
+        from compress_search.training import fit
+
+        if not 0 < share <= 1:
+            raise ValueError(f"share is {share}, expected a number in (0, 1]")
+        steps = 0 if self.dry else max(1, round(share * self.steps))
+        self.fits.append(steps)
+        self.training = True
+        try:
+            fit(
+                network,
+                tiny_batches(self.candidate, batch_size=self.batch_size, seed=self.seed + len(self.fits)),
+                steps,
+                loss or self.task_loss,
+                learning_rate=1e-3 if learning_rate is None else learning_rate,
+                warmup=0.1,
+                weight_decay=0.01,
+                device=self.device,
+                seed=self.seed,
+                parameters=parameters,
+                on_step=on_step,
+            )
+        finally:
+            self.training = False
+
+    def task_loss(self, network: nn.Module, batch: Batch) -> Tensor:
+        """The task's loss on the labels of a batch."""
+        inputs = {name: batch[name] for name in self.candidate.tokenizer.model_input_names}
+        return self.task.loss(network(**inputs).logits, batch["labels"])
+
+    def teacher_logits(self, batch: Batch) -> Tensor:
+        """The teacher's logits, (B, C) or (B, S, C)."""
+        inputs = {name: batch[name] for name in self.candidate.tokenizer.model_input_names}
+        with torch.no_grad():
+            logits: Tensor = self.teacher(**inputs).logits
+        return logits
+
+    def calibration(self, examples: int, batch_size: int = 32) -> Iterator[Batch]:
+        """Batches of the tiny task, the same ones for the same seed."""
+        return tiny_batches(self.candidate, batch_size=batch_size, seed=self.seed, examples=examples)
+
+
+def tiny_context(
+    candidate: Candidate,
+    *,
+    seed: int = 0,
+    dry: bool = False,
+    steps: int = 6,
+    batch_size: int = 8,
+    scratch: Path | None = None,
+) -> TinyContext:
+    """A context whose teacher is a frozen copy of the candidate; its scratch directory goes when it does."""
+    extra = {} if scratch is None else {"scratch": scratch}
+    return TinyContext(candidate, seed=seed, dry=dry, steps=steps, batch_size=batch_size, **extra)
