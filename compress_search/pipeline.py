@@ -30,8 +30,8 @@ from compress_search.tasks import Task
 RUNG_FRACTIONS = (1 / 9, 1 / 3)
 """Parts of a trial's planned optimizer steps after which it is compared with the others."""
 
-OnRung = Callable[[int, float], bool]
-"""(rung index, validation score) -> whether to go on."""
+OnRung = Callable[[int, Mapping[str, float]], bool]
+"""(rung index, the task's metrics on validation) -> whether to go on."""
 
 
 class TrialStopped(Exception):
@@ -135,7 +135,7 @@ class StepContext:
         rung = self.budget.passes_rung()
         if rung is None or not scored:
             return
-        if not self.budget.on_rung(rung, validation_score(network, self.materials)):
+        if not self.budget.on_rung(rung, validation_metrics(network, self.materials)):
             raise TrialStopped
 
     def task_loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
@@ -163,14 +163,14 @@ def forward(network: nn.Module, batch: Batch) -> torch.Tensor:
     return logits
 
 
-def validation_score(network: nn.Module, materials: Materials) -> float:
-    """The task's primary metric on validation; the network's training mode is left as it was."""
+def validation_metrics(network: nn.Module, materials: Materials) -> dict[str, float]:
+    """The task's metrics on validation; the network's training mode is left as it was."""
     mode = network.training
     logits, labels = training.evaluate(
         network, materials.validation, materials.task, batch_size=64, device=materials.device
     )
     network.train(mode)
-    return materials.task.score(logits, labels)[materials.task.primary]
+    return materials.task.score(logits, labels)
 
 
 def run_recipe(
@@ -180,7 +180,7 @@ def run_recipe(
     *,
     seed: int,
     scratch: Path,
-    on_rung: OnRung = lambda rung, score: True,
+    on_rung: OnRung = lambda rung, metrics: True,
     dry: bool = False,
 ) -> tuple[Candidate, Budget]:
     """Apply the steps in order to a copy of the teacher.
@@ -205,8 +205,10 @@ def run_recipe(
         try:
             candidate = method.apply(candidate, step.params, context)
         except TrialError as error:
-            # the step that failed is known here, and not where a helper raised
-            raise error if error.method else type(error)(error.message, method=step.method, params=step.params)
+            if error.method:
+                raise
+            # which step failed is known here, and not where a helper raised
+            raise type(error)(error.message, method=step.method, params=step.params) from error
         candidate.network.eval()
     bake(candidate.network)
     return candidate, budget

@@ -17,13 +17,17 @@ FINISHED: tuple[State, ...] = ("complete", "stopped", "failed", "infeasible")
 
 @dataclass(frozen=True)
 class Assignment:
-    """One attempt at one trial, handed to a worker."""
+    """One attempt at one trial, handed to a worker.
+
+    ``reference`` holds the teacher's metrics, frozen for the study once its first trial measured them.
+    """
 
     number: int
     attempt: int
     recipe: Recipe
     seed: int
     baseline: str | None = None
+    reference: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
