@@ -1,0 +1,106 @@
+"""How numbers are written for people: units, digits, intervals, durations.
+
+Owns the one place where a metric's name becomes a heading. Knows nothing of tables, pages or terminals.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MINUS = "−"
+Interval = Sequence[float]
+"""(low, high)."""
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a metric is shown: ``value * scale`` with ``digits`` decimals, under ``label`` in ``unit``."""
+
+    label: str
+    unit: str = ""
+    scale: float = 1.0
+    digits: int | None = None
+
+    @property
+    def heading(self) -> str:
+        """Label and unit, for the head of a column."""
+        return f"{self.label} ({self.unit})" if self.unit else self.label
+
+
+_STYLES = {
+    "accuracy": Style("accuracy", "%", 100, 1),
+    "macro_f1": Style("macro F1", "%", 100, 1),
+    "f1": Style("F1", "%", 100, 1),
+    "pearson": Style("Pearson r", "×100", 100, 1),
+    "spearman": Style("Spearman ρ", "×100", 100, 1),
+    "latency_ms": Style("latency", "ms", 1, 2),
+    "p50_ms": Style("latency p50", "ms", 1, 2),
+    "p95_ms": Style("latency p95", "ms", 1, 2),
+    "size_mb": Style("size", "MB", 1, 1),
+    "memory_mb": Style("memory", "MB", 1, 1),
+    "speedup": Style("speed-up", "×", 1, 2),
+    "throughput": Style("throughput", "examples/s", 1, 1),
+}
+
+
+def style(metric: str) -> Style:
+    """The style of a metric; unknown ones (a plugin's own) are shown as they are with four digits."""
+    if metric in _STYLES:
+        return _STYLES[metric]
+    base = metric.removesuffix("_drop")
+    if base != metric and base in _STYLES:
+        return Style(f"{_STYLES[base].label} lost", "points", 100, 1)
+    return Style(metric)
+
+
+def number(metric: str, value: float | None, *, unit: bool = False) -> str:
+    """A value in its metric's unit, for example ``91.2`` or, with ``unit``, ``91.2 %``."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    how = style(metric)
+    shown = value * how.scale
+    digits = how.digits
+    if digits is not None and 0 < abs(shown) < 10**-digits:
+        digits = None  # a tiny model's 0.04 MB must not read 0.0
+    text = (f"{shown:.4g}" if digits is None else f"{shown:.{digits}f}").replace("-", MINUS)
+    if not unit or not how.unit:
+        return text
+    return f"{text}{how.unit}" if how.unit == "×" else f"{text} {how.unit}"
+
+
+def with_interval(metric: str, value: float | None, interval: Interval | None) -> str:
+    """A value with half the width of its interval, for example ``91.2 ± 1.1``."""
+    text = number(metric, value)
+    if value is None or interval is None or not all(map(math.isfinite, interval)):
+        return text
+    return f"{text} ± {number(metric, (interval[1] - interval[0]) / 2)}"
+
+
+def points(value: float) -> str:
+    """A difference of two scores in points of 0.01 with its sign, for example ``−0.6 points``."""
+    text = f"{abs(value) * 100:.1f}"
+    sign = "±" if text == "0.0" else MINUS if value < 0 else "+"
+    return f"{sign}{text} point{'' if text == '1.0' else 's'}"
+
+
+def percent(ratio: float) -> str:
+    """A relative change with its sign, for example ``−65 %`` for 0.35."""
+    change = round(100 * (ratio - 1))
+    return f"{MINUS if change < 0 else '+' if change else '±'}{abs(change)} %"
+
+
+def duration(seconds: float | None) -> str:
+    """A duration in at most two units, for example ``2 h 5 min``."""
+    if seconds is None or not math.isfinite(seconds):
+        return "–"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if round(seconds) < 60:
+        return f"{round(seconds)} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, rest = divmod(minutes, 60)
+    return f"{hours} h {rest} min" if rest else f"{hours} h"
