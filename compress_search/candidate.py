@@ -24,7 +24,8 @@ class Subject:
     """What a step may know of the model it would be applied to: shapes and traits, no weights.
 
     ``heads`` and ``intermediate`` are means over the layers, which a pruning step can make unequal.
-    ``bits`` are the stored bits of an encoder or head weight, ``embedding_bits`` those of an embedding weight.
+    ``embedding_size`` is the width of the embedding tables, projected onto ``hidden`` where the two differ; 0
+    means ``hidden``. ``bits`` are the stored bits of an encoder or head weight, ``embedding_bits`` those of an embedding weight.
 
     Traits the engine itself sets on the teacher: ``"timed"`` (an objective or constraint depends on running
     time, so only real kernels count) and ``"kernel:<name>"`` for each kernel that a probe found to be real on
@@ -43,6 +44,7 @@ class Subject:
     positions: int
     token_types: int
     labels: int
+    embedding_size: int = 0
     pooler: bool = True
     device: str = "cpu"
     bits: float = 32
@@ -59,8 +61,10 @@ class Subject:
 
     @property
     def embedding_parameters(self) -> int:
-        """(V + P + token types)·H weights and the LayerNorm's 2·H."""
-        return (self.vocabulary + self.positions + self.token_types) * self.hidden + 2 * self.hidden
+        """(V + P + token types)·E weights, the LayerNorm's 2·E and, where E is not H, E·H + H to project."""
+        width = self.embedding_size or self.hidden
+        projection = 0 if width == self.hidden else width * self.hidden + self.hidden
+        return (self.vocabulary + self.positions + self.token_types) * width + 2 * width + projection
 
     @property
     def encoder_parameters(self) -> int:
@@ -85,6 +89,12 @@ class Subject:
         """Size of the stored weights in MB of 10⁶ bytes, scales and file overhead aside."""
         encoder = (self.encoder_parameters + self.head_parameters) * self.bits
         return (encoder + self.embedding_parameters * self.embedding_bits) / 8e6
+
+    def macs(self, length: int) -> float:
+        """Multiply-accumulates of the encoder for one example of ``length`` tokens: L·(S·(4kdH + 2fH) + 2S²kd)."""
+        width = self.heads * self.head_dim
+        linear = length * (4 * width * self.hidden + 2 * self.intermediate * self.hidden)
+        return self.layers * (linear + 2 * length**2 * width)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, the inverse of :meth:`from_dict`."""

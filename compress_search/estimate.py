@@ -1,0 +1,77 @@
+"""How long a study will take, before anything is spent: closed-form work over a measured matrix product.
+
+Owns the estimate and its assumptions. Knows nothing of trials that ran; it is a guide, not a promise.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from compress_search.candidate import Subject
+from compress_search.study import Study
+
+TRAINING_FORWARDS = 3
+"""A training step costs about three forward passes."""
+
+EFFICIENCY = 0.5
+"""What a whole encoder reaches of a bare matrix product's rate: normalisations, softmax, small batches."""
+
+MEAN_TRIAL = 0.6
+"""Work of a mean trial against a full training of the teacher: students are smaller, some trials stop early."""
+
+FIXED_SECONDS = 8.0
+"""Per trial: two exports, scoring and timing of a small encoder."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Minutes for the teacher and for the whole search, and what they are computed from."""
+
+    step_seconds: float
+    steps_per_trial: int
+    teacher_minutes: float
+    search_minutes: float
+
+    @property
+    def minutes(self) -> float:
+        """All of it."""
+        return self.teacher_minutes + self.search_minutes
+
+
+def matmul_rate(threads: int, seconds: float = 0.3) -> float:
+    """Multiply-accumulates per second of a fp32 matrix product of an encoder's shape on this CPU."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        a, b = torch.ones(512, 384), torch.ones(384, 1536)
+        torch.mm(a, b)
+        runs, started = 0, time.perf_counter()
+        while time.perf_counter() - started < seconds:
+            torch.mm(a, b)
+            runs += 1
+        return runs * 512 * 384 * 1536 / (time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(before)
+
+
+def estimate(study: Study, teacher: Subject, rows: int, mean_length: float, rate: float | None = None) -> Estimate:
+    """The estimate for ``rows`` training examples of ``mean_length`` tokens.
+
+    ``rate`` is in multiply-accumulates per second; measured on this machine when not given, so that a study
+    for GPUs planned on a laptop is overestimated.
+    """
+    rate = rate or matmul_rate(max(1, round(study.cluster.cpus_per_trial)))
+    batch = study.training.batch_size
+    step_seconds = TRAINING_FORWARDS * batch * teacher.macs(round(mean_length)) / (rate * EFFICIENCY)
+    per_epoch = -(-rows // batch)
+    steps = max(1, round(study.training.epochs * per_epoch))
+    tuning = study.teacher.fine_tune
+    teacher_steps = tuning.epochs * -(-rows // tuning.batch_size) if tuning else 0
+    per_trial = MEAN_TRIAL * steps * step_seconds + FIXED_SECONDS
+    search_minutes = study.search.trials * per_trial / study.search.concurrency / 60
+    if study.search.hours is not None:
+        search_minutes = min(search_minutes, 60 * study.search.hours)
+    return Estimate(step_seconds, steps, teacher_steps * step_seconds / 60, search_minutes)

@@ -1,0 +1,201 @@
+"""Carries out what the search hands out, in processes of this machine; the Ray counterpart is in ray_executor.
+
+Owns worker processes, their deaths and their time. Knows nothing of what a trial is: a worker is built by a
+factory from the study's brief, and runs assignments.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import TYPE_CHECKING, Any, Protocol
+
+from compress_search.errors import CompressSearchError
+from compress_search.records import Assignment, Failure, Report, Result, Rung
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+
+    from compress_search.search import Search
+
+GRACE_SECONDS = 5.0
+"""How long a worker may take to end by itself before it is killed."""
+
+
+class Worker(Protocol):
+    """What a factory builds in a worker process."""
+
+    def run(self, assignment: Assignment, report: Report) -> Result:
+        """Run one attempt; trial faults become failed results, anything raised is a fault of the engine."""
+
+    def close(self) -> None:
+        """Let go of child processes."""
+
+
+Factory = Callable[[Any], Worker]
+"""Builds a worker from the brief; importable by name, since it runs in another process."""
+
+ReadDeath = Callable[[int, int], Failure]
+"""(trial number, attempt) -> why its process ended without a result."""
+
+
+class Executor(Protocol):
+    """Runs a search to its end."""
+
+    def run(self, search: Search) -> None:
+        """Hand out, report and finish until the search is done."""
+
+    def call(self, job: str, *arguments: Any) -> Any:
+        """The value of a worker's method, for jobs that are no trials."""
+
+    def close(self) -> None:
+        """End every process started here."""
+
+
+class LocalExecutor:
+    """Runs trials in ``search.concurrency`` long-lived processes of this machine."""
+
+    def __init__(self, factory: Factory, brief: Any, read_death: ReadDeath, concurrency: int = 1) -> None:
+        self.factory, self.brief, self.read_death, self.concurrency = factory, brief, read_death, concurrency
+        self.idle: list[_Process] = []
+        self.busy: dict[_Process, Assignment] = {}
+
+    def run(self, search: Search) -> None:
+        """Hand out, report and finish until the search is done."""
+        while not search.done:
+            while len(self.busy) < self.concurrency and (assignment := search.next()):
+                self._start(assignment)
+            if not self.busy:
+                break
+            for process in wait_for(list(self.busy)):
+                self._attend(process, search)
+
+    def call(self, job: str, *arguments: Any) -> Any:
+        """The value of a worker's method."""
+        process = self._process()
+        try:
+            process.pipe.send((job, arguments))
+            kind, value = process.pipe.recv()
+        except (EOFError, OSError) as error:
+            process.kill()
+            raise CompressSearchError(f"the worker process died during {job}") from error
+        self.idle.append(process)
+        if kind != "value":
+            raise _raised(value)
+        return value
+
+    def close(self) -> None:
+        """End every process started here."""
+        for process in (*self.busy, *self.idle):
+            process.kill()
+        self.busy.clear()
+        self.idle.clear()
+
+    def _process(self) -> _Process:
+        return self.idle.pop() if self.idle else _Process(self.factory, self.brief)
+
+    def _start(self, assignment: Assignment) -> None:
+        process = self._process()
+        process.pipe.send(("run", assignment))
+        self.busy[process] = assignment
+
+    def _attend(self, process: _Process, search: Search) -> None:
+        """Answer one message of a busy process, or its death."""
+        assignment = self.busy[process]
+        try:
+            kind, value = process.pipe.recv()
+        except (EOFError, OSError):
+            del self.busy[process]
+            process.kill()
+            search.died(
+                assignment.number, assignment.attempt, self.read_death(assignment.number, assignment.attempt)
+            )
+            return
+        if kind == "rung":
+            process.pipe.send(search.report(value))
+            return
+        self.idle.append(process)
+        del self.busy[process]
+        if kind == "value":
+            search.finish(value)
+        elif kind == "crash":
+            search.died(assignment.number, assignment.attempt, value)
+        else:
+            raise _raised(value)
+
+
+def wait_for(processes: Sequence[_Process]) -> list[_Process]:
+    """The processes that have something to say; a dead one's pipe ends, which is something to say."""
+    ready = wait([process.pipe for process in processes])
+    return [process for process in processes if process.pipe in ready]
+
+
+class _Process:
+    """A worker process and our end of its pipe."""
+
+    def __init__(self, factory: Factory, brief: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process: BaseProcess = context.Process(target=serve, args=(theirs, factory, brief), daemon=False)
+        self.process.start()
+        theirs.close()
+
+    def kill(self) -> None:
+        """Close the pipe, which ends an idle worker, and kill one that does not end."""
+        self.pipe.close()
+        self.process.terminate()
+        self.process.join(GRACE_SECONDS)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+
+def serve(pipe: Connection, factory: Factory, brief: Any) -> None:
+    """The life of a worker process: jobs in, values out, until the pipe closes or the parent dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides what an interrupt means
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    worker: Worker | None = None
+
+    def report(rung: Rung) -> bool:
+        pipe.send(("rung", rung))
+        return bool(pipe.recv())
+
+    while True:
+        try:
+            job, argument = pipe.recv()
+        except (EOFError, OSError):
+            break
+        try:
+            worker = worker or factory(brief)
+            value = worker.run(argument, report) if job == "run" else getattr(worker, job)(*argument)
+            answer: tuple[str, Any] = ("value", value)
+        except CompressSearchError as error:
+            answer = ("error", (str(error), error.exit_code))
+        except Exception as error:  # a fault outside of any recipe: the attempt is repeated
+            text = traceback.format_exc()
+            answer = ("crash", Failure("died", f"{type(error).__name__}: {error}", text))
+        pipe.send(answer)
+    if worker is not None:
+        worker.close()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _raised(value: Any) -> CompressSearchError:
+    """The error a worker met, as one of ours: a study that cannot run in a worker cannot run at all."""
+    if isinstance(value, Failure):
+        return CompressSearchError(f"{value.message}\n{value.traceback}")
+    message, exit_code = value
+    error = CompressSearchError(message)
+    error.exit_code = exit_code
+    return error

@@ -1,0 +1,230 @@
+"""Carries out what the search hands out, on a Ray cluster through Ray Tune.
+
+Owns the two adapters that forward Tune's callbacks to the search, and how a trial runs inside a Ray actor. Tune
+executes and nothing more: its own searchers, schedulers, retries and experiment files decide nothing, since the
+database is the one truth (`Tuner.restore` forgets decisions, `OptunaSearch` records stopped trials as complete).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# read by Ray when it is imported: signals belong to the driver, and nobody reads Tune's own logs and snapshots
+os.environ.update(
+    TUNE_DISABLE_SIGINT_HANDLER="1",
+    TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
+    TUNE_GLOBAL_CHECKPOINT_S="100000",
+    TUNE_MAX_PENDING_TRIALS_PG="auto",
+    RAY_AIR_NEW_OUTPUT="0",
+    RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+    RAY_USAGE_STATS_ENABLED="0",
+)
+
+import ray
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from compress_search.errors import CompressSearchError
+from compress_search.executor import Factory, ReadDeath, Worker
+from compress_search.records import Assignment, Failure, Result, Rung
+from compress_search.study import Study
+
+if TYPE_CHECKING:
+    from compress_search.search import Search
+
+_workers: dict[str, Worker] = {}
+"""This actor's worker by brief: Tune reuses actors, and a worker's teacher and bench with them."""
+
+
+class ForwardingSearcher(Searcher):
+    """Tune asks, the search answers."""
+
+    def __init__(self, search: Search, read_death: ReadDeath) -> None:
+        super().__init__(metric=None, mode=None)
+        self.search, self.read_death = search, read_death
+        self.live: dict[str, Assignment] = {}
+        self.error: CompressSearchError | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune writes its searcher into a file that is never read back: keep database handles out of it
+        return {}
+
+    def set_search_properties(self, *args: Any, **kwargs: Any) -> bool:
+        """Accept whatever Tune says: metric and space are the search's own."""
+        return True
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next assignment, None for "ask again", FINISHED when the search is done."""
+        if self.error or self.search.done:
+            return str(Searcher.FINISHED)
+        assignment = self.search.next()
+        if assignment is None:
+            return str(Searcher.FINISHED) if self.search.done else None
+        self.live[trial_id] = assignment
+        return {"assignment": json.dumps(assignment.to_dict())}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Finish with what the worker returned, or with its death."""
+        assignment = self.live.pop(trial_id)
+        number, attempt = assignment.number, assignment.attempt
+        if result and "cs_result" in result:
+            self.search.finish(Result.from_dict(json.loads(result["cs_result"])))
+        elif result and "cs_error" in result:
+            message, code = json.loads(result["cs_error"])
+            self.error = CompressSearchError(message)
+            self.error.exit_code = code
+        elif result and "cs_crash" in result:
+            self.search.died(number, attempt, Failure(**json.loads(result["cs_crash"])))
+        elif error or not result or "cs_rung" not in result:
+            self.search.died(number, attempt, self.read_death(number, attempt))
+        else:  # stopped by the scheduler below, which is final
+            rung = Rung(**json.loads(result["cs_rung"]))
+            self.search.finish(Result(number, attempt, "stopped", metrics=rung.metrics))
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing to save: the database holds it all."""
+        Path(checkpoint_path).touch()
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing to restore."""
+
+
+class ForwardingScheduler(FIFOScheduler):
+    """Tune reports, the search decides whether to go on."""
+
+    def __init__(self, search: Search) -> None:
+        super().__init__()
+        self.search = search
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """CONTINUE or STOP."""
+        if "cs_rung" in result and not self.search.report(Rung(**json.loads(result["cs_rung"]))):
+            return str(TrialScheduler.STOP)
+        return str(TrialScheduler.CONTINUE)
+
+
+class RayExecutor:
+    """Runs trials as Ray actors with the resources the study asks for."""
+
+    def __init__(self, factory: Factory, brief: Any, read_death: ReadDeath, study: Study) -> None:
+        self.factory, self.brief, self.read_death, self.study = factory, brief, read_death, study
+        self.started_ray = connect(study)
+
+    def run(self, search: Search) -> None:
+        """Hand out, report and finish until the search is done."""
+        searcher = ForwardingSearcher(search, self.read_death)
+        tuner = tune.Tuner(
+            tune.with_resources(trainable(self.factory, self.brief), resources(self.study)),
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                scheduler=ForwardingScheduler(search),
+                num_samples=-1,
+                max_concurrent_trials=self.study.search.concurrency,
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(
+                name=f"run-{int(time.time())}",
+                storage_path=str(self.study.output / "ray"),
+                verbose=0,
+                # a retry is a new attempt of the same trial, and the search's to give
+                failure_config=tune.FailureConfig(max_failures=0),
+            ),
+        )
+        tuner.fit()
+        if searcher.error:
+            raise searcher.error
+
+    def call(self, job: str, *arguments: Any) -> Any:
+        """The value of a worker's method."""
+        remote = ray.remote(**_remote_resources(self.study))(_call)
+        return ray.get(remote.remote(self.factory, self.brief, job, arguments))
+
+    def close(self) -> None:
+        """End the local cluster if we started one; it takes every process on it along."""
+        if self.started_ray:
+            ray.shutdown()
+
+
+def connect(study: Study) -> bool:
+    """Join or start a cluster; whether one was started.
+
+    Raises:
+        CompressSearchError: the cluster cannot be reached, or has not the resources that one trial asks for.
+    """
+    if ray.is_initialized():
+        return False
+    cluster = study.cluster
+    local = cluster.address == "local"
+    options: dict[str, Any] = {"address": cluster.address}
+    if local:
+        cpus = max(os.cpu_count() or 1, -(-study.search.concurrency * cluster.cpus_per_trial // 1))
+        options.update(num_cpus=int(cpus), include_dashboard=False, _node_ip_address="127.0.0.1")
+    try:
+        ray.init(log_to_driver=False, logging_level="ERROR", **options)
+    except ConnectionError as error:
+        raise study.error("cluster.address", f"no Ray cluster at {cluster.address!r}: {error}") from error
+    _check_resources(study, ray.cluster_resources())
+    return local
+
+
+def _check_resources(study: Study, available: dict[str, float]) -> None:
+    for key, kind in (("cpus_per_trial", "CPU"), ("gpus_per_trial", "GPU")):
+        wanted, there = getattr(study.cluster, key), available.get(kind, 0)
+        if wanted > there:
+            ray.shutdown()
+            raise study.error(f"cluster.{key}", f"a trial asks for {wanted:g} {kind}, the cluster has {there:g}")
+
+
+def resources(study: Study) -> dict[str, float]:
+    """What one trial takes, in Tune's words."""
+    return {"cpu": study.cluster.cpus_per_trial, "gpu": study.cluster.gpus_per_trial}
+
+
+def _remote_resources(study: Study) -> dict[str, float]:
+    return {"num_cpus": study.cluster.cpus_per_trial, "num_gpus": study.cluster.gpus_per_trial}
+
+
+def trainable(factory: Factory, brief: Any) -> Callable[[dict[str, Any]], None]:
+    """A Tune function that runs one assignment in this actor's worker."""
+
+    def run(config: dict[str, Any]) -> None:
+        def report(rung: Rung) -> bool:
+            # Tune ends this thread inside the call when the scheduler says stop
+            tune.report({"cs_rung": json.dumps(vars(rung))})
+            return True
+
+        try:
+            result = _worker(factory, brief).run(Assignment.from_dict(json.loads(config["assignment"])), report)
+            tune.report({"cs_result": json.dumps(result.to_dict())})
+        except CompressSearchError as error:
+            tune.report({"cs_error": json.dumps([str(error), error.exit_code])})
+        except Exception as error:  # a fault outside of any recipe: the search repeats the attempt
+            failure = Failure("died", f"{type(error).__name__}: {error}", traceback.format_exc())
+            tune.report({"cs_crash": json.dumps(vars(failure))})
+
+    return run
+
+
+def _call(factory: Factory, brief: Any, job: str, arguments: tuple[Any, ...]) -> Any:
+    worker = factory(brief)
+    try:
+        return getattr(worker, job)(*arguments)
+    finally:
+        worker.close()
+
+
+def _worker(factory: Factory, brief: Any) -> Worker:
+    key = repr(brief)
+    if key not in _workers:
+        _workers[key] = factory(brief)
+    return _workers[key]
