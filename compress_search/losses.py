@@ -1,0 +1,116 @@
+"""Distillation losses: pure functions of logits.
+
+Owns the arithmetic of soft targets and its one rule of reduction: sum over classes, mean over the rows that
+count. Knows nothing of networks, batches or training.
+
+All sums are taken in float32, or float64 where that is what comes in, whatever precision the network runs in.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORED = -100
+"""The label of a position that has none."""
+
+SoftLoss = Literal["kl", "mse_logits"]
+TokenScope = Literal["labelled", "attended"]
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of ``values`` (…, features) over the positions where ``mask`` (…) is set; zero where none is."""
+    selected = _wide(values[mask.bool()])
+    return selected.sum() / max(selected.numel(), 1)
+
+
+def valid_tokens(labels: Tensor, attention_mask: Tensor, scope: TokenScope = "labelled") -> Tensor:
+    """Which positions of a token task count, (B, S) bool: those with a label, or all that are no padding."""
+    return labels != IGNORED if scope == "labelled" else attention_mask.bool()
+
+
+def soft_cross_entropy(
+    student: Tensor, teacher: Tensor, temperature: float = 1.0, mask: Tensor | None = None
+) -> Tensor:
+    """τ²·CE(softmax(teacher/τ), softmax(student/τ)): :func:`kl` plus τ² times the teacher's entropy.
+
+    Same gradient as :func:`kl`, but its minimum is not 0. Arguments as there.
+    """
+    student, teacher = _rows(student, mask), _rows(teacher, mask)
+    target = F.softmax(teacher / temperature, dim=-1)
+    return -(temperature**2) * _mean_over_rows(target * F.log_softmax(student / temperature, dim=-1))
+
+
+def kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:
+    """τ²·KL(softmax(teacher/τ) ‖ softmax(student/τ)), summed over classes, mean over rows.
+
+    The factor τ² keeps the gradient's size, which would fall as 1/τ², so that a weight beside another loss means
+    the same at any temperature: the gradient is τ·(softmax(student/τ) − softmax(teacher/τ)) per row.
+
+    Args:
+        student: logits, (…, C).
+        teacher: logits, (…, C).
+        temperature: τ > 0.
+        mask: which rows count, (…); all by default.
+
+    Source: Hinton et al. 2015, Distilling the Knowledge in a Neural Network, section 2.
+    """
+    student, teacher = _rows(student, mask), _rows(teacher, mask)
+    log_student = F.log_softmax(student / temperature, dim=-1)
+    log_teacher = F.log_softmax(teacher / temperature, dim=-1)
+    return temperature**2 * _mean_over_rows(log_teacher.exp() * (log_teacher - log_student))
+
+
+def mse_logits(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean squared difference of logits (…, C) over the classes of all rows that count.
+
+    Source: Ba and Caruana 2014, Do Deep Nets Really Need to be Deep?, section 2.2.
+    """
+    student, teacher = _rows(student, mask), _rows(teacher, mask)
+    return _mean_over_rows((student - teacher) ** 2) / student.shape[-1]
+
+
+def soft_loss(
+    student: Tensor,
+    teacher: Tensor,
+    kind: SoftLoss = "kl",
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The named soft term: :func:`kl`, or :func:`mse_logits`, which is also the one for regression (C = 1)."""
+    if kind == "mse_logits":
+        return mse_logits(student, teacher, mask)
+    return kl(student, teacher, temperature, mask)
+
+
+def mixed(soft: Tensor, hard: Tensor, alpha: float) -> Tensor:
+    """α·soft + (1 − α)·hard; a term of weight 0 takes no part at all, not even through NaN or its graph."""
+    if alpha == 0:
+        return hard
+    return soft if alpha == 1 else alpha * soft + (1 - alpha) * hard
+
+
+def annealed(start: float, end: float, progress: float) -> float:
+    """The weight that goes linearly from ``start`` to ``end`` as ``progress`` goes from 0 to 1.
+
+    Source: Clark et al. 2019, BAM! Born-Again Multi-Task Networks (teacher annealing).
+    """
+    return start + (end - start) * min(max(progress, 0.0), 1.0)
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _rows(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """The rows that count, (N, C)."""
+    # selected rather than multiplied by 0: an infinity in a row that does not count would turn into NaN
+    return _wide(logits.flatten(0, -2) if mask is None else logits[mask.bool()])
+
+
+def _mean_over_rows(values: Tensor) -> Tensor:
+    """Sum over classes, mean over rows; zero (with a gradient of zero) for no rows."""
+    return values.sum() / max(values.shape[0], 1)
