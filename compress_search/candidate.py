@@ -24,8 +24,8 @@ class Subject:
     """What a step may know of the model it would be applied to: shapes and traits, no weights.
 
     ``heads`` and ``intermediate`` are means over the layers, which a pruning step can make unequal.
-    ``embedding_size`` is the width of the embedding tables, projected onto ``hidden`` where the two differ; 0
-    means ``hidden``. ``bits`` are the stored bits of an encoder or head weight, ``embedding_bits`` those of an embedding weight.
+    ``bits`` are the stored bits of an encoder or head weight, ``embedding_bits`` those of an embedding weight.
+    ``embedding_size`` is the width of the embedding tables, projected onto ``hidden`` where they differ (0: same).
 
     Traits the engine itself sets on the teacher: ``"timed"`` (an objective or constraint depends on running
     time, so only real kernels count) and ``"kernel:<name>"`` for each kernel that a probe found to be real on
@@ -44,11 +44,11 @@ class Subject:
     positions: int
     token_types: int
     labels: int
-    embedding_size: int = 0
     pooler: bool = True
     device: str = "cpu"
     bits: float = 32
     embedding_bits: float = 32
+    embedding_size: int = 0
     traits: frozenset[str] = frozenset()
 
     def having(self, *traits: str, **changes: Any) -> Subject:

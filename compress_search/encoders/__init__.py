@@ -1,1 +1,41 @@
-"""The inside of BERT-like networks: one view over the families, surgery on it, saving and loading."""
+"""BERT-like encoders as methods see them: one view of their parts, surgery on them, and saving what results."""
+
+from compress_search.encoders.manifest import build, describe, load, load_network, save, shape_key
+from compress_search.encoders.surgery import bake, keep_layers, prune_heads, prune_neurons
+from compress_search.encoders.view import (
+    FAMILIES,
+    LayerParts,
+    backbone,
+    embeddings,
+    family,
+    head,
+    inputs,
+    layers,
+    parts,
+    set_layers,
+    subject_of,
+)
+
+__all__ = [
+    "FAMILIES",
+    "LayerParts",
+    "backbone",
+    "bake",
+    "build",
+    "describe",
+    "embeddings",
+    "family",
+    "head",
+    "inputs",
+    "keep_layers",
+    "layers",
+    "load",
+    "load_network",
+    "parts",
+    "prune_heads",
+    "prune_neurons",
+    "save",
+    "set_layers",
+    "shape_key",
+    "subject_of",
+]

@@ -1,0 +1,173 @@
+"""Physical removal of heads, neurons and layers, in place, and the folding of masks.
+
+Owns the exact recipe by which a masked network and the smaller one it stands for compute the same. Decides
+nothing: what to keep is the caller's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from compress_search.encoders import view
+
+
+class Offset(nn.Linear):
+    """An (H, 0) projection: the bias is all that is left of a sub-layer without inner width."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would initialise a weight without elements, and warn
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, H) -> the bias in the shape of the argument."""
+        return self.bias.expand_as(x)
+
+
+class Skip(nn.Linear):
+    """A (0, H) projection without neurons; hands its input on, so that :class:`Offset` knows the shape."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The input itself."""
+        return x
+
+
+class NoAttention(nn.Module):
+    """Attention without heads, in place of a family's own; keeps the names of its tensors."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        for name, child in attention.named_children():
+            self.add_module(name, child)
+        self.attention_head_size = attention.attention_head_size
+
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, None]:
+        """Hidden states (B, S, H) through the output projection where this family has it here; no weights."""
+        project = getattr(self, "out_lin", None)
+        return (project(hidden_states) if project else hidden_states), None
+
+
+def prune_heads(network: nn.Module, keep: Mapping[int, Sequence[int]]) -> None:
+    """Keep only these heads of these layers; the output bias of a layer without heads survives as LN(x + b).
+
+    A layer shared by several positions is pruned once, at all of them.
+
+    Raises:
+        ValueError: unknown layers or heads, duplicates, or different heads for positions that share a layer.
+    """
+    for parts, heads in _distinct(network, keep, "query"):
+        _check(heads, parts.heads, "heads")
+        offsets = torch.arange(parts.head_dim)
+        rows = (torch.tensor(heads, dtype=torch.long)[:, None] * parts.head_dim + offsets).flatten()
+        for linear in (parts.query, parts.key, parts.value):
+            _keep_rows(linear, rows)
+        _keep_columns(parts.attention_output, rows)
+    for layer in view.layers(network):
+        if not view.parts(layer).heads:
+            _remove_attention(layer)
+
+
+def prune_neurons(network: nn.Module, keep: Mapping[int, Sequence[int]]) -> None:
+    """Keep only these feed-forward neurons of these layers; what is left of a layer without any is LN(x + b).
+
+    Raises:
+        ValueError: unknown layers or neurons, duplicates, or different neurons for positions that share a layer.
+    """
+    for parts, neurons in _distinct(network, keep, "up"):
+        _check(neurons, parts.neurons, "neurons")
+        rows = torch.tensor(neurons, dtype=torch.long)
+        _keep_rows(parts.up, rows)
+        _keep_columns(parts.down, rows)
+    for layer in view.layers(network):
+        if not view.parts(layer).neurons:
+            _remove_feed_forward(layer)
+
+
+def keep_layers(network: nn.Module, keep: Sequence[int]) -> None:
+    """Keep only these layers, in the order given.
+
+    Raises:
+        ValueError: no layer, unknown layers or duplicates.
+    """
+    stack = view.layers(network)
+    if not keep:
+        raise ValueError("an encoder needs at least one layer")
+    _check(keep, len(stack), "layers")
+    view.set_layers(network, [stack[index] for index in keep])
+
+
+def bake(network: nn.Module) -> None:
+    """Fold every torch parametrization (masks, factors) into a plain parameter of the value it has now."""
+    for module in list(network.modules()):
+        if parametrize.is_parametrized(module):
+            for name in list(cast(nn.ModuleDict, module.parametrizations)):
+                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+
+
+def _distinct(
+    network: nn.Module, keep: Mapping[int, Sequence[int]], owner: str
+) -> list[tuple[view.LayerParts, list[int]]]:
+    """The parts of each named layer with the indices to keep; positions that share the owner appear once."""
+    stack = view.layers(network)
+    chosen: dict[int, tuple[view.LayerParts, list[int]]] = {}
+    for index, kept in keep.items():
+        if not 0 <= index < len(stack):
+            raise ValueError(f"layer {index} does not exist: there are {len(stack)}")
+        parts = view.parts(stack[index])
+        if chosen.setdefault(id(getattr(parts, owner)), (parts, list(kept)))[1] != list(kept):
+            raise ValueError(f"layer {index} is shared: its positions must keep the same parts")
+    return list(chosen.values())
+
+
+def _check(kept: Sequence[int], count: int, what: str) -> None:
+    if len(set(kept)) != len(kept) or not all(0 <= index < count for index in kept):
+        raise ValueError(f"cannot keep {what} {list(kept)} of {count}: expected distinct indices below {count}")
+
+
+def _keep_rows(linear: nn.Linear, rows: Tensor) -> None:
+    _require_plain(linear)
+    rows = rows.to(linear.weight.device)
+    linear.weight = _parameter(linear.weight[rows], linear.weight)
+    linear.bias = _parameter(linear.bias[rows], linear.bias)
+    linear.out_features = len(rows)
+
+
+def _keep_columns(linear: nn.Linear, columns: Tensor) -> None:
+    _require_plain(linear)
+    linear.weight = _parameter(linear.weight[:, columns.to(linear.weight.device)], linear.weight)
+    linear.in_features = len(columns)
+
+
+def _parameter(value: Tensor, like: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(value.detach().clone(memory_format=torch.contiguous_format), like.requires_grad)
+
+
+def _require_plain(linear: nn.Linear) -> None:
+    if parametrize.is_parametrized(linear):
+        raise ValueError("a parametrized weight cannot be cut: fold the masks with bake(network) first")
+
+
+def _remove_attention(layer: nn.Module) -> None:
+    at, parts = view.layout(layer), view.parts(layer)
+    if not isinstance(parts.attention_output, Offset):
+        layer.set_submodule(at.attention_output, Offset(parts.attention_output))
+    if not isinstance(attention := layer.get_submodule(at.attention), NoAttention):
+        layer.set_submodule(at.attention, NoAttention(attention))
+
+
+def _remove_feed_forward(layer: nn.Module) -> None:
+    at, parts = view.layout(layer), view.parts(layer)
+    if not isinstance(parts.up, Skip):
+        layer.set_submodule(at.up, Skip(parts.up))
+        layer.set_submodule(at.activation, nn.Identity())
+        layer.set_submodule(at.down, Offset(parts.down))
