@@ -4,6 +4,7 @@ CompressSearchError                 exit 1: anything this package raises on purp
 ├── StudyError                      exit 2: a study file, an option or the data it names is wrong
 ├── PluginError                     exit 2: a method cannot be found, imported or breaks the contract
 ├── TrialError                      exit 1: a step of a recipe cannot be carried out
+│   └── NotFinite                   exit 1: a loss or an output is infinite or not a number
 ├── StorageError                    exit 1: the database cannot be reached, read or written
 │   └── StudyLocked                 exit 3: another driver is running this study
 ├── ExportError                     exit 1: an artefact cannot be written, or does not reload to the same score
@@ -58,6 +59,12 @@ class TrialError(CompressSearchError):
     def __init__(self, message: str, *, method: str | None = None, params: Mapping[str, Any] | None = None) -> None:
         self.message, self.method, self.params = message, method, dict(params or {})
         super().__init__(f"{method} {self.params}: {message}" if method else message)
+
+
+class NotFinite(TrialError):
+    """A loss or a network's output is infinite or not a number; the text gives the step or the count."""
+
+    kind = "nan"
 
 
 class StorageError(CompressSearchError):
