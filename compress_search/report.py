@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from compress_search import formats, pareto
+from compress_search import formats, goals, pareto
 from compress_search.recipe import Recipe
 
 Metrics = Mapping[str, float]
@@ -76,17 +76,29 @@ class Baseline(_Document):
     test: dict[str, float] | None
 
 
-class Report(_Document):
+class Aims(_Document):
+    """What the study is after: all that is needed to rank trials."""
+
+    study: str
+    task: goals.TaskName
+    objectives: dict[str, pareto.Direction]
+    constraints: dict[str, str | list[str]] = Field(default_factory=dict)
+    reference_point: dict[str, float] = Field(default_factory=dict)
+
+
+class Facts(Aims):
+    """What a report needs to know of the study beside its trials; all of it stored in the database."""
+
+    environment: dict[str, Any] = Field(default_factory=dict)
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+
+class Report(Aims):
     """The document ``report --format json`` prints."""
 
     schema_version: Literal[1] = 1
-    study: str
-    task: str
-    objectives: dict[str, pareto.Direction]
-    constraints: dict[str, str]
     teacher: dict[str, float]
     baselines: list[Baseline]
-    reference_point: dict[str, float]
     hypervolume: float | None
     front: list[int]
     recommended: int | None
@@ -104,141 +116,111 @@ class Report(_Document):
 
     def to_json(self) -> str:
         """The document as indented JSON without NaN."""
-        return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False)
-
-
-class Facts(_Document):
-    """What a report needs to know of the study beside its trials; all of it stored in the database."""
-
-    name: str
-    task: str
-    objectives: dict[str, pareto.Direction]
-    constraints: dict[str, str] = Field(default_factory=dict)
-    reference_point: dict[str, float] = Field(default_factory=dict)
-    environment: dict[str, Any] = Field(default_factory=dict)
-    settings: dict[str, Any] = Field(default_factory=dict)
+        document = {"schema_version": self.schema_version, **self.model_dump(mode="json")}
+        return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def build_report(facts: Facts, entries: Iterable[Entry]) -> Report:
     """The document of a study from its stored facts and trials; sensible for a study with no trial at all."""
     trials = sorted(entries, key=lambda entry: entry.number)
-    front = front_of(trials, facts.objectives, facts.constraints)
-    alike = _alike(trials, front, facts.objectives)
+    members = front_of(trials, facts)
+    alike = _alike(members, facts)
     marked = [
-        entry.model_copy(update={"on_front": entry.number in front, "alike": alike.get(entry.number, [])})
+        entry.model_copy(update={"on_front": entry.number in alike, "alike": alike.get(entry.number, [])})
         for entry in trials
     ]
     teacher = teacher_of(marked)
     return Report(
-        study=facts.name,
-        task=facts.task,
-        objectives=facts.objectives,
-        constraints=facts.constraints,
+        **facts.model_dump(exclude={"environment", "settings"}),
         teacher=teacher.metrics if teacher else {},
         baselines=[_baseline(entry) for entry in marked if entry.baseline and entry.metrics],
-        reference_point=facts.reference_point,
-        hypervolume=hypervolume_of(marked, facts),
-        front=front,
-        recommended=_recommended(marked, front, facts),
+        hypervolume=hypervolume_of(members, facts),
+        front=[entry.number for entry in members],
+        recommended=_recommended(members, facts),
         trials=marked,
         environment=_plain(facts.environment),
     )
 
 
-def front_of(
-    trials: Sequence[Entry], objectives: Mapping[str, pareto.Direction], constraints: Mapping[str, str]
-) -> list[int]:
-    """Numbers of the complete trials within the constraints that none other dominates, best score first."""
-    able = [entry for entry in candidates(trials, objectives) if not violations(entry.metrics, constraints)]
-    if not able:
-        return []
-    names, directions = list(objectives), list(objectives.values())
-    rows = pareto.front([[entry.metrics[name] for name in names] for entry in able], directions)
-    sign = -1 if directions[0] == "maximize" else 1
-    best_first = sorted(
-        (able[row] for row in rows), key=lambda entry: (sign * entry.metrics[names[0]], entry.number)
-    )
-    return [entry.number for entry in best_first]
-
-
-def _alike(
-    trials: Sequence[Entry], front: Sequence[int], objectives: Mapping[str, pareto.Direction]
-) -> dict[int, list[int]]:
-    """For each member of the front the other members whose intervals overlap its own in every objective."""
-    members = [entry for entry in trials if entry.number in front]
-    boxes = [[entry.intervals.get(name, (entry.metrics[name],) * 2) for name in objectives] for entry in members]
-    overlap = pareto.indistinguishable(boxes)
-    numbers = [entry.number for entry in members]
-    return {
-        number: [other for other, same in zip(numbers, overlap[row], strict=True) if same and other != number]
-        for row, number in enumerate(numbers)
-    }
-
-
-def _recommended(trials: Sequence[Entry], front: Sequence[int], facts: Facts) -> int | None:
-    """The front's member to choose; never the teacher itself, which is no compression."""
-    members = [entry for entry in trials if entry.number in front and entry.recipe]
-    if not members:
-        return None
-    row = pareto.recommend(
-        [[entry.metrics[name] for name in facts.objectives] for entry in members],
-        list(facts.objectives.values()),
-        bounded=[name in facts.constraints or f"{name}_drop" in facts.constraints for name in facts.objectives],
-    )
-    return None if row is None else members[row].number
-
-
-def candidates(trials: Iterable[Entry], objectives: Mapping[str, pareto.Direction]) -> list[Entry]:
+def candidates(trials: Iterable[Entry], aims: Aims) -> list[Entry]:
     """The complete trials that have a value for every objective."""
     return [
-        entry for entry in trials if entry.state == "complete" and all(name in entry.metrics for name in objectives)
+        entry
+        for entry in trials
+        if entry.state == "complete" and all(name in entry.metrics for name in aims.objectives)
     ]
 
 
-def violations(metrics: Metrics, constraints: Mapping[str, str]) -> dict[str, float]:
+def front_of(trials: Iterable[Entry], aims: Aims) -> list[Entry]:
+    """The complete trials within the constraints that none other dominates, best in the first objective first."""
+    able = [entry for entry in candidates(trials, aims) if not violations(entry.metrics, aims)]
+    first, way = next(iter(aims.objectives.items()))
+    sign = -1 if way == "maximize" else 1
+    members = [able[row] for row in pareto.front(_points(able, aims), list(aims.objectives.values()))]
+    return sorted(members, key=lambda entry: (sign * entry.metrics[first], entry.number))
+
+
+def hypervolume_of(trials: Sequence[Entry], aims: Aims) -> float | None:
+    """Of complete, feasible trials against the study's frozen reference point; None before there is one."""
+    if not set(aims.objectives) <= set(aims.reference_point):
+        return None
+    reference = [aims.reference_point[name] for name in aims.objectives]
+    return pareto.hypervolume(_points(trials, aims), reference, list(aims.objectives.values()))
+
+
+def hypervolume_history(report: Report) -> list[tuple[int, float]]:
+    """(number, hypervolume of the trials up to it) for every complete trial, in order."""
+    done = candidates(report.trials, report)
+    volumes = [hypervolume_of(front_of(done[: end + 1], report), report) for end in range(len(done))]
+    return [(entry.number, volume) for entry, volume in zip(done, volumes, strict=True) if volume is not None]
+
+
+def violations(metrics: Metrics, aims: Aims) -> dict[str, float]:
     """By how much each broken constraint is missed, relative to its bound; a missing metric misses it wholly."""
     missed = {}
-    for name, text in constraints.items():
-        for limit in text.split(" and "):
-            operator, bound = limit.split()
-            if name not in metrics:
-                missed[name] = math.inf
-                continue
-            excess = metrics[name] - float(bound)
-            if (excess if operator.startswith("<") else -excess) > 0:
-                missed[name] = abs(excess) / max(abs(float(bound)), 1e-12)
+    for name, bounds in aims.constraints.items():
+        limit = goals.parse_constraint(name, bounds, aims.task)
+        excess = limit.violation(metrics.get(name, math.nan))
+        if excess > 0:
+            missed[name] = excess / max(abs(limit.bound), 1e-12)
     return missed
+
+
+def bounds(aims: Aims, metric: str) -> str:
+    """A constraint's bounds in words, for example ``<= 40``."""
+    written = aims.constraints[metric]
+    return written if isinstance(written, str) else " and ".join(written)
+
+
+def _points(trials: Iterable[Entry], aims: Aims) -> list[list[float]]:
+    return [[entry.metrics[name] for name in aims.objectives] for entry in trials]
+
+
+def _alike(members: Sequence[Entry], aims: Aims) -> dict[int, list[int]]:
+    """For each member of the front the other members whose intervals overlap its own in every objective."""
+    boxes = [
+        [entry.intervals.get(name, (entry.metrics[name],) * 2) for name in aims.objectives] for entry in members
+    ]
+    overlap = pareto.indistinguishable(boxes)
+    return {
+        entry.number: [
+            other.number for other, same in zip(members, overlap[row], strict=True) if same and other is not entry
+        ]
+        for row, entry in enumerate(members)
+    }
+
+
+def _recommended(members: Sequence[Entry], aims: Aims) -> int | None:
+    """The front's member to choose; never the teacher itself, which is no compression."""
+    members = [entry for entry in members if entry.recipe]
+    bounded = [name in aims.constraints or f"{name}_drop" in aims.constraints for name in aims.objectives]
+    row = pareto.recommend(_points(members, aims), list(aims.objectives.values()), bounded=bounded)
+    return None if row is None else members[row].number
 
 
 def teacher_of(trials: Iterable[Entry]) -> Entry | None:
     """The complete trial of the empty recipe."""
     return next((entry for entry in trials if entry.state == "complete" and not entry.recipe), None)
-
-
-def hypervolume_of(trials: Sequence[Entry], facts: Facts) -> float | None:
-    """Of the feasible complete trials against the study's frozen reference point; None while there is none."""
-    names = list(facts.objectives)
-    if any(name not in facts.reference_point for name in names):
-        return None
-    members = front_of(trials, facts.objectives, facts.constraints)
-    by_number = {entry.number: entry for entry in trials}
-    rows = [[by_number[number].metrics[name] for name in names] for number in members]
-    reference = [facts.reference_point[name] for name in names]
-    return float(pareto.hypervolume(rows, reference, list(facts.objectives.values()))) if rows else 0.0
-
-
-def hypervolume_history(report: Report) -> list[tuple[int, float]]:
-    """(number, hypervolume of the trials up to it) for every complete trial, in order."""
-    facts = Facts(
-        name=report.study,
-        task=report.task,
-        objectives=report.objectives,
-        constraints=report.constraints,
-        reference_point=report.reference_point,
-    )
-    done = candidates(report.trials, report.objectives)
-    volumes = [hypervolume_of(done[: end + 1], facts) for end in range(len(done))]
-    return [(entry.number, volume) for entry, volume in zip(done, volumes, strict=True) if volume is not None]
 
 
 def failures(report: Report) -> list[tuple[str, list[int]]]:
@@ -265,15 +247,15 @@ def recommendation(report: Report) -> str:
     if report.recommended is not None:
         chosen = report.trial(report.recommended)
         return f"Choose trial {chosen.number}: {', '.join(_gains(chosen, report)) or chosen.text}."
-    done = [entry for entry in candidates(report.trials, report.objectives) if entry.recipe]
+    done = [entry for entry in candidates(report.trials, report) if entry.recipe]
     if not done:
         return "Nothing has completed yet."
     if not report.constraints or report.front:
         return "Nothing on the front improves on the teacher."
-    closest = min(done, key=lambda entry: sum(violations(entry.metrics, report.constraints).values()))
+    closest = min(done, key=lambda entry: sum(violations(entry.metrics, report).values()))
     missed = ", ".join(
-        f"{formats.number(name, closest.metrics.get(name), unit=True)} against {report.constraints[name]}"
-        for name in violations(closest.metrics, report.constraints)
+        f"{formats.number(name, closest.metrics.get(name), unit=True)} against {bounds(report, name)}"
+        for name in violations(closest.metrics, report)
     )
     return f"Nothing meets the constraints; the closest is trial {closest.number} ({missed})."
 
