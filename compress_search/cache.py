@@ -1,0 +1,32 @@
+"""Content-addressed directories: made once, whole or not at all, shared by every process on the host.
+
+Owns the lock and the atomic rename. Knows nothing of what is inside.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+
+
+def content_addressed(cache: Path, key: str, build: Callable[[Path], None]) -> Path:
+    """The directory ``cache/<key>``, built by whoever comes first; the others wait.
+
+    ``build`` fills the empty directory it is given, which only takes its final name once it returns.
+    """
+    directory = cache / key
+    if directory.is_dir():
+        return directory
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / f"{key}.lock"):
+        if not directory.is_dir():
+            unfinished = cache / f"{key}.tmp"
+            # left behind by a process that died: whoever holds the lock is alone
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            build(unfinished)
+            unfinished.replace(directory)
+    return directory
