@@ -4,6 +4,8 @@ CompressSearchError                 exit 1: anything this package raises on purp
 ├── StudyError                      exit 2: a study file, an option or the data it names is wrong
 ├── PluginError                     exit 2: a method cannot be found, imported or breaks the contract
 ├── TrialError                      exit 1: a step of a recipe cannot be carried out
+├── BenchError                      exit 1: an artefact cannot be loaded, scored or timed
+│   └── BenchDied                   exit 1: the bench process ended, or was ended at its time limit
 │   └── NotFinite                   exit 1: a loss or an output is infinite or not a number
 ├── StorageError                    exit 1: the database cannot be reached, read or written
 │   └── StudyLocked                 exit 3: another driver is running this study
@@ -65,6 +67,18 @@ class NotFinite(TrialError):
     """A loss or a network's output is infinite or not a number; the text gives the step or the count."""
 
     kind = "nan"
+
+
+class BenchError(CompressSearchError):
+    """What the bench was given cannot be loaded, scored or timed; ``details`` is its traceback."""
+
+    def __init__(self, message: str, *, details: str = "", kind: str = "error") -> None:
+        self.details, self.kind = details, kind
+        super().__init__(message)
+
+
+class BenchDied(BenchError):
+    """The bench process ended before it answered; ``kind`` is ``died``, or ``timeout`` at its time limit."""
 
 
 class StorageError(CompressSearchError):
