@@ -1,0 +1,397 @@
+"""study.yaml as validated, immutable data: what to compress, towards what, with which methods and what budget.
+
+Owns the schema, its defaults and every check that needs no model and no data. Knows nothing of torch, of which
+methods exist or of how anything is run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from compress_search.complaints import Fault, complain, show
+from compress_search.document import Document, override, read
+from compress_search.errors import StudyError
+from compress_search.goals import (
+    METRICS,
+    TIMED,
+    Constraint,
+    Direction,
+    TaskName,
+    as_written,
+    direction,
+    parse_constraints,
+    parse_objectives,
+    plain_objective,
+)
+from compress_search.narrowing import parse_methods
+from compress_search.sources import (
+    data_source,
+    database_url,
+    model_source,
+    output_directory,
+    plugin_files,
+    safe_url,
+    vocabulary,
+)
+
+if TYPE_CHECKING:
+    from compress_search.space import Narrowing
+else:
+    Narrowing = Any  # importing space imports Optuna, which takes longer than ``--help`` may
+
+__all__ = ["METRICS", "Constraint", "Direction", "Study", "direction", "load_study", "objectives_for", "safe_url"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def _empty_section(value: Any) -> Any:
+    """A section whose keys are all commented out is the section with its defaults."""
+    return {} if value is None else value
+
+
+_Defaults = BeforeValidator(_empty_section)
+
+
+class Architecture(_Section):
+    """The shape of a small encoder to train from scratch."""
+
+    family: Literal["bert"] = Field(default="bert", description="the kind of encoder")
+    layers: int = Field(default=4, ge=1, description="transformer layers")
+    hidden: int = Field(default=256, ge=8, description="width of a token's representation")
+    heads: int = Field(default=4, ge=1, description="attention heads of a layer; divides `hidden`")
+    intermediate: int = Field(
+        default_factory=lambda data: 4 * data["hidden"],
+        ge=1,
+        description="neurons of a layer's feed-forward part; 4 × `hidden` by default",
+    )
+    vocabulary: Annotated[int | Path, PlainValidator(vocabulary, json_schema_input_type=int | str)] = Field(
+        default=4000,
+        description="size of a WordPiece vocabulary trained on the training text, or the path of a vocab.txt",
+    )
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Architecture:
+        if self.hidden % self.heads:
+            raise Fault("heads", f"expected a divisor of hidden ({self.hidden}), got {self.heads}")
+        return self
+
+
+class FineTune(_Section):
+    """How the teacher is trained on the task before it is compressed."""
+
+    epochs: float = Field(default=3.0, gt=0, description="passes over the training data")
+    learning_rate: float = Field(default=5e-5, gt=0, le=1, description="the peak, after warm-up")
+    batch_size: int = Field(default=32, ge=1, description="examples in a training step")
+
+
+class TeacherConfig(_Section):
+    """The model to compress: either `model` or `architecture`."""
+
+    model: Annotated[str, AfterValidator(model_source)] | None = Field(
+        default=None, description="directory in Hugging Face's format, or hub id"
+    )
+    architecture: Architecture | None = Field(
+        default=None, description="train a small model from scratch instead; needs `fine_tune`"
+    )
+    fine_tune: FineTune | None = Field(
+        default=None, description="train the model on the task first; leave out when it already is fine-tuned"
+    )
+
+    @field_validator("fine_tune", mode="before")
+    @classmethod
+    def _say_which(cls, value: Any) -> Any:
+        if value is None:
+            raise ValueError("expected a mapping, {} for the defaults; leave the key out for a fine-tuned model")
+        return value
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> TeacherConfig:
+        if (self.model is None) == (self.architecture is None):
+            raise ValueError(
+                f"expected either model or architecture, got {'neither' if self.model is None else 'both'}"
+            )
+        if self.architecture and not self.fine_tune:
+            raise Fault("architecture", "a model trained from scratch needs teacher.fine_tune")
+        return self
+
+
+_DataSource = Annotated[str, AfterValidator(data_source)]
+
+
+class DataConfig(_Section):
+    """The examples, as files with one example a row, or hub data sets."""
+
+    train: _DataSource = Field(description="training data: jsonl, csv, tsv or parquet file, or hub id")
+    validation: _DataSource | None = Field(
+        default=None, description="what the search selects on; a tenth of the training data by default"
+    )
+    test: _DataSource | None = Field(default=None, description="scored once, for the front; not scored by default")
+    max_length: int = Field(default=128, ge=4, description="word pieces of an example; longer ones are cut")
+    text: str = Field(default="text", min_length=1, description="column with the text")
+    text_pair: str | None = Field(
+        default=None,
+        min_length=1,
+        description="column with a second text; `text_pair` by default, where there is one",
+    )
+    label: str = Field(default="label", min_length=1, description="column with the class, or the number to predict")
+    tokens: str = Field(default="tokens", min_length=1, description="column with the list of words (token tasks)")
+    tags: str = Field(default="tags", min_length=1, description="column with one tag for each word (token tasks)")
+
+
+class SearchConfig(_Section):
+    """How long and how to search."""
+
+    trials: int = Field(
+        default=40, ge=1, description="trials to run; complete, stopped and failed ones count, duplicates do not"
+    )
+    hours: float | None = Field(
+        default=None, gt=0, description="start no more trials after this time; no limit by default"
+    )
+    sampler: Literal["auto", "random", "tpe", "gp", "nsga2"] = Field(
+        default="auto", description="what proposes recipes; `auto` changes with the number of trials"
+    )
+    early_stop: Literal["moasha", "none"] = Field(
+        default="moasha", description="stop trials that many others dominate at the same point of their training"
+    )
+    seed: int = Field(default=0, ge=0, lt=2**32, description="seed of all randomness")
+    concurrency: int = Field(default=1, ge=1, description="trials at the same time")
+    retries: int = Field(default=2, ge=0, description="further attempts at a trial whose worker died")
+    trial_minutes: float | None = Field(
+        default=None, gt=0, description="wall-clock limit of one attempt; none by default"
+    )
+
+
+class TrainingConfig(_Section):
+    """A trial's whole training budget, split over its training steps."""
+
+    epochs: float = Field(default=3.0, gt=0, description="passes over the training data")
+    batch_size: int = Field(default=32, ge=1, description="examples in a training step")
+    learning_rate: float = Field(
+        default=5e-5, gt=0, le=1, description="the peak, where a method does not search its own"
+    )
+    warmup: float = Field(default=0.1, ge=0, lt=1, description="part of the steps in which the learning rate rises")
+    weight_decay: float = Field(default=0.01, ge=0, description="AdamW's decoupled weight decay")
+
+
+class MeasureConfig(_Section):
+    """How latency is measured."""
+
+    batch_size: int = Field(default=1, ge=1, description="examples in a measured batch")
+    threads: int = Field(default=1, ge=1, description="threads of the measured runtime")
+    repeats: int = Field(
+        default=50, ge=2, description="timed runs of the candidate, each beside one of the teacher"
+    )
+
+
+class ClusterConfig(_Section):
+    """Where trials run."""
+
+    address: str = Field(
+        default="local",
+        pattern=r"^(local|auto|([\w.-]+|\[[0-9A-Fa-f:]+\]):[0-9]{1,5})$",
+        description="`local`, `auto` (the Ray cluster found from here) or `host:port`",
+    )
+    cpus_per_trial: int = Field(default=1, ge=1, description="CPU cores of a trial")
+    gpus_per_trial: float = Field(default=0, ge=0, description="GPUs of a trial; fractions share one")
+
+
+def _known_task(info: ValidationInfo) -> TaskName:
+    if "task" not in info.data:
+        raise ValueError(f"cannot be read without a task: one of {', '.join(METRICS)}")
+    task: TaskName = info.data["task"]
+    return task
+
+
+def _objectives(items: Any, info: ValidationInfo) -> tuple[str, ...]:
+    return parse_objectives(items, _known_task(info))
+
+
+def _constraints(items: Any, info: ValidationInfo) -> Mapping[str, Constraint]:
+    return parse_constraints(items, _known_task(info))
+
+
+class Study(_Section):
+    """A whole study; :func:`load_study` makes one from a file, with every path absolute."""
+
+    name: str = Field(
+        pattern=r"^\w[\w .-]*$", max_length=100, description="what reports call it; the file's stem by default"
+    )
+    task: TaskName = Field(description="what the model does")
+    teacher: Annotated[TeacherConfig, _Defaults] = Field(description="the model to compress")
+    data: Annotated[DataConfig, _Defaults] = Field(description="the examples to train, select and report on")
+    objectives: Annotated[
+        tuple[str, ...],
+        PlainValidator(_objectives, json_schema_input_type=list[str | dict[str, Direction]]),
+        PlainSerializer(lambda names: [plain_objective(name) for name in names]),
+    ] = Field(
+        default=(),
+        description="what the front trades off: the task's metrics, latency_ms, speedup, throughput, size_mb, "
+        "memory_mb, or a method's own metric with its direction, {my_method.key: minimize}; "
+        "the task's first metric and latency_ms by default",
+    )
+    constraints: Annotated[
+        Mapping[str, Constraint],
+        PlainValidator(_constraints, json_schema_input_type=dict[str, str | list[str]]),
+        PlainSerializer(lambda items: {name: as_written(item) for name, item in items.items()}),
+    ] = Field(
+        default={},
+        description='bounds on metrics, "<= 40" or ">= 0.9", or a list of one of each; '
+        "beside the objectives there is <metric>_drop for each of the task's metrics: the absolute loss against "
+        "the teacher",
+    )
+    methods: Annotated[
+        Mapping[str, Mapping[str, Narrowing]] | Literal["all"],
+        PlainValidator(parse_methods, json_schema_input_type=Any),
+        PlainSerializer(lambda items: items),
+    ] = Field(
+        description="`all`, a list of names, or names with values that narrow their dimensions: a scalar fixes "
+        "one, a list gives the choices, {low: …, high: …} a range; {use: true} has every recipe use the method",
+    )
+    plugins: Annotated[
+        tuple[Path, ...],
+        PlainValidator(plugin_files, json_schema_input_type=list[str]),
+        PlainSerializer(lambda paths: [str(path) for path in paths]),
+    ] = Field(default=(), description="Python files with further methods, each named after its file")
+    search: Annotated[SearchConfig, _Defaults] = Field(
+        default=SearchConfig(), description="how long and how to search"
+    )
+    training: Annotated[TrainingConfig, _Defaults] = Field(
+        TrainingConfig(), description="a trial's training budget"
+    )
+    measure: Annotated[MeasureConfig, _Defaults] = Field(
+        default=MeasureConfig(), description="how latency is measured"
+    )
+    cluster: Annotated[ClusterConfig, _Defaults] = Field(default=ClusterConfig(), description="where trials run")
+    output: Annotated[Path, PlainValidator(output_directory, json_schema_input_type=str)] = Field(
+        description="directory for artefacts; runs/<name> by default"
+    )
+    storage: Annotated[str, PlainValidator(database_url, json_schema_input_type=str)] = Field(
+        default_factory=lambda data: f"sqlite:///{data['output'] / 'study.db'}",
+        repr=False,
+        description="SQLAlchemy URL of the database; environment variables ($NAME, ${NAME}) expand, passwords "
+        "are never printed or stored; sqlite:///<output>/study.db by default",
+    )
+    _document: Document | None = PrivateAttr(None)
+
+    @model_validator(mode="after")
+    def _metrics_have_methods(self) -> Study:
+        """A method's metric needs the method to be searched."""
+        named = [*((f"objectives.{i}", name) for i, name in enumerate(self.objectives))]
+        named += [(f"constraints.{name}", name) for name in self.constraints]
+        for key, metric in named:
+            method, dot, _ = metric.partition(".")
+            if dot and self.methods != "all" and method not in self.methods:
+                raise Fault(key, f"{metric} needs {method} among the methods")
+        return self
+
+    @property
+    def directions(self) -> dict[str, Direction]:
+        """Objectives with their directions; where none are named, the task's first metric and latency_ms."""
+        return objectives_for(self, METRICS[self.task][0])
+
+    @property
+    def timed(self) -> bool:
+        """Whether an objective or a constraint depends on running time."""
+        return any(name in TIMED for name in (*self.directions, *self.constraints))
+
+    def error(self, key: str, message: str) -> StudyError:
+        """An error that names the dotted key with its file and line, or those of its nearest ancestor."""
+        if self._document is None:
+            return StudyError(message, key=key)
+        return self._document.error(key, message)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data for workers: paths absolute, without the storage, which only the driver opens."""
+        return self.model_dump(mode="json", exclude={"storage"}, exclude_none=True)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Study:
+        """The inverse of :meth:`to_dict`; touches no files."""
+        return cls.model_validate(dict(data))
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change between two runs of a study; files inside its folder by their relative paths."""
+        fields = {"task", "teacher", "data", "constraints", "methods", "plugins", "training", "measure"}
+        plain = self.model_dump(mode="json", include=fields, exclude_none=True)
+        folder = Path(self._document.places[""].file).absolute().parent if self._document else None
+        return {"objectives": self.directions, **_portable(plain, folder)}
+
+
+def _portable(value: Any, folder: Path | None) -> Any:
+    if isinstance(value, dict):
+        return {name: _portable(item, folder) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_portable(item, folder) for item in value]
+    inside = isinstance(value, str) and folder is not None and Path(value).is_relative_to(folder)
+    return Path(value).relative_to(folder or "").as_posix() if inside else value
+
+
+def objectives_for(study: Study, primary: str) -> dict[str, Direction]:
+    """The study's objectives with their directions; where it names none, ``primary`` and latency_ms."""
+    if not study.objectives:
+        return {primary: direction(primary), "latency_ms": direction("latency_ms")}
+    return {str(name): getattr(name, "direction", None) or direction(name) for name in study.objectives}
+
+
+def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
+    """Read and check a study file; nothing is created.
+
+    Args:
+        path: the YAML file; the paths in it are relative to its folder.
+        overrides: ``a.b.c=VALUE`` each, applied in order, VALUE being YAML.
+
+    Raises:
+        StudyError: the first thing wrong with it, with file, line and key.
+    """
+    document = read(path)
+    if document.data is None:
+        raise StudyError("the file is empty; expected the keys task, teacher, data and methods", file=path)
+    if not isinstance(document.data, dict):
+        raise StudyError(f"expected a mapping of keys to values, got {show(document.data)}", file=path)
+    for assignment in overrides:
+        document = override(document, assignment)
+    data = {"name": path.stem, **document.data}
+    data.setdefault("output", f"runs/{data['name']}")
+    try:
+        study = Study.model_validate(data, context={"folder": path.absolute().parent})
+    except ValidationError as error:
+        raise _first_error(error, document) from None
+    study._document = document
+    return study
+
+
+def _first_error(error: ValidationError, document: Document) -> StudyError:
+    """The error that stands first in the file; what is missing comes after all there is in its section."""
+
+    def position(item: tuple[str, str, bool]) -> float:
+        key, _, missing = item
+        line = document.end(key.rpartition(".")[0]) if missing else document.place(key).line
+        return math.inf if line is None else line + 0.5 * missing
+
+    complaints = [
+        (*complain(Study, fault), fault["type"] == "missing")
+        for fault in error.errors(include_url=False)
+        if fault["type"] != "default_factory_not_called"  # another field's error comes with it
+    ]
+    key, message, _ = min(complaints, key=position)
+    return document.error(key, message)
