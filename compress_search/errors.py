@@ -4,9 +4,9 @@ CompressSearchError                 exit 1: anything this package raises on purp
 ├── StudyError                      exit 2: a study file, an option or the data it names is wrong
 ├── PluginError                     exit 2: a method cannot be found, imported or breaks the contract
 ├── TrialError                      exit 1: a step of a recipe cannot be carried out
+│   └── NotFinite                   exit 1: a loss or an output is infinite or not a number
 ├── BenchError                      exit 1: an artefact cannot be loaded, scored or timed
 │   └── BenchDied                   exit 1: the bench process ended, or was ended at its time limit
-│   └── NotFinite                   exit 1: a loss or an output is infinite or not a number
 ├── StorageError                    exit 1: the database cannot be reached, read or written
 │   └── StudyLocked                 exit 3: another driver is running this study
 ├── ExportError                     exit 1: an artefact cannot be written, or does not reload to the same score
