@@ -282,13 +282,11 @@ class Workbench:
         return shape, "non-uniform" in candidate.subject.traits
 
     def _rejects(self, metrics: Mapping[str, float], provisional: bool) -> bool:
-        for constraint in self.study.constraints.values():
-            for limit in constraint if isinstance(constraint, tuple) else (constraint,):
-                if limit.metric in metrics:
-                    margin = PROVISIONAL_MARGIN * abs(limit.bound) if provisional else 0.0
-                    if limit.violation(metrics[limit.metric]) > margin:
-                        return True
-        return False
+        tolerance = PROVISIONAL_MARGIN if provisional else 0.0
+        limits = self.study.constraints.values()
+        return any(
+            limit.violation(metrics[limit.metric], tolerance) > 0 for limit in limits if limit.metric in metrics
+        )
 
     def _extra_metrics(
         self, assignment: Assignment, candidate: Candidate, scratch: Path, budget: Budget

@@ -1,0 +1,132 @@
+"""Both executors keep the same promises: nothing lost, the dead replaced, the stopped stopped, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from compress_search.errors import CompressSearchError
+from compress_search.executor import Executor, LocalExecutor
+from compress_search.study import load_study
+from tests.workers import ScriptedSearch, ScriptedWorker, no_reason
+
+ROOT = Path(__file__).resolve().parents[1]
+Make = Callable[..., Executor]
+
+
+@pytest.fixture(scope="module")
+def ray_session() -> Iterator[None]:
+    import compress_search.ray_executor  # noqa: F401  (sets what Ray reads from the environment)
+    import ray
+
+    environment = {"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}}
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=environment)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.slow)])
+def make(request: Any, tmp_path: Path, tiny_study: Callable[..., Path]) -> Iterator[Make]:
+    made: list[Executor] = []
+
+    def local(concurrency: int) -> Executor:
+        return LocalExecutor(ScriptedWorker, str(tmp_path), no_reason, concurrency)
+
+    def on_ray(concurrency: int) -> Executor:
+        request.getfixturevalue("ray_session")
+        from compress_search.ray_executor import RayExecutor
+
+        study = load_study(tiny_study(search={"concurrency": concurrency}))
+        return RayExecutor(ScriptedWorker, str(tmp_path), no_reason, study)
+
+    def executor(concurrency: int = 1) -> Executor:
+        made.append({"local": local, "ray": on_ray}[request.param](concurrency))
+        return made[-1]
+
+    yield executor
+    for one in made:
+        one.close()
+
+
+def test_every_trial_is_run_once_and_finished(make: Make, tmp_path: Path) -> None:
+    search = ScriptedSearch(["fine"] * 5)
+    make(concurrency=2).run(search)  # type: ignore[arg-type]
+    assert {n: r.metrics["accuracy"] for n, r in search.results.items()} == {n: 0.5 + n for n in range(5)}
+    assert sorted(path.name for path in tmp_path.glob("?-?")) == [f"{n}-1" for n in range(5)]
+
+
+def test_workers_are_reused(make: Make, tmp_path: Path) -> None:
+    make().run(ScriptedSearch(["fine"] * 4))  # type: ignore[arg-type]
+    assert len({path.read_text() for path in tmp_path.glob("?-?")}) == 1
+
+
+def test_a_stopped_trial_goes_no_further(make: Make, tmp_path: Path) -> None:
+    search = ScriptedSearch(["reports", "fine"], stop_at=1)
+    make().run(search)  # type: ignore[arg-type]
+    assert [rung.index for rung in search.rungs] == [0, 1]
+    assert (tmp_path / "0-went-on-0").exists()
+    assert not (tmp_path / "0-went-on-1").exists()
+    assert search.results[1].state == "complete"
+
+
+def test_a_dead_worker_is_replaced_and_its_trial_repeated(make: Make) -> None:
+    search = ScriptedSearch(["dies_once", "fine", "dies"])
+    make().run(search)  # type: ignore[arg-type]
+    assert [(number, attempt) for number, attempt, _ in search.deaths] == [(0, 1), (2, 1), (2, 2)]
+    assert {n: r.state for n, r in search.results.items()} == {0: "complete", 1: "complete", 2: "failed"}
+
+
+def test_a_fault_of_the_engine_is_told_with_its_traceback(make: Make) -> None:
+    search = ScriptedSearch(["breaks", "fine"], attempts=1)
+    make().run(search)  # type: ignore[arg-type]
+    assert "a fault of the engine" in search.results[0].failure.message  # type: ignore[union-attr]
+    assert "in breaks" in search.results[0].failure.traceback  # type: ignore[union-attr]
+    assert search.results[1].state == "complete"
+
+
+def test_a_study_that_cannot_run_in_a_worker_ends_the_run(make: Make) -> None:
+    with pytest.raises(CompressSearchError, match=r"study.yaml:3: data.text: no such column") as caught:
+        make().run(ScriptedSearch(["refuses", "fine"]))  # type: ignore[arg-type]
+    assert caught.value.exit_code == 2
+
+
+def test_jobs_that_are_no_trials(make: Make) -> None:
+    assert make().call("double", 21) == 42
+
+
+DRIVER = """
+import sys
+from compress_search.executor import LocalExecutor
+from tests.workers import ScriptedSearch, ScriptedWorker, no_reason
+if __name__ == "__main__":
+    LocalExecutor(ScriptedWorker, sys.argv[1], no_reason).run(ScriptedSearch(["hangs"]))
+"""
+
+
+def test_a_killed_driver_leaves_no_worker_behind(tmp_path: Path) -> None:
+    script = tmp_path / "driver.py"
+    script.write_text(DRIVER)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    driver = subprocess.Popen([sys.executable, str(script), str(tmp_path)], env=environment)
+    marker = tmp_path / "0-1"
+    _wait_until(marker.exists)
+    worker = psutil.Process(int(marker.read_text()))
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    _wait_until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+
+
+def _wait_until(holds: Callable[[], bool], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
