@@ -28,10 +28,19 @@ MAX_STARTING_POINTS = 6
 
 @dataclass(frozen=True)
 class Slot:
-    """One decision about which method to use: ``options`` are method names and, unless forced, ``"none"``."""
+    """One decision about which method to use: ``options`` are method names and, unless forced, ``"none"`` first.
+
+    An exclusive stage's slot offers its options; any other method has a slot of its own, a yes or no.
+    """
 
     name: str
     options: tuple[str, ...]
+    exclusive: bool
+
+    @property
+    def choices(self) -> tuple[str, ...] | tuple[bool, bool]:
+        """What a sampler sees; in the order of the options."""
+        return self.options if self.exclusive else (False, True)
 
     @property
     def forced(self) -> bool:
@@ -82,8 +91,8 @@ class Plan:
         def choose(slot: Slot) -> str:
             if slot.forced:
                 return slot.options[0]
-            choice: str = trial.suggest_categorical(slot.name, slot.options)
-            return choice
+            choice = trial.suggest_categorical(slot.name, slot.choices)
+            return slot.options[slot.choices.index(choice)]
 
         return self._walk(choose, lambda name: suggest(trial, name, self.spaces[name]))
 
@@ -118,7 +127,7 @@ class Plan:
         def choose(slot: Slot) -> str:
             choice = next((name for name in slot.options if name in wanted), slot.options[0])
             if not slot.forced:
-                point[slot.name] = choice
+                point[slot.name] = slot.choices[slot.options.index(choice)]
             return choice
 
         def at_default(name: str) -> Params:
@@ -192,19 +201,20 @@ def _slots(
     study: Study, registry: Registry, names: list[str], wanted: Mapping[str, Mapping[str, Any]]
 ) -> tuple[Slot, ...]:
     """One slot a method, or one a stage where the stage admits a single step."""
-    slots: dict[str, list[str]] = {}
+    slots: dict[tuple[str, bool], list[str]] = {}
     for name in names:
         stage = registry[name].stage
-        slots.setdefault(stage.name.lower() if stage.exclusive else f"{name}.use", []).append(name)
+        slot = stage.name.lower() if stage.exclusive else f"{name}.use"
+        slots.setdefault((slot, stage.exclusive), []).append(name)
     made = []
-    for slot, members in slots.items():
+    for (slot, exclusive), members in slots.items():
         forced = [name for name in members if wanted[name].get("use") is True]
         if len(forced) > 1:
             message = f"only one {slot} method can be forced, and {forced[0]!r} is already"
             raise study.error(f"methods.{forced[1]}.use", message)
         allowed = [name for name in members if wanted[name].get("use") is not False]
         if forced or allowed:
-            made.append(Slot(slot, tuple(forced or [NONE, *allowed])))
+            made.append(Slot(slot, tuple(forced or [NONE, *allowed]), exclusive))
     return tuple(made)
 
 
