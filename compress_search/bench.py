@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import gc
+import importlib
 import json
 import os
 import queue
@@ -21,18 +22,17 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-import onnxruntime  # noqa: F401  (part of the empty bench, so that no model is charged for its memory)
 import torch
 from numpy.typing import NDArray
 
-from compress_search.data import Split, ordered_batches
+from compress_search.data import Split
 from compress_search.errors import CompressSearchError
-from compress_search.method import Batch
 from compress_search.runtimes import load_runner
 from compress_search.tasks import Task
 
@@ -47,25 +47,30 @@ LOADED_RUNNERS = 4
 # what the bench computes
 
 
-def predict(runner: Runner, batches: Iterable[Batch], task: Task) -> tuple[list[Any], list[Any]]:
-    """Logits and labels of every example in the split's order, as :meth:`Task.score` takes them."""
+def predict(runner: Runner, split: Split, task: Task, batch_size: int) -> tuple[list[Any], list[Any]]:
+    """Logits and labels of every example in the split's order, as :meth:`Task.score` takes them.
+
+    Examples are batched by length, so that little is padded.
+    """
+    order = np.argsort(split.lengths, kind="stable")
     found: list[tuple[int, Any, Any]] = []
-    for batch in batches:
-        logits, labels = task.unpad(runner(inputs_of(batch)), batch["labels"].numpy())
+    for start in range(0, len(order), batch_size):
+        batch = split.arrays(order[start : start + batch_size])
+        logits, labels = task.unpad(runner(inputs_of(batch)), batch["labels"])
         found += zip(batch["index"].tolist(), logits, labels, strict=True)
     found.sort(key=lambda example: example[0])
     return [logits for _, logits, _ in found], [labels for _, _, labels in found]
 
 
-def inputs_of(batch: Batch) -> dict[str, NDArray[Any]]:
-    """What the model reads of a batch, as arrays."""
-    return {name: tensor.numpy() for name, tensor in batch.items() if name not in ("labels", "index")}
+def inputs_of(batch: Inputs) -> Inputs:
+    """What the model reads of a batch."""
+    return {name: array for name, array in batch.items() if name not in ("labels", "index")}
 
 
 def draw(split: Split, batch_size: int, count: int, seed: int) -> list[Inputs]:
     """Batches of random examples, each padded to its own longest: lengths as they come in practice."""
     rows = np.random.default_rng(seed).integers(len(split), size=(count, batch_size))
-    return [inputs_of(split.batch(row.tolist())) for row in rows]
+    return [inputs_of(split.arrays(row)) for row in rows]
 
 
 def one_per_width(batches: Sequence[Inputs]) -> list[Inputs]:
@@ -146,7 +151,7 @@ class Station:
         """Metrics and their bootstrap intervals over a whole split."""
         rows, judge = Split.open(Path(split)), Task.from_dict(task)
         started = time.perf_counter()
-        logits, labels = predict(self.runner(artifact), ordered_batches(rows, batch_size), judge)
+        logits, labels = predict(self.runner(artifact), rows, judge, batch_size)
         return {
             "metrics": judge.score(logits, labels),
             "intervals": judge.intervals(logits, labels),
@@ -171,18 +176,24 @@ class Station:
             "width": [_width(batch) for batch in batches],
         }
 
-    def memory(self, artifact: str, split: str, batch_size: int) -> float:
-        """MB by which loading and running the longest batch raise this process's peak.
+    def memory(self, artifact: str, split: str, batch_size: int) -> dict[str, Any]:
+        """Peak bytes after loading the artefact and running the longest batch, and the modules that took.
 
-        Only the first operation of a fresh process can be asked for: a peak never falls.
+        Asked of a fresh process, as a peak never falls.
         """
         rows = Split.open(Path(split))
-        longest = np.argsort(-np.asarray(rows.lengths), kind="stable")[:batch_size].tolist()
-        batch, empty = inputs_of(rows.batch(longest)), peak_memory()
-        runner = self.runner(artifact)
+        longest = np.argsort(-rows.lengths, kind="stable")[:batch_size]
+        batch, runner = inputs_of(rows.arrays(longest)), self.runner(artifact)
         for _ in range(3):
             runner(batch)
-        return (peak_memory() - empty) / 1e6
+        return {"peak": peak_memory(), "modules": sorted(sys.modules)}
+
+    def empty(self, modules: Sequence[str]) -> dict[str, Any]:
+        """Peak bytes of a fresh process that has imported these modules and done nothing else."""
+        for name in modules:
+            with suppress(ImportError):  # a name that some package made up as it ran
+                importlib.import_module(name)
+        return {"peak": peak_memory()}
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The reply to one request: a result, or what went wrong."""

@@ -194,13 +194,15 @@ class Bench:
         return min(taken, key=lambda latency: (latency.noisy, latency.spread))
 
     def memory(self, artifact: Path, split: Path, batch_size: int = 1, *, timeout: float | None = None) -> float:
-        """MB by which loading the artefact and running the longest batch raise an empty bench's peak."""
+        """MB of 10⁶ bytes by which loading the artefact and running the longest batch raise the peak resident set.
+
+        Two fresh processes tell, as a peak never falls: one with the artefact, and an empty one that imports
+        the same modules, so that no model is charged for the library that runs it.
+        """
         request = {"artifact": str(artifact), "split": str(split), "batch_size": batch_size}
-        process = self._start()  # a peak never falls: only a fresh process can tell
-        try:
-            return float(_result(process.ask({"operation": "memory", **request}, timeout)))
-        finally:
-            process.end()
+        loaded = self._ask_fresh("memory", request, timeout)
+        empty = self._ask_fresh("empty", {"modules": loaded["modules"]}, timeout)
+        return max(0.0, (loaded["peak"] - empty["peak"]) / 1e6)
 
     def close(self) -> None:
         """End the process; the next call starts another."""
@@ -213,6 +215,13 @@ class Bench:
                 self._end()
                 self._process = self._start()
             return _result(self._process.ask({"operation": operation, **request}, timeout))
+
+    def _ask_fresh(self, operation: str, request: Mapping[str, Any], timeout: float | None) -> Any:
+        process = self._start()
+        try:
+            return _result(process.ask({"operation": operation, **request}, timeout))
+        finally:
+            process.end()
 
     def _end(self) -> None:
         if self._process is not None:
@@ -276,7 +285,7 @@ class _Process:
         if line:
             reply: dict[str, Any] = json.loads(line)
             return reply
-        doing = f"{request['operation']} of {request['artifact']}"
+        doing = " of ".join(request[part] for part in ("operation", "artifact") if part in request)
         if expired.is_set():
             raise BenchDied(f"{doing} took longer than {timeout:g} s", details=self._said(), kind="timeout")
         raise BenchDied(f"the bench died during {doing}: {self._cause()}", details=self._said(), kind="died")
