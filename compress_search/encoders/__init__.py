@@ -12,6 +12,7 @@ from compress_search.encoders.view import (
     inputs,
     layers,
     parts,
+    set_attention,
     set_layers,
     subject_of,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "prune_heads",
     "prune_neurons",
     "save",
+    "set_attention",
     "set_layers",
     "shape_key",
     "subject_of",

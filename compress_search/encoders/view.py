@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
@@ -179,6 +179,11 @@ def inputs(network: nn.Module) -> tuple[str, ...]:
     """Names of the tensors the network takes, all of shape (B, S)."""
     segments = getattr(network.config, "type_vocab_size", 0) > 1  # type: ignore[union-attr]
     return ("input_ids", "attention_mask", *(("token_type_ids",) if segments else ()))
+
+
+def set_attention(network: nn.Module, implementation: str) -> None:
+    """Compute attention by ``"sdpa"`` or ``"eager"``, which alone hands out attention probabilities."""
+    cast(Any, network).set_attn_implementation(implementation)
 
 
 def subject_of(network: nn.Module, task: str, device: str = "cpu") -> Subject:

@@ -1,0 +1,212 @@
+"""Which reduced-precision kernels are real on this machine: run, and not slower than what they stand in for.
+
+Processor flags promise kernels that a build may not contain, and list none for kernels that are slow, so each
+is timed on one small matrix product against float32 in the same engine. Owns the probe and its cache on disk,
+so that every process of a study gets the same answer. Knows nothing of methods or networks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TOKENS, WIDTH = 64, 768
+"""The probe multiplies (TOKENS, WIDTH) by (WIDTH, WIDTH): one projection of a base model on a short text."""
+
+_ROUNDS, _WARMUP = 15, 3
+_LIMITS = {"int8": 1.05, "weight-only": 1.5, "bf16": 1.05}
+
+Run = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel's verdict; ``ratio`` is its time over float32's in the same engine, None where it does not run."""
+
+    name: str
+    real: bool
+    ratio: float | None
+    note: str
+
+
+def kernels(device: str = "cpu") -> frozenset[str]:
+    """Names of the real kernels: ``int8`` (MatMulInteger), ``weight-only`` (MatMulNBits) and ``bf16`` (torch)."""
+    return frozenset(kernel.name for kernel in describe_kernels(device) if kernel.real)
+
+
+@cache
+def describe_kernels(device: str = "cpu") -> tuple[Kernel, ...]:
+    """Every kernel with its verdict; measured once per machine and set of versions, in about half a second."""
+    store = _store(device)
+    if (known := _read(store)) is None:
+        known = _measure(device)
+        _write(store, known)
+    return known
+
+
+def _measure(device: str) -> tuple[Kernel, ...]:
+    found = [_verdict("bf16", lambda: _torch_pair(device))]
+    if device == "cpu":
+        found += [_verdict("int8", lambda: _onnx_pair(_int8_graph)), _verdict("weight-only", _weight_only_pair)]
+    else:
+        found += [Kernel(name, False, None, f"no kernel on {device}") for name in ("int8", "weight-only")]
+    return tuple(found)
+
+
+def _verdict(name: str, pair: Callable[[], tuple[Run, Run]]) -> Kernel:
+    try:
+        ratio = _ratio(*pair())
+    except Exception as error:  # whatever an engine raises for what it cannot do: that is the question asked
+        return Kernel(name, False, None, f"does not run: {str(error).splitlines()[0][:120]}")
+    real = ratio <= _LIMITS[name]
+    return Kernel(name, real, round(ratio, 3), f"{ratio:.2f} of float32's time, real up to {_LIMITS[name]:.2f}")
+
+
+def _ratio(kernel: Run, reference: Run) -> float:
+    """Median of the paired ratios, interleaved so that a busy moment hits both."""
+    ratios = []
+    for number in range(_WARMUP + _ROUNDS):
+        ours, theirs = _seconds(kernel), _seconds(reference)
+        if number >= _WARMUP:
+            ratios.append(ours / theirs)
+    return statistics.median(ratios)
+
+
+def _seconds(run: Run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _torch_pair(device: str) -> tuple[Run, Run]:
+    import torch
+    from torch.nn.functional import linear
+
+    if device != "cpu" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise RuntimeError("this device has no bfloat16")
+    x, w = torch.randn(TOKENS, WIDTH, device=device), torch.randn(WIDTH, WIDTH, device=device)
+    wait: Run = torch.cuda.synchronize if device != "cpu" else (lambda: None)
+
+    def timed(x: torch.Tensor, w: torch.Tensor) -> Run:
+        return lambda: (linear(x, w), wait())
+
+    return timed(x.bfloat16(), w.bfloat16()), timed(x, w)
+
+
+def _onnx_pair(graph: Callable[[], Any]) -> tuple[Run, Run]:
+    x = np.random.default_rng(0).standard_normal((TOKENS, WIDTH)).astype(np.float32)
+
+    def session(model: Any) -> Run:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        loaded = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+        return lambda: loaded.run(None, {"x": x})
+
+    return session(graph()), session(_float_graph())
+
+
+def _weight_only_pair() -> tuple[Run, Run]:
+    return _onnx_pair(_weight_only_graph)
+
+
+def _float_graph() -> Any:
+    from onnx import helper
+
+    weight = np.random.default_rng(1).standard_normal((WIDTH, WIDTH)).astype(np.float32)
+    return _model([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": weight})
+
+
+def _int8_graph() -> Any:
+    """Dynamic quantization of the activations, an integer product, and the scales multiplied back in."""
+    from onnx import TensorProto, helper
+
+    nodes = [
+        helper.make_node("DynamicQuantizeLinear", ["x"], ["xq", "xs", "xz"]),
+        helper.make_node("MatMulInteger", ["xq", "wq", "xz", "wz"], ["acc"]),
+        helper.make_node("Cast", ["acc"], ["accf"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["xs", "ws"], ["s"]),
+        helper.make_node("Mul", ["accf", "s"], ["y"]),
+    ]
+    weight = np.random.default_rng(1).integers(-127, 128, (WIDTH, WIDTH)).astype(np.int8)
+    scales, zeros = np.full(WIDTH, 0.01, np.float32), np.zeros(WIDTH, np.int8)
+    return _model(nodes, {"wq": weight, "wz": zeros, "ws": scales})
+
+
+def _weight_only_graph() -> Any:
+    """4-bit weights in blocks of 32, packed two to a byte, computed on with int8 activations."""
+    from onnx import helper
+
+    blocks = WIDTH // 32
+    size: dict[str, Any] = {"K": WIDTH, "N": WIDTH, "bits": 4, "block_size": 32, "accuracy_level": 4}
+    weight = np.random.default_rng(1).integers(0, 256, (WIDTH, blocks, 16)).astype(np.uint8)
+    scales = np.full(WIDTH * blocks, 0.01, np.float32)
+    node = helper.make_node("MatMulNBits", ["x", "w", "s"], ["y"], domain="com.microsoft", **size)
+    return _model([node], {"w": weight, "s": scales})
+
+
+def _model(nodes: list[Any], tensors: dict[str, np.ndarray[Any, Any]]) -> Any:
+    from onnx import TensorProto, helper, numpy_helper
+
+    graph = helper.make_graph(
+        nodes,
+        "probe",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [TOKENS, WIDTH])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [TOKENS, WIDTH])],
+        [numpy_helper.from_array(value, name) for name, value in tensors.items()],
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+
+def _store(device: str) -> Path:
+    """The cache file of this machine, device and set of versions."""
+    from importlib.metadata import version
+
+    import platformdirs
+
+    facts = [device, _processor(), version("torch"), version("onnxruntime"), TOKENS, WIDTH, _LIMITS]
+    if device != "cpu":
+        import torch
+
+        facts.append(torch.cuda.get_device_name(device))
+    name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    return platformdirs.user_cache_path("compress-search") / f"kernels-{name}.json"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine()
+    # without the lines that change from moment to moment
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+
+
+def _read(store: Path) -> tuple[Kernel, ...] | None:
+    try:
+        return tuple(Kernel(**entry) for entry in json.loads(store.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # absent, or not ours: measure again
+        return None
+
+
+def _write(store: Path, found: tuple[Kernel, ...]) -> None:
+    unfinished = store.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        store.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(json.dumps([asdict(kernel) for kernel in found]), encoding="utf-8")
+        unfinished.replace(store)
+    except OSError:  # a read-only home costs half a second per process, no more
+        return

@@ -1,0 +1,73 @@
+"""Torch network -> ONNX file with dynamic batch and length. Owns the exporter's settings and its known noise."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.jit import TracerWarning  # type: ignore[attr-defined]
+
+from compress_search.encoders import inputs
+from compress_search.encoders.view import set_attention
+
+OPSET = 17
+# what the TorchScript exporter says about every BERT-like network; anything else it says stays visible
+_NOISE = (
+    (DeprecationWarning, "You are using the legacy TorchScript-based ONNX export"),
+    (DeprecationWarning, "The feature will be removed"),
+    (TracerWarning, "Converting a tensor to a Python boolean"),
+    (UserWarning, "Exporting aten::index operator of advanced indexing"),
+)
+
+
+class _Logits(nn.Module):
+    """Positional arguments in, the logits tensor out: the signature an exporter can trace."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network, self.names = network, inputs(network)
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return cast(Tensor, self.network(**dict(zip(self.names, tensors, strict=True))).logits)
+
+
+def export(network: nn.Module, path: Path) -> None:
+    """Write the network as ONNX: int64 inputs (batch, length), output ``logits`` (batch, …).
+
+    The network, on the CPU in float32, is left in evaluation mode with eager attention, whose graph is a
+    quarter smaller than the one traced from scaled-dot-product attention and computes the same.
+    """
+    # sdpa's traced mask handling adds an IsNaN and a Where over (B, A, S, S) to every layer
+    set_attention(network, "eager")
+    wrapped = _Logits(network).eval()  # the exporter restores the wrapper's mode, and so the network's
+    ids = torch.ones(2, 8, dtype=torch.long)
+    # one row is padded: a mask of ones could be traced away
+    mask = torch.ones_like(ids).index_put((torch.tensor(1), torch.arange(5, 8)), torch.tensor(0))
+    example = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+    axes = {name: {0: "batch", 1: "length"} for name in wrapped.names}
+    rank = 3 if type(network).__name__.endswith("ForTokenClassification") else 2
+    axes["logits"] = {0: "batch", 1: "length"} if rank == 3 else {0: "batch"}
+    with _quiet(), torch.inference_mode():
+        torch.onnx.export(
+            wrapped,
+            tuple(example[name] for name in wrapped.names),
+            str(path),
+            input_names=list(wrapped.names),
+            output_names=["logits"],
+            dynamic_axes=axes,
+            opset_version=OPSET,
+            dynamo=False,
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        for category, message in _NOISE:
+            warnings.filterwarnings("ignore", message, category)
+        yield
