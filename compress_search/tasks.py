@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from compress_search.errors import NotFinite
-from compress_search.goals import METRICS
+from compress_search.goals import METRICS, TaskName
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +26,8 @@ RESAMPLES = 1000
 """Bootstrap resamples behind an interval."""
 
 Array = NDArray[Any]
+Examples = Sequence[Any] | Array
+"""One entry per example, an array or a number."""
 Metric = Callable[[Array], Array]
 """(R, N) weights, how often each of N examples counts in each of R resamples -> (R,) values."""
 
@@ -51,7 +53,11 @@ class Task:
     @property
     def metrics(self) -> tuple[str, ...]:
         """Names of the metrics, the primary one first; entity F1 exists for BIO tags only."""
-        return tuple(name for name in METRICS[self.name] if self.entities or not (self.tokens and name == "f1"))
+        return tuple(
+            name
+            for name in METRICS[cast(TaskName, self.name)]
+            if self.entities or not (self.tokens and name == "f1")
+        )
 
     @property
     def primary(self) -> str:
@@ -82,7 +88,7 @@ class Task:
         rows = range(len(labels))
         return [logits[row, real[row]] for row in rows], [labels[row, real[row]] for row in rows]
 
-    def score(self, logits: Sequence[Array], labels: Sequence[Any] | Array) -> dict[str, float]:
+    def score(self, logits: Examples, labels: Examples) -> dict[str, float]:
         """Every metric of the task.
 
         Args:
@@ -96,7 +102,7 @@ class Task:
         return {name: float(metric(once)[0]) for name, metric in self._metrics(logits, labels).items()}
 
     def intervals(
-        self, logits: Sequence[Array], labels: Sequence[Any] | Array, seed: int = 0, level: float = 0.95
+        self, logits: Examples, labels: Examples, seed: int = 0, level: float = 0.95
     ) -> dict[str, tuple[float, float]]:
         """Percentile bootstrap intervals of every metric, resampling whole examples (sequences in token tasks).
 
@@ -111,7 +117,7 @@ class Task:
         bounds = {name: np.quantile(np.concatenate(values), tails) for name, values in drawn.items()}
         return {name: (float(low), float(high)) for name, (low, high) in bounds.items()}
 
-    def constant_score(self, labels: Sequence[Any] | Array) -> dict[str, float]:
+    def constant_score(self, labels: Examples) -> dict[str, float]:
         """The scores of the best predictor that ignores its input: the most frequent class, or any number."""
         if not self.labels:
             return self.score(np.zeros((len(labels), 1)), labels)
@@ -121,10 +127,10 @@ class Task:
             return self.score([constant] * len(labels), labels)
         return self.score([np.tile(constant, (len(row), 1)) for row in labels], labels)
 
-    def _metrics(self, logits: Sequence[Array], labels: Sequence[Any] | Array) -> dict[str, Metric]:
+    def _metrics(self, logits: Examples, labels: Examples) -> dict[str, Metric]:
         _check_finite(logits)
         if not self.labels:
-            return _correlations(np.stack(logits).squeeze(-1), np.asarray(labels))
+            return _correlations(np.asarray(logits).squeeze(-1), np.asarray(labels))
         chosen = [row.argmax(-1) for row in logits]
         if not self.tokens:
             return _classification(np.array(chosen), np.asarray(labels))
@@ -155,13 +161,13 @@ def _correlations(predicted: Array, gold: Array) -> dict[str, Metric]:
     return {"pearson": lambda w: pearson(x, y, w), "spearman": lambda w: spearman(x, y, w)}
 
 
-def _token(chosen: Sequence[Array], labels: Sequence[Array]) -> dict[str, Metric]:
+def _token(chosen: Examples, labels: Examples) -> dict[str, Metric]:
     right = np.array([(a == b).sum() for a, b in zip(chosen, labels, strict=True)], dtype=float)
     lengths = np.array([len(row) for row in labels], dtype=float)
     return {"accuracy": lambda w: _ratio(w @ right, w @ lengths)}
 
 
-def _entity_f1(chosen: Sequence[Array], labels: Sequence[Array], tags: Sequence[str]) -> dict[str, Metric]:
+def _entity_f1(chosen: Examples, labels: Examples, tags: Sequence[str]) -> dict[str, Metric]:
     counts = entity_counts(chosen, labels, tags)
     return {"f1": lambda w: micro_f1(w @ counts)}
 
@@ -175,13 +181,13 @@ def macro_f1(predicted: Array, gold: Array, weights: Array) -> Array:
     return _ratio(_ratio(2 * hits, either).sum(1), (either > 0).sum(1))
 
 
-def entity_counts(predicted: Sequence[Array], gold: Sequence[Array], tags: Sequence[str]) -> Array:
+def entity_counts(predicted: Examples, gold: Examples, tags: Sequence[str]) -> Array:
     """(N, 3) entities found rightly, predicted, and truly there, in each of N sequences of BIO tags."""
     found = zip(_entities(predicted, tags), _entities(gold, tags), strict=True)
     return np.array([(len(a & b), len(a), len(b)) for a, b in found], dtype=float)
 
 
-def _entities(rows: Sequence[Array], tags: Sequence[str]) -> list[set[tuple[str, int, int]]]:
+def _entities(rows: Examples, tags: Sequence[str]) -> list[set[tuple[str, int, int]]]:
     from seqeval.metrics.sequence_labeling import get_entities
 
     return [set(get_entities([tags[i] for i in row])) for row in rows]
@@ -235,7 +241,7 @@ def _resamples(size: int, seed: int) -> Iterator[Array]:
         yield np.bincount(drawn.ravel(), minlength=rows * size).reshape(rows, size).astype(float)
 
 
-def _check_finite(logits: Sequence[Array]) -> None:
+def _check_finite(logits: Examples) -> None:
     bad = sum(not np.isfinite(row).all() for row in logits)
     if bad:
         raise NotFinite(f"the network's logits are not finite for {bad} of {len(logits)} examples")
