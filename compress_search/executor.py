@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any, Protocol
 
-from compress_search.errors import CompressSearchError
+from compress_search.errors import BenchDied, CompressSearchError
 from compress_search.records import Assignment, Failure, Report, Result, Rung
 
 if TYPE_CHECKING:
@@ -174,14 +174,22 @@ def serve(pipe: Connection, factory: Factory, brief: Any) -> None:
             worker = worker or factory(brief)
             value = worker.run(argument, report) if job == "run" else getattr(worker, job)(*argument)
             answer: tuple[str, Any] = ("value", value)
-        except CompressSearchError as error:
-            answer = ("error", (str(error), error.exit_code))
-        except Exception as error:  # a fault outside of any recipe: the attempt is repeated
-            text = traceback.format_exc()
-            answer = ("crash", Failure("died", f"{type(error).__name__}: {error}", text))
+        except Exception as error:  # trial faults are results: this one lies outside of any recipe
+            answer = verdict(error)
         pipe.send(answer)
     if worker is not None:
         worker.close()
+
+
+def verdict(error: Exception) -> tuple[str, Any]:
+    """What an exception outside of any recipe means.
+
+    ``("error", (text, exit code))`` ends the study: it cannot run in any worker. ``("crash", Failure)`` repeats
+    the attempt.
+    """
+    if isinstance(error, CompressSearchError) and not isinstance(error, BenchDied):
+        return "error", (str(error), error.exit_code)
+    return "crash", Failure("died", f"{type(error).__name__}: {error}", traceback.format_exc())
 
 
 def _end_with_parent() -> None:

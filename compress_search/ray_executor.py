@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +31,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from compress_search.errors import CompressSearchError
-from compress_search.executor import Factory, ReadDeath, Worker
+from compress_search.executor import Factory, ReadDeath, Worker, verdict
 from compress_search.records import Assignment, Failure, Result, Rung
 from compress_search.study import Study
 
@@ -206,11 +205,9 @@ def trainable(factory: Factory, brief: Any) -> Callable[[dict[str, Any]], None]:
         try:
             result = _worker(factory, brief).run(Assignment.from_dict(json.loads(config["assignment"])), report)
             tune.report({"cs_result": json.dumps(result.to_dict())})
-        except CompressSearchError as error:
-            tune.report({"cs_error": json.dumps([str(error), error.exit_code])})
-        except Exception as error:  # a fault outside of any recipe: the search repeats the attempt
-            failure = Failure("died", f"{type(error).__name__}: {error}", traceback.format_exc())
-            tune.report({"cs_crash": json.dumps(vars(failure))})
+        except Exception as error:  # trial faults are results: this one lies outside of any recipe
+            kind, value = verdict(error)
+            tune.report({f"cs_{kind}": json.dumps(vars(value) if kind == "crash" else value)})
 
     return run
 

@@ -26,7 +26,7 @@ from compress_search.candidate import Candidate, Subject
 from compress_search.data import read, tokenize
 from compress_search.encoders import describe, shape_key, subject_of
 from compress_search.environment import fingerprint, host_kind
-from compress_search.errors import TrialError
+from compress_search.errors import BenchDied, TrialError
 from compress_search.logits import teacher_logits
 from compress_search.measure import Bench, Latency, Score
 from compress_search.pipeline import (
@@ -229,6 +229,8 @@ class Workbench:
             return self._run(assignment, watched, scratch, watch)
         except TrialStopped:
             return Result(number, attempt, "stopped", metrics=stopped)
+        except BenchDied:
+            raise  # a fault of the machine until it repeats itself
         except Exception as error:  # a method, a stranger's perhaps, may raise anything; it costs this trial only
             kind = "oom" if is_out_of_memory(error) else getattr(error, "kind", "error")
             message = str(error) if isinstance(error, TrialError) else f"{type(error).__name__}: {error}"
