@@ -29,7 +29,7 @@ class Style:
         return f"{self.label} ({self.unit})" if self.unit else self.label
 
 
-_STYLES = {
+KNOWN = {
     "accuracy": Style("accuracy", "%", 100, 1),
     "macro_f1": Style("macro F1", "%", 100, 1),
     "f1": Style("F1", "%", 100, 1),
@@ -43,15 +43,16 @@ _STYLES = {
     "speedup": Style("speed-up", "×", 1, 2),
     "throughput": Style("throughput", "examples/s", 1, 1),
 }
+"""Styles of the engine's own metrics."""
 
 
 def style(metric: str) -> Style:
     """The style of a metric; unknown ones (a plugin's own) are shown as they are with four digits."""
-    if metric in _STYLES:
-        return _STYLES[metric]
+    if metric in KNOWN:
+        return KNOWN[metric]
     base = metric.removesuffix("_drop")
-    if base != metric and base in _STYLES:
-        return Style(f"{_STYLES[base].label} lost", "points", 100, 1)
+    if base != metric and base in KNOWN:
+        return Style(f"{KNOWN[base].label} lost", "points", 100, 1)
     return Style(metric)
 
 

@@ -10,14 +10,13 @@ import csv
 import io
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from compress_search import formats, goals, pareto
-from compress_search.recipe import Recipe
+from compress_search import goals, pareto
+from compress_search.recipe import Recipe, Step
 
 Metrics = Mapping[str, float]
 
@@ -61,9 +60,14 @@ class Entry(_Document):
         return {name: pair for name, pair in value.items() if all(map(_is_finite, pair))}
 
     @property
+    def steps(self) -> tuple[Step, ...]:
+        """The steps of the recipe."""
+        return tuple(Step.of(step.method, step.params) for step in self.recipe)
+
+    @property
     def text(self) -> str:
         """The recipe on one line."""
-        return str(Recipe.from_list([step.model_dump() for step in self.recipe]))
+        return str(Recipe(self.steps))
 
 
 class Baseline(_Document):
@@ -186,12 +190,6 @@ def violations(metrics: Metrics, aims: Aims) -> dict[str, float]:
     return missed
 
 
-def bounds(aims: Aims, metric: str) -> str:
-    """A constraint's bounds in words, for example ``<= 40``."""
-    written = aims.constraints[metric]
-    return written if isinstance(written, str) else " and ".join(written)
-
-
 def _points(trials: Iterable[Entry], aims: Aims) -> list[list[float]]:
     return [[entry.metrics[name] for name in aims.objectives] for entry in trials]
 
@@ -221,72 +219,6 @@ def _recommended(members: Sequence[Entry], aims: Aims) -> int | None:
 def teacher_of(trials: Iterable[Entry]) -> Entry | None:
     """The complete trial of the empty recipe."""
     return next((entry for entry in trials if entry.state == "complete" and not entry.recipe), None)
-
-
-def failures(report: Report) -> list[tuple[str, list[int]]]:
-    """(reason, numbers) of the failed trials, most frequent first; parameters are no part of a reason."""
-    groups: dict[str, list[int]] = {}
-    for entry in report.trials:
-        if entry.state == "failed":
-            reason = re.sub(r" \{[^{}]*\}", "", entry.error or "unknown")
-            groups.setdefault(reason, []).append(entry.number)
-    return sorted(groups.items(), key=lambda item: (-len(item[1]), item[1]))
-
-
-def counts(report: Report) -> dict[str, int]:
-    """How many trials are in each state, baselines aside."""
-    found: dict[str, int] = {}
-    for entry in report.trials:
-        if entry.baseline is None and entry.recipe:
-            found[entry.state] = found.get(entry.state, 0) + 1
-    return found
-
-
-def recommendation(report: Report) -> str:
-    """The recommendation in one sentence, or why there is none."""
-    if report.recommended is not None:
-        chosen = report.trial(report.recommended)
-        return f"Choose trial {chosen.number}: {', '.join(_gains(chosen, report)) or chosen.text}."
-    done = [entry for entry in candidates(report.trials, report) if entry.recipe]
-    if not done:
-        return "Nothing has completed yet."
-    if not report.constraints or report.front:
-        return "Nothing on the front improves on the teacher."
-    closest = min(done, key=lambda entry: sum(violations(entry.metrics, report).values()))
-    missed = ", ".join(
-        f"{formats.number(name, closest.metrics.get(name), unit=True)} against {bounds(report, name)}"
-        for name in violations(closest.metrics, report)
-    )
-    return f"Nothing meets the constraints; the closest is trial {closest.number} ({missed})."
-
-
-def _gains(entry: Entry, report: Report) -> list[str]:
-    """What a trial gains and loses against the teacher, in words."""
-    words, teacher = [], report.teacher
-    speedup = speedup_of(entry, teacher)
-    if speedup:
-        words.append(f"{speedup:.1f}× faster" if speedup >= 1 else f"{1 / speedup:.1f}× slower")
-    score = next((name for name, way in report.objectives.items() if way == "maximize" and name in teacher), None)
-    if score in entry.metrics and formats.style(score).scale == 100:
-        low_high = entry.intervals.get(score)
-        words.append(f"{formats.points(entry.metrics[score] - teacher[score])} {formats.style(score).label}")
-        if low_high:
-            low, high = (formats.points(bound - teacher[score]).split()[0] for bound in low_high)
-            words[-1] += f" (95 % CI {low} … {high})"
-    if "size_mb" in entry.metrics and teacher.get("size_mb"):
-        words.append(
-            f"{formats.number('size_mb', entry.metrics['size_mb'])} MB instead of "
-            f"{formats.number('size_mb', teacher['size_mb'])} MB"
-        )
-    return words
-
-
-def speedup_of(entry: Entry, teacher: Metrics) -> float | None:
-    """How many times faster than the teacher: as measured, or from the two latencies."""
-    if "speedup" in entry.metrics:
-        return entry.metrics["speedup"]
-    mine, base = entry.metrics.get("latency_ms"), teacher.get("latency_ms")
-    return base / mine if mine and base else None
 
 
 def columns(report: Report) -> list[str]:

@@ -1,0 +1,114 @@
+"""A report in words: the sentences, names and marks that the terminal's tables and the page share.
+
+Knows nothing of terminals or markup.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from compress_search import formats
+from compress_search.report import Aims, Entry, Report, candidates, violations
+
+
+def headliners(report: Report) -> list[Entry]:
+    """The trials a reader compares: the teacher, the baselines, then the rest of the front in its order."""
+    complete = [entry for entry in report.trials if entry.state == "complete"]
+    references = [entry for entry in complete if not entry.recipe or entry.baseline]
+    references.sort(key=lambda entry: (bool(entry.recipe), entry.number))
+    return references + [entry for entry in report.members if entry not in references]
+
+
+def failures(report: Report) -> list[tuple[str, list[int]]]:
+    """(reason, numbers) of the failed trials, most frequent first; parameters are no part of a reason."""
+    groups: dict[str, list[int]] = {}
+    for entry in report.trials:
+        if entry.state == "failed":
+            reason = re.sub(r" \{[^{}]*\}", "", entry.error or "unknown")
+            groups.setdefault(reason, []).append(entry.number)
+    return sorted(groups.items(), key=lambda item: (-len(item[1]), item[1]))
+
+
+def counts(report: Report) -> dict[str, int]:
+    """How many trials are in each state, baselines aside."""
+    found: dict[str, int] = {}
+    for entry in report.trials:
+        if entry.baseline is None and entry.recipe:
+            found[entry.state] = found.get(entry.state, 0) + 1
+    return found
+
+
+def recommendation(report: Report) -> str:
+    """The recommendation in one sentence, or why there is none."""
+    if report.recommended is not None:
+        chosen = report.trial(report.recommended)
+        return f"Choose trial {chosen.number}: {', '.join(_gains(chosen, report)) or chosen.text}."
+    done = [entry for entry in candidates(report.trials, report) if entry.recipe]
+    if not done:
+        return "Nothing has completed yet."
+    if not report.constraints or report.front:
+        return "Nothing on the front improves on the teacher."
+    closest = min(done, key=lambda entry: sum(violations(entry.metrics, report).values()))
+    missed = ", ".join(
+        f"{formats.number(name, closest.metrics.get(name), unit=True)} against {bounds(report, name)}"
+        for name in violations(closest.metrics, report)
+    )
+    return f"Nothing meets the constraints; the closest is trial {closest.number} ({missed})."
+
+
+def _gains(entry: Entry, report: Report) -> list[str]:
+    """What a trial gains and loses against the teacher, in words."""
+    words, teacher = [], report.teacher
+    speedup = entry.metrics.get("speedup")
+    if speedup:
+        words.append(f"{speedup:.1f}× faster" if speedup >= 1 else f"{1 / speedup:.1f}× slower")
+    score = next((name for name, way in report.objectives.items() if way == "maximize" and name in teacher), None)
+    if score in entry.metrics and formats.style(score).scale == 100:
+        low_high = entry.intervals.get(score)
+        words.append(f"{formats.points(entry.metrics[score] - teacher[score])} {formats.style(score).label}")
+        if low_high:
+            low, high = (formats.points(bound - teacher[score]).split()[0] for bound in low_high)
+            words[-1] += f" (95 % CI {low} … {high})"
+    if "size_mb" in entry.metrics and teacher.get("size_mb"):
+        words.append(
+            f"{formats.number('size_mb', entry.metrics['size_mb'])} MB instead of "
+            f"{formats.number('size_mb', teacher['size_mb'])} MB"
+        )
+    return words
+
+
+def key_metrics(report: Report) -> list[str]:
+    """Objectives first, then latency, speed-up and size where they were measured, then what is constrained."""
+    measured = {name for entry in report.trials for name in entry.metrics}
+    usual = [name for name in ("latency_ms", "speedup", "size_mb") if name in measured]
+    return list(dict.fromkeys([*report.objectives, *usual, *report.constraints]))
+
+
+def change(entry: Entry, metric: str, teacher: Mapping[str, float]) -> str:
+    """The change against the teacher: points for scores, percent for costs; empty where it says nothing."""
+    value, base = entry.metrics.get(metric), teacher.get(metric)
+    unit = formats.style(metric).unit
+    if value is None or not base or not entry.recipe or unit in ("", "×", "points"):
+        return ""
+    if unit in ("%", "×100"):
+        return formats.points(value - base).split()[0]
+    return formats.percent(value / base)
+
+
+def title(entry: Entry) -> str:
+    """What a trial is, in few words: the baseline's name and the methods of its recipe."""
+    methods = " + ".join(step.method for step in entry.recipe) or "teacher"
+    return f"{entry.baseline}: {methods}" if entry.baseline and entry.recipe else methods
+
+
+def notes(entry: Entry) -> list[str]:
+    """Marks of the measurement, and the trials that this one cannot be told apart from."""
+    same = ", ".join(map(str, entry.alike))
+    return [*entry.marks, *([f"cannot be told apart from {same}"] if same else [])]
+
+
+def bounds(aims: Aims, metric: str) -> str:
+    """A constraint's bounds in words, for example ``<= 40``."""
+    written = aims.constraints[metric]
+    return written if isinstance(written, str) else " and ".join(written)
