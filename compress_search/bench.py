@@ -198,11 +198,14 @@ class Station:
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The reply to one request: a result, or what went wrong."""
         arguments = dict(request)
-        operation = {"score": self.score, "latency": self.latency, "memory": self.memory}[
-            arguments.pop("operation")
-        ]
+        operations: Mapping[str, Callable[..., Any]] = {
+            "score": self.score,
+            "latency": self.latency,
+            "memory": self.memory,
+            "empty": self.empty,
+        }
         try:
-            return {"result": operation(**arguments)}
+            return {"result": operations[arguments.pop("operation")](**arguments)}
         except Exception as error:  # a broken artefact makes a runtime raise anything; the client says so
             return {"error": in_one_line(error), "kind": kind_of(error), "details": traceback.format_exc()}
 

@@ -202,7 +202,7 @@ class Bench:
         request = {"artifact": str(artifact), "split": str(split), "batch_size": batch_size}
         loaded = self._ask_fresh("memory", request, timeout)
         empty = self._ask_fresh("empty", {"modules": loaded["modules"]}, timeout)
-        return max(0.0, (loaded["peak"] - empty["peak"]) / 1e6)
+        return max(0.0, float(loaded["peak"] - empty["peak"]) / 1e6)
 
     def close(self) -> None:
         """End the process; the next call starts another."""
@@ -285,10 +285,12 @@ class _Process:
         if line:
             reply: dict[str, Any] = json.loads(line)
             return reply
+        code = self._child.wait()
         doing = " of ".join(request[part] for part in ("operation", "artifact") if part in request)
         if expired.is_set():
             raise BenchDied(f"{doing} took longer than {timeout:g} s", details=self._said(), kind="timeout")
-        raise BenchDied(f"the bench died during {doing}: {self._cause()}", details=self._said(), kind="died")
+        cause = [f"signal {-code}" if code < 0 else f"exit status {code}", *self._said().strip().splitlines()[-1:]]
+        raise BenchDied(f"the bench died during {doing}: {'; '.join(cause)}", details=self._said(), kind="died")
 
     @contextmanager
     def _limit(self, seconds: float | None) -> Iterator[threading.Event]:
@@ -307,11 +309,6 @@ class _Process:
             yield expired
         finally:
             timer.cancel()
-
-    def _cause(self) -> str:
-        code = self._child.wait()
-        last = self._said().strip().splitlines()[-1:]
-        return "; ".join([f"signal {-code}" if code < 0 else f"exit status {code}", *last])
 
     def _said(self, characters: int = 4000) -> str:
         """The end of what the child wrote to standard error."""
