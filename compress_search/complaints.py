@@ -12,8 +12,6 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 _EXPECTED = {
-    "bool_type": "true or false",
-    "dict_type": "a mapping",
     "finite_number": "a finite number",
     "float_type": "a number",
     "greater_than": "a number above {gt:g}",
@@ -56,7 +54,8 @@ def _sentence(model: type[BaseModel], error: ErrorDetails) -> str:
     if kind == "literal_error":
         options = _literals(_section(model, error["loc"][:-1]).model_fields[str(error["loc"][-1])].annotation)
         return f"expected one of {', '.join(options)}, got {show(value)}"
-    return f"expected {_EXPECTED[kind].format(**ctx)}, got {show(value)}"
+    expected = _EXPECTED.get(kind)
+    return f"expected {expected.format(**ctx)}, got {show(value)}" if expected else error["msg"]
 
 
 def unknown(what: str, word: Any, options: Iterable[str]) -> str:

@@ -1,7 +1,7 @@
 """YAML read strictly, with the place of every key; knows nothing of studies.
 
 Plain scalars mean what YAML 1.2 says: ``5e-5`` is a number, ``no`` and ``on`` are text, ``010`` is ten. Duplicate
-keys are errors rather than the last one winning, and there are no aliases, tags or objects.
+keys are errors rather than the last one winning, and tags make no objects.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from typing import Any
 import yaml
 
 from compress_search.errors import StudyError
+
+MOST_KEYS = 100_000
+"""More keys than any study has: aliases of aliases could make a small file arbitrarily large."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +54,9 @@ class Document:
 
 
 class _Loader(yaml.SafeLoader):
-    """Composes nodes by YAML 1.2's core schema; an alias could make a small file arbitrarily large."""
+    """Composes nodes, with the plain scalars of YAML 1.2's core schema."""
 
     yaml_implicit_resolvers = {}  # noqa: RUF012 (PyYAML's own class-level registry)
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            alias: Any = self.peek_event()  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError(problem="aliases are not supported", problem_mark=alias.start_mark)
-        return super().compose_node(parent, index)
 
 
 _SCALARS = {
@@ -118,12 +115,16 @@ def override(document: Document, assignment: str) -> Document:
     Raises:
         StudyError: it has no ``=``, VALUE is not valid YAML, or the key runs through something without keys.
     """
-    place = Place(f"--set {assignment}")
     dotted, equals, text = assignment.partition("=")
+    # a URL may hold a password
+    place = Place(f"--set {dotted}=…" if "://" in text else f"--set {assignment}")
     if not (equals and all(dotted.split("."))):
         raise StudyError("expected KEY=VALUE, for example search.trials=8", file=place.file)
-    # ">= 0.9" would open a block scalar, which makes no sense on a command line
-    value = text if text.startswith(">") else parse(text, place.file).data
+    try:
+        # ">= 0.9" would open a block scalar, which makes no sense on a command line
+        value = text if text.startswith(">") else parse(text, place.file).data
+    except StudyError as error:
+        raise StudyError(error.message, file=place.file, key=error.key) from error
     head, *rest = dotted.split(".")
     path = [head, ".".join(rest)] if head == "constraints" and rest else [head, *rest]
     data = copy.deepcopy(document.data)
@@ -151,6 +152,8 @@ def _value(node: yaml.Node, key: str, places: dict[str, Place]) -> Any:
     """Plain data of a node; notes the place of everything in it."""
     if isinstance(node, yaml.ScalarNode):
         return _scalar(node)
+    if len(places) > MOST_KEYS:
+        raise yaml.MarkedYAMLError(problem=f"more than {MOST_KEYS} keys", problem_mark=node.start_mark)
     under = f"{key}." if key else ""
     file = places[""].file
     if isinstance(node, yaml.SequenceNode):

@@ -141,7 +141,7 @@ class Constraint:
 
     def bounds(self) -> list[str]:
         """As a study file spells it: ``["<= 40"]``."""
-        return [f"{self.op} {self.bound!r}", *(self.also.bounds() if self.also else [])]
+        return [f"{self.op} {repr(self.bound).removesuffix('.0')}", *(self.also.bounds() if self.also else [])]
 
     def __str__(self) -> str:
         return f"{self.metric} {' and '.join(self.bounds())}"

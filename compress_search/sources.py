@@ -19,7 +19,8 @@ from compress_search.complaints import Fault, show
 
 DATA_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 _FILE_SUFFIXES = (*DATA_SUFFIXES, ".json", ".txt", ".yaml", ".safetensors", ".bin", ".onnx")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]*){0,2}")
+"""``name`` or ``owner/name``; a data set's may go on with ``:configuration:split``."""
 _ELSEWHERE = "paths are relative to the study file"
 
 
@@ -46,7 +47,7 @@ def model_source(text: str, info: ValidationInfo) -> str:
     return str(path)
 
 
-def vocabulary(value: Any, info: ValidationInfo) -> int | Path:
+def vocabulary_source(value: Any, info: ValidationInfo) -> int | Path:
     """A number of word pieces to train, or the path of a file that lists them."""
     if isinstance(value, int) and not isinstance(value, bool):
         if value < 100:
@@ -160,7 +161,7 @@ def _absolute(text: str, info: ValidationInfo) -> Path | None:
 
 
 def _is_hub_id(text: str, info: ValidationInfo) -> bool:
-    """Whether what is no path here can be something on a hub: ``name`` or ``owner/name``."""
+    """Whether what is no path here can be something on a hub."""
     if not _HUB_ID.fullmatch(text) or text.endswith(_FILE_SUFFIXES):
         return False
     # data/missing beside an existing data/ is a misspelt path rather than somebody's repository

@@ -7,6 +7,7 @@ methods exist or of how anything is run.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -49,7 +50,7 @@ from compress_search.sources import (
     output_directory,
     plugin_files,
     safe_url,
-    vocabulary,
+    vocabulary_source,
 )
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class Architecture(_Section):
         ge=1,
         description="neurons of a layer's feed-forward part; 4 × `hidden` by default",
     )
-    vocabulary: Annotated[int | Path, PlainValidator(vocabulary, json_schema_input_type=int | str)] = Field(
+    vocabulary: Annotated[int | Path, PlainValidator(vocabulary_source, json_schema_input_type=int | str)] = Field(
         default=4000,
         description="size of a WordPiece vocabulary trained on the training text, or the path of a vocab.txt",
     )
@@ -203,38 +204,43 @@ class MeasureConfig(_Section):
     )
 
 
+def _cluster_address(text: str) -> str:
+    if not re.fullmatch(r"local|auto|([\w.-]+|\[[0-9A-Fa-f:]+\]):[0-9]{1,5}", text):
+        raise ValueError(f"expected local, auto or host:port, got {show(text)}")
+    return text
+
+
 class ClusterConfig(_Section):
     """Where trials run."""
 
-    address: str = Field(
+    address: Annotated[str, AfterValidator(_cluster_address)] = Field(
         default="local",
-        pattern=r"^(local|auto|([\w.-]+|\[[0-9A-Fa-f:]+\]):[0-9]{1,5})$",
         description="`local`, `auto` (the Ray cluster found from here) or `host:port`",
     )
     cpus_per_trial: int = Field(default=1, ge=1, description="CPU cores of a trial")
     gpus_per_trial: float = Field(default=0, ge=0, description="GPUs of a trial; fractions share one")
 
 
-def _known_task(info: ValidationInfo) -> TaskName:
-    if "task" not in info.data:
-        raise ValueError(f"cannot be read without a task: one of {', '.join(METRICS)}")
-    task: TaskName = info.data["task"]
-    return task
+def _plain_name(text: str) -> str:
+    if not re.fullmatch(r"\w[\w .-]*", text):  # it also names a directory
+        raise ValueError(f"expected letters, digits, spaces and any of . _ -, got {show(text)}")
+    return text
 
 
 def _objectives(items: Any, info: ValidationInfo) -> tuple[str, ...]:
-    return parse_objectives(items, _known_task(info))
+    # without a task nothing can be said about metrics, and the study is refused for that already
+    return parse_objectives(items, info.data["task"]) if "task" in info.data else ()
 
 
 def _constraints(items: Any, info: ValidationInfo) -> Mapping[str, Constraint]:
-    return parse_constraints(items, _known_task(info))
+    return parse_constraints(items, info.data["task"]) if "task" in info.data else {}
 
 
 class Study(_Section):
     """A whole study; :func:`load_study` makes one from a file, with every path absolute."""
 
-    name: str = Field(
-        pattern=r"^\w[\w .-]*$", max_length=100, description="what reports call it; the file's stem by default"
+    name: Annotated[str, AfterValidator(_plain_name)] = Field(
+        max_length=100, description="what reports call it; the file's stem by default"
     )
     task: TaskName = Field(description="what the model does")
     teacher: Annotated[TeacherConfig, _Defaults] = Field(description="the model to compress")
@@ -292,13 +298,13 @@ class Study(_Section):
         "are never printed or stored; sqlite:///<output>/study.db by default",
     )
     _document: Document | None = PrivateAttr(None)
+    _folder: Path | None = PrivateAttr(None)
 
     @model_validator(mode="after")
     def _metrics_have_methods(self) -> Study:
         """A method's metric needs the method to be searched."""
-        named = [*((f"objectives.{i}", name) for i, name in enumerate(self.objectives))]
-        named += [(f"constraints.{name}", name) for name in self.constraints]
-        for key, metric in named:
+        objectives = [(f"objectives.{number}", name) for number, name in enumerate(self.objectives)]
+        for key, metric in [*objectives, *((f"constraints.{name}", name) for name in self.constraints)]:
             method, dot, _ = metric.partition(".")
             if dot and self.methods != "all" and method not in self.methods:
                 raise Fault(key, f"{metric} needs {method} among the methods")
@@ -333,8 +339,7 @@ class Study(_Section):
         """What must not change between two runs of a study; files inside its folder by their relative paths."""
         fields = {"task", "teacher", "data", "constraints", "methods", "plugins", "training", "measure"}
         plain = self.model_dump(mode="json", include=fields, exclude_none=True)
-        folder = Path(self._document.places[""].file).absolute().parent if self._document else None
-        return {"objectives": self.directions, **_portable(plain, folder)}
+        return {"objectives": self.directions, **_portable(plain, self._folder)}
 
 
 def _portable(value: Any, folder: Path | None) -> Any:
@@ -372,11 +377,12 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
         document = override(document, assignment)
     data = {"name": path.stem, **document.data}
     data.setdefault("output", f"runs/{data['name']}")
+    folder = path.absolute().parent
     try:
-        study = Study.model_validate(data, context={"folder": path.absolute().parent})
+        study = Study.model_validate(data, context={"folder": folder})
     except ValidationError as error:
         raise _first_error(error, document) from None
-    study._document = document
+    study._document, study._folder = document, folder
     return study
 
 
