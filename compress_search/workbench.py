@@ -1,0 +1,197 @@
+"""A worker's long-lived belongings: the study's materials, the lowered teacher and the bench process.
+
+Owns what is made once and used by every trial of a worker, where artefacts live and which candidates share a
+measurement. Knows nothing of the course of a trial.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+from compress_search.candidate import Candidate, Subject
+from compress_search.data import Split, read, tokenize
+from compress_search.encoders import describe, shape_key, subject_of
+from compress_search.environment import host_kind
+from compress_search.logits import teacher_logits
+from compress_search.measure import Bench, Latency, Score
+from compress_search.method import Stage
+from compress_search.pipeline import Materials
+from compress_search.recipe import Recipe, digest
+from compress_search.registry import PluginFile, Registry
+from compress_search.runtimes import lower, size_mb
+from compress_search.study import Study
+from compress_search.teacher import load_teacher, prepare_teacher
+
+SCORING_BATCH = 64
+"""Batch size of scoring where the result does not depend on an example's companions."""
+
+
+@dataclass(frozen=True)
+class Brief:
+    """All that a worker needs to know of a study, as plain data; the database is not among it."""
+
+    study: Mapping[str, Any]
+    files: Sequence[tuple[str, str]]
+    teacher: Mapping[str, Any]
+    cache: str
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What depends on shapes alone: the size, the latency against the teacher and, where wanted, the memory."""
+
+    key: str
+    size: float
+    latency: Latency
+    memory: float | None = None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that it is either whole or not there, also after a crash of the machine."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+class Workbench:
+    """Everything on it is made when it is first needed; file locks keep several workers from making it twice."""
+
+    def __init__(self, brief: Brief) -> None:
+        self.study = Study.from_dict(brief.study)
+        self.output = self.study.output
+        self.cache = Path(brief.cache)
+        self.registry = Registry(tuple(PluginFile(name, text) for name, text in brief.files))
+        self.subject = Subject.from_dict(brief.teacher)
+        self._bench: Bench | None = None
+        torch.set_num_threads(self.study.cluster.cpus_per_trial)
+
+    @property
+    def device(self) -> torch.device:
+        """Where trials train: a GPU when the study gives them one."""
+        return torch.device("cuda" if self.study.cluster.gpus_per_trial > 0 else "cpu")
+
+    @property
+    def bench(self) -> Bench:
+        """The bench process of this worker."""
+        if self._bench is None:
+            self._bench = Bench(threads=self.study.measure.threads, device=self.device.type)
+        return self._bench
+
+    def prepare(self) -> None:
+        """Make what trials share, so that the first of them is not charged for it."""
+        _ = self.materials, self.reference
+
+    @cached_property
+    def materials(self) -> Materials:
+        """Teacher, splits and cached teacher outputs."""
+        raw, task = read(self.study)
+        self.teacher_directory = prepare_teacher(self.study, raw, task, self.cache)
+        network, tokenizer = load_teacher(self.teacher_directory, self.device)
+        self.splits = tokenize(raw, tokenizer, self.study, task, self.cache)
+        train = self.splits["train"]
+        logits = teacher_logits(self.teacher_directory, train, self.cache, self.device)
+        subject = subject_of(network, task.name, self.device.type).having(*self.subject.traits)
+        teacher = Candidate(network, tokenizer, subject)
+        return Materials(teacher, task, train, self.splits["validation"], logits, self.device, self.study.training)
+
+    def split(self, name: str) -> Split | None:
+        """A tokenised split; None where the study has no such data."""
+        _ = self.materials
+        return self.splits.get(name)
+
+    @cached_property
+    def reference(self) -> Path:
+        """The lowered teacher, which every candidate is timed against."""
+        directory = self.artifact(Recipe(), seed=0)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{directory}.lock"):
+            if not directory.exists():
+                lower(self.materials.teacher, directory, self.materials.task)
+        return directory
+
+    def artifact(self, recipe: Recipe, seed: int) -> Path:
+        """Where the artefact of a recipe belongs: the same for the same content, whoever makes it."""
+        _ = self.materials
+        parts: list[Any] = [self.teacher_directory.name]
+        if recipe.steps:
+            plugins = [self.registry.fingerprint(name) for name in recipe.methods]
+            parts += [recipe.key, seed, self.study.training.model_dump(mode="json"), plugins]
+        return self.output / "artifacts" / digest(parts)[:20]
+
+    def lower(self, candidate: Candidate, directory: Path) -> None:
+        """Write the candidate's artefact; what an earlier attempt left there is replaced."""
+        if directory == self.reference:
+            return
+        with FileLock(f"{directory}.lock"):
+            shutil.rmtree(directory, ignore_errors=True)
+            lower(candidate, directory, self.materials.task)
+
+    def score(self, directory: Path, split: Split, *, as_deployed: bool) -> Score:
+        """Metrics of an artefact.
+
+        Arithmetic with one scale for a whole batch depends on an example's companions; ``as_deployed`` scores
+        at the study's measured batch size, as it must be for lowered arithmetic.
+        """
+        batch_size = self.study.measure.batch_size if as_deployed else SCORING_BATCH
+        return self.bench.score(directory, split.path, self.materials.task, batch_size)
+
+    def latency(self, directory: Path, *, repeats: int, seed: int) -> Latency:
+        """Time an artefact against the teacher on the validation data's own lengths."""
+        validation = self.materials.validation.path
+        batch_size = self.study.measure.batch_size
+        return self.bench.latency(
+            directory, self.reference, validation, batch_size=batch_size, repeats=repeats, seed=seed
+        )
+
+    def shape(self, candidate: Candidate, directory: Path, recipe: Recipe) -> Shape:
+        """Size, latency and memory, measured once for all candidates of equal shapes, precision and runtime."""
+        key = self._shape_key(candidate, recipe)
+        shelf = self.output / "shapes" / f"{key}.json"
+        if shelf.exists():
+            stored = json.loads(shelf.read_text(encoding="utf-8"))
+            return Shape(key, stored["size"], Latency.from_dict(stored["latency"]), stored["memory"])
+        measure = self.study.measure
+        shape = Shape(
+            key,
+            size_mb(directory),
+            self.latency(directory, repeats=measure.repeats, seed=self.study.search.seed),
+            self._memory(directory),
+        )
+        stored = {"size": shape.size, "latency": shape.latency.to_dict(), "memory": shape.memory}
+        write_atomically(shelf, json.dumps(stored))
+        return shape
+
+    def _memory(self, directory: Path) -> float | None:
+        """Peak memory, which takes two more processes, where the study asks for it."""
+        if "memory_mb" not in {*self.study.objectives, *self.study.constraints}:
+            return None
+        return self.bench.memory(directory, self.materials.validation.path, self.study.measure.batch_size)
+
+    def _shape_key(self, candidate: Candidate, recipe: Recipe) -> str:
+        late = [step for step in recipe.to_list() if self.registry[step["method"]].stage >= Stage.PRECISION]
+        measure = self.study.measure.model_dump(mode="json")
+        shape = shape_key(describe(candidate.network))
+        return digest([self.teacher_directory.name, shape, late, dict(candidate.runtime), measure, host_kind()])[
+            :20
+        ]
+
+    def close(self) -> None:
+        """End the bench process."""
+        if self._bench is not None:
+            with suppress(OSError):
+                self._bench.close()
