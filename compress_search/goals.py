@@ -26,13 +26,14 @@ METRICS: dict[TaskName, tuple[str, ...]] = {
 TIMED = ("latency_ms", "speedup", "throughput")
 """Metrics that depend on running time."""
 
-_COSTS: dict[str, Direction] = {
+COSTS: dict[str, Direction] = {
     "latency_ms": "minimize",
     "speedup": "maximize",
     "throughput": "maximize",
     "size_mb": "minimize",
     "memory_mb": "minimize",
 }
+"""The metrics every task has, with their directions."""
 _CORRELATIONS = METRICS["text-regression"]
 _DROP = "_drop"
 _PLUGIN_METRIC = re.compile(r"\w+\.\w+")
@@ -45,8 +46,8 @@ def direction(metric: str) -> Direction:
     Raises:
         ValueError: it is none of the engine's own.
     """
-    if metric in _COSTS:
-        return _COSTS[metric]
+    if metric in COSTS:
+        return COSTS[metric]
     scores = {name for names in METRICS.values() for name in names}
     if metric.removesuffix(_DROP) not in scores:
         raise ValueError(f"{metric!r} is no metric of the engine's own")
@@ -55,7 +56,7 @@ def direction(metric: str) -> Direction:
 
 def metric_range(metric: str) -> tuple[float, float]:
     """The lowest and highest value the metric can take; a drop is an absolute loss against the teacher."""
-    if metric in _COSTS or _PLUGIN_METRIC.fullmatch(metric):
+    if metric in COSTS or _PLUGIN_METRIC.fullmatch(metric):
         return (-math.inf if "." in metric else 0.0), math.inf
     low, high = (-1.0, 1.0) if metric.removesuffix(_DROP) in _CORRELATIONS else (0.0, 1.0)
     return (0.0, high - low) if metric.endswith(_DROP) else (low, high)
@@ -111,7 +112,7 @@ def _objective(item: Any, task: TaskName) -> Objective:
         if way not in ("maximize", "minimize"):
             raise ValueError(f"a method's metric needs its direction: {{{name}: minimize}} or {{{name}: maximize}}")
         return Objective(name, way)
-    known = [*METRICS[task], *_COSTS]
+    known = [*METRICS[task], *COSTS]
     if name not in known:
         raise ValueError(unknown(f"objective {show(name)}", name, known))
     if way not in (None, direction(name)):
@@ -153,7 +154,7 @@ def parse_constraint(metric: str, value: Any, task: TaskName) -> Constraint:
     Raises:
         ValueError: unknown metric, unreadable bound, one the metric cannot reach, or two that exclude each other.
     """
-    known = [*METRICS[task], *_COSTS, *(name + _DROP for name in METRICS[task])]
+    known = [*METRICS[task], *COSTS, *(name + _DROP for name in METRICS[task])]
     if metric not in known and not _PLUGIN_METRIC.fullmatch(metric):
         raise ValueError(unknown("metric", metric, known))
     if not isinstance(value, list | tuple):
@@ -173,7 +174,7 @@ def _bound(metric: str, value: Any) -> Constraint:
     if match is None or number is None:
         raise ValueError(f'expected a bound such as "<= 40" or ">= 0.9", got {show(value)}')
     low, high = metric_range(metric)
-    if not low <= number <= high or (metric in _COSTS and number == 0):
+    if not low <= number <= high or (metric in COSTS and number == 0):
         raise ValueError(f"{metric} lies {_between(low, high)}, got {show(value)}")
     return Constraint(metric, "<=" if match[1] == "<=" else ">=", number)
 

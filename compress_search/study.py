@@ -73,6 +73,11 @@ def _empty_section(value: Any) -> Any:
 _Defaults = BeforeValidator(_empty_section)
 
 
+def _derived(text: str) -> dict[str, Any]:
+    """Says in the schema, in words, what a key is when it is left out."""
+    return {"derived": text}
+
+
 class Architecture(_Section):
     """The shape of a small encoder to train from scratch."""
 
@@ -83,7 +88,8 @@ class Architecture(_Section):
     intermediate: int = Field(
         default_factory=lambda data: 4 * data["hidden"],
         ge=1,
-        description="neurons of a layer's feed-forward part; 4 × `hidden` by default",
+        json_schema_extra=_derived("4 × `hidden`"),
+        description="neurons of a layer's feed-forward part",
     )
     vocabulary: Annotated[int | Path, PlainValidator(vocabulary_source, json_schema_input_type=int | str)] = Field(
         default=4000,
@@ -144,15 +150,18 @@ class DataConfig(_Section):
 
     train: _DataSource = Field(description="training data: jsonl, csv, tsv or parquet file, or hub id")
     validation: _DataSource | None = Field(
-        default=None, description="what the search selects on; a tenth of the training data by default"
+        default=None,
+        json_schema_extra=_derived("a tenth of the training data"),
+        description="what the search selects on",
     )
-    test: _DataSource | None = Field(default=None, description="scored once, for the front; not scored by default")
+    test: _DataSource | None = Field(default=None, description="scored once, for the front")
     max_length: int = Field(default=128, ge=4, description="word pieces of an example; longer ones are cut")
     text: str = Field(default="text", min_length=1, description="column with the text")
     text_pair: str | None = Field(
         default=None,
         min_length=1,
-        description="column with a second text; `text_pair` by default, where there is one",
+        json_schema_extra=_derived("`text_pair`, where there is one"),
+        description="column with a second text",
     )
     label: str = Field(default="label", min_length=1, description="column with the class, or the number to predict")
     tokens: str = Field(default="tokens", min_length=1, description="column with the list of words (token tasks)")
@@ -165,9 +174,7 @@ class SearchConfig(_Section):
     trials: int = Field(
         default=40, ge=1, description="trials to run; complete, stopped and failed ones count, duplicates do not"
     )
-    hours: float | None = Field(
-        default=None, gt=0, description="start no more trials after this time; no limit by default"
-    )
+    hours: float | None = Field(default=None, gt=0, description="start no more trials after this time")
     sampler: Literal["auto", "random", "tpe", "gp", "nsga2"] = Field(
         default="auto", description="what proposes recipes; `auto` changes with the number of trials"
     )
@@ -177,9 +184,7 @@ class SearchConfig(_Section):
     seed: int = Field(default=0, ge=0, lt=2**32, description="seed of all randomness")
     concurrency: int = Field(default=1, ge=1, description="trials at the same time")
     retries: int = Field(default=2, ge=0, description="further attempts at a trial whose worker died")
-    trial_minutes: float | None = Field(
-        default=None, gt=0, description="wall-clock limit of one attempt; none by default"
-    )
+    trial_minutes: float | None = Field(default=None, gt=0, description="wall-clock limit of one attempt")
 
 
 class TrainingConfig(_Section):
@@ -240,7 +245,7 @@ class Study(_Section):
     """A whole study; :func:`load_study` makes one from a file, with every path absolute."""
 
     name: Annotated[str, AfterValidator(_plain_name)] = Field(
-        max_length=100, description="what reports call it; the file's stem by default"
+        max_length=100, json_schema_extra=_derived("the file's stem"), description="what reports call it"
     )
     task: TaskName = Field(description="what the model does")
     teacher: Annotated[TeacherConfig, _Defaults] = Field(description="the model to compress")
@@ -251,9 +256,9 @@ class Study(_Section):
         PlainSerializer(lambda names: [plain_objective(name) for name in names]),
     ] = Field(
         default=(),
+        json_schema_extra=_derived("the task's first metric and latency_ms"),
         description="what the front trades off: the task's metrics, latency_ms, speedup, throughput, size_mb, "
-        "memory_mb, or a method's own metric with its direction, {my_method.key: minimize}; "
-        "the task's first metric and latency_ms by default",
+        "memory_mb, or a method's own metric with its direction, {my_method.key: minimize}",
     )
     constraints: Annotated[
         Mapping[str, Constraint],
@@ -267,7 +272,7 @@ class Study(_Section):
     )
     methods: Annotated[
         Mapping[str, Mapping[str, Narrowing]] | Literal["all"],
-        PlainValidator(parse_methods, json_schema_input_type=Any),
+        PlainValidator(parse_methods, json_schema_input_type=Literal["all"] | list[str] | dict[str, Any]),
         PlainSerializer(lambda items: items),
     ] = Field(
         description="`all`, a list of names, or names with values that narrow their dimensions: a scalar fixes "
@@ -289,13 +294,14 @@ class Study(_Section):
     )
     cluster: Annotated[ClusterConfig, _Defaults] = Field(default=ClusterConfig(), description="where trials run")
     output: Annotated[Path, PlainValidator(output_directory, json_schema_input_type=str)] = Field(
-        description="directory for artefacts; runs/<name> by default"
+        json_schema_extra=_derived("runs/<name>"), description="directory for artefacts"
     )
     storage: Annotated[str, PlainValidator(database_url, json_schema_input_type=str)] = Field(
         default_factory=lambda data: f"sqlite:///{data['output'] / 'study.db'}",
         repr=False,
+        json_schema_extra=_derived("sqlite:///<output>/study.db"),
         description="SQLAlchemy URL of the database; environment variables ($NAME, ${NAME}) expand, passwords "
-        "are never printed or stored; sqlite:///<output>/study.db by default",
+        "are never printed or stored",
     )
     _document: Document | None = PrivateAttr(None)
     _folder: Path | None = PrivateAttr(None)
