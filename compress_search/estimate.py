@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from compress_search.candidate import Subject
+from compress_search.rows import Rows
 from compress_search.study import Study
 
 TRAINING_FORWARDS = 3
@@ -18,6 +19,9 @@ TRAINING_FORWARDS = 3
 
 EFFICIENCY = 0.5
 """What a whole encoder reaches of a bare matrix product's rate: normalisations, softmax, small batches."""
+
+PIECES_PER_WORD = 1.3
+"""Of English in a WordPiece vocabulary of usual size."""
 
 MEAN_TRIAL = 0.6
 """Work of a mean trial against a full training of the teacher: students are smaller, some trials stop early."""
@@ -39,6 +43,13 @@ class Estimate:
     def minutes(self) -> float:
         """All of it."""
         return self.teacher_minutes + self.search_minutes
+
+
+def mean_length(study: Study, rows: Rows) -> float:
+    """Mean tokens of a training example, guessed from its words without a tokenizer."""
+    texts = [*rows.texts, *(rows.pairs or ())]
+    words = sum(len(text if isinstance(text, list) else text.split()) for text in texts) / max(1, len(rows))
+    return min(PIECES_PER_WORD * words + 2, study.data.max_length)
 
 
 def matmul_rate(threads: int, seconds: float = 0.3) -> float:

@@ -30,6 +30,9 @@ from compress_search.tasks import Task
 RUNG_FRACTIONS = (1 / 9, 1 / 3)
 """Parts of a trial's planned optimizer steps after which it is compared with the others."""
 
+SCORING_BATCH = 64
+"""Batch size of scoring at rungs, where nothing is timed."""
+
 OnRung = Callable[[int, Mapping[str, float]], bool]
 """(rung index, the task's metrics on validation) -> whether to go on."""
 
@@ -113,17 +116,19 @@ class StepContext:
             raise TrialError(f"a share of the training budget lies in (0, 1], got {share}")
         settings = self.materials.training
         steps = 0 if self.dry else max(1, round(share * self.share_of_budget))
+        # a method may train in phases: each sees the examples in an order of its own
+        seed = derive_seed(self.seed, self.budget.done)
         started = time.perf_counter()
         training.fit(
             network.to(self.device),
-            training_batches(self.materials.train, settings.batch_size, self.seed),
+            training_batches(self.materials.train, settings.batch_size, seed),
             steps,
             loss or self.task_loss,
             learning_rate=settings.learning_rate if learning_rate is None else learning_rate,
             warmup=settings.warmup,
             weight_decay=settings.weight_decay,
             device=self.device,
-            seed=self.seed,
+            seed=seed,
             parameters=parameters,
             on_step=on_step,
             on_progress=lambda _: self._advance(network, scored),
@@ -140,7 +145,7 @@ class StepContext:
 
     def task_loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
         """The task's loss on the labels of a batch."""
-        return self.materials.task.loss(forward(network, batch), batch["labels"])
+        return training.task_loss(self.materials.task)(network, batch)
 
     def teacher_logits(self, batch: Batch) -> torch.Tensor:
         """The teacher's cached logits, (B, C) or (B, S, C)."""
@@ -152,24 +157,14 @@ class StepContext:
         train = self.materials.train
         rows = random.Random(self.seed).sample(range(len(train)), min(examples, len(train)))
         for start in range(0, len(rows), batch_size):
-            batch = train.batch(rows[start : start + batch_size])
-            yield {name: tensor.to(self.device) for name, tensor in batch.items()}
-
-
-def forward(network: nn.Module, batch: Batch) -> torch.Tensor:
-    """The network's logits for a batch."""
-    inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "index")}
-    logits: torch.Tensor = network(**inputs).logits
-    return logits
+            yield training.to_device(train.batch(rows[start : start + batch_size]), self.device)
 
 
 def validation_metrics(network: nn.Module, materials: Materials) -> dict[str, float]:
     """The task's metrics on validation; the network's training mode is left as it was."""
-    mode = network.training
     logits, labels = training.evaluate(
-        network, materials.validation, materials.task, batch_size=64, device=materials.device
+        network, materials.validation, materials.task, SCORING_BATCH, materials.device
     )
-    network.train(mode)
     return materials.task.score(logits, labels)
 
 

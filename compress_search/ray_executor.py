@@ -8,6 +8,7 @@ database is the one truth (`Tuner.restore` forgets decisions, `OptunaSearch` rec
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -145,7 +146,7 @@ class RayExecutor:
 
     def call(self, job: str, *arguments: Any) -> Any:
         """The value of a worker's method."""
-        remote = ray.remote(**_remote_resources(self.study))(_call)
+        remote = ray.remote(_call).options(**_remote_resources(self.study))
         return ray.get(remote.remote(self.factory, self.brief, job, arguments))
 
     def close(self) -> None:
@@ -169,7 +170,7 @@ def connect(study: Study) -> bool:
         cpus = max(os.cpu_count() or 1, -(-study.search.concurrency * cluster.cpus_per_trial // 1))
         options.update(num_cpus=int(cpus), include_dashboard=False, _node_ip_address="127.0.0.1")
     try:
-        ray.init(log_to_driver=False, logging_level="ERROR", **options)
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
     except ConnectionError as error:
         raise study.error("cluster.address", f"no Ray cluster at {cluster.address!r}: {error}") from error
     _check_resources(study, ray.cluster_resources())

@@ -1,0 +1,300 @@
+"""Drives one study: checks everything first, then lock, database, search, executor, signals and the final front.
+
+Owns the order in which a run touches the world, so that bad input creates nothing and an interrupt loses
+nothing. Knows neither how trials are proposed nor how they are run.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import platformdirs
+
+from compress_search import progress
+from compress_search.candidate import Subject
+from compress_search.environment import fingerprint
+from compress_search.errors import CompressSearchError
+from compress_search.estimate import Estimate, estimate, mean_length
+from compress_search.executor import Executor, Factory, LocalExecutor
+from compress_search.kernels import kernels
+from compress_search.pareto import front
+from compress_search.plan import Plan, make_plan
+from compress_search.recipe import Recipe, Step, settle
+from compress_search.records import Assignment, Failure, Result, Rung
+from compress_search.registry import PluginFile, Registry
+from compress_search.rows import Raw, read
+from compress_search.search import TEACHER, Baselines, Search
+from compress_search.space import defaults, fix_experts
+from compress_search.storage import Store, TrialRow
+from compress_search.study import Study
+from compress_search.tasks import Task
+from compress_search.teacher import teacher_subject
+from compress_search.trial import TrialWorker, read_death, read_result
+from compress_search.workbench import Brief
+
+ExecutorName = Literal["ray", "local"]
+
+INT8_METHOD = "quantization"
+"""The method whose defaults make the teacher's int8 baseline."""
+
+PATIENCE = 300.0
+"""Seconds a driver waits for a database that is locked or away before it gives up."""
+
+KEPT_BYTES = 5e9
+"""Artefacts that are not on the front are kept up to this size, the oldest going first."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A study whose every word has been checked against its data, its teacher and the installed methods."""
+
+    study: Study
+    plan: Plan
+    task: Task
+    raw: Raw
+    brief: Brief
+
+    def estimate(self) -> Estimate:
+        """How long the study will take on this machine."""
+        return estimate(self.study, self.plan.teacher, len(self.raw.train), mean_length(self.study, self.raw.train))
+
+
+def cache_folder() -> Path:
+    """Where teachers, tokenised data and teacher outputs are kept between studies."""
+    chosen = os.environ.get("COMPRESS_SEARCH_CACHE")
+    return Path(chosen).expanduser().resolve() if chosen else platformdirs.user_cache_path("compress-search")
+
+
+def prepare(study: Study, subject: Subject | None = None) -> Prepared:
+    """Check everything that can be checked without creating anything.
+
+    ``subject`` is the teacher as an earlier run of the study saw it, kernels included: a space never changes
+    within a study, whatever machine it is resumed on.
+
+    Raises:
+        StudyError, PluginError: what is wrong, with the place of it.
+    """
+    registry = Registry(tuple(PluginFile.read(path) for path in study.plugins))
+    raw, task = read(study)
+    subject = subject or _with_engine_traits(study, teacher_subject(study, task))
+    plan = make_plan(study, registry, subject)
+    files = [(file.name, file.text) for file in registry.files]
+    return Prepared(study, plan, task, raw, Brief(study.to_dict(), files, subject.to_dict(), str(cache_folder())))
+
+
+def _with_engine_traits(study: Study, teacher: Subject) -> Subject:
+    """What the engine itself tells methods of a teacher: whether time counts, and which kernels are real."""
+    device = "cuda" if study.cluster.gpus_per_trial > 0 else "cpu"
+    traits = {f"kernel:{name}" for name in kernels(device)} | ({"timed"} if study.timed else set())
+    return teacher.having(*traits, device=device)
+
+
+def baselines(plan: Plan) -> Baselines:
+    """The teacher as it is, and in int8 where that can be had: what every recipe has to beat."""
+    found: list[tuple[str, Recipe]] = [(TEACHER, Recipe())]
+    if INT8_METHOD not in plan.registry or plan.registry.unavailable(INT8_METHOD):
+        return found
+    method = plan.registry[INT8_METHOD]
+    if method.unsupported(plan.teacher) is None:
+        recipe = Recipe((Step.of(INT8_METHOD, defaults(fix_experts(method.search_space(plan.teacher)))),))
+        found.append(("teacher-int8", settle(recipe, plan.registry, plan.teacher)[0]))
+    return found
+
+
+def run(
+    study: Study,
+    *,
+    executor: ExecutorName = "ray",
+    on_event: progress.OnEvent = lambda event: None,
+    factory: Factory = TrialWorker,
+) -> None:
+    """Start a study or resume it; a finished one is only looked at again.
+
+    Raises:
+        StudyError, PluginError, StorageError, StudyLocked: before anything is created, except the lock.
+        CompressSearchError: the study cannot go on, for example since its teacher cannot be measured.
+        KeyboardInterrupt: SIGINT or SIGTERM; whatever ran waits for the next run.
+    """
+    store = Store(study.storage, patience=PATIENCE)
+    known = store.find(study.name) if store.exists else None
+    prepared = prepare(study, Subject.from_dict(known.subject) if known else None)
+    store.create()
+    study.output.mkdir(parents=True, exist_ok=True)
+    with store.lock(study.name), interrupts():
+        search = Search.open(prepared.plan, store, environment=fingerprint(), baselines=baselines(prepared.plan))
+        search.reconcile(partial(read_result, study.output))
+        announced = Announced(search, on_event)
+        announced.started()
+        if search.done and _finalized(store, study):
+            return
+        _drive(announced, make_executor(executor, factory, prepared), store)
+    if fault := announced.teacher_fault:
+        raise CompressSearchError(f"the teacher could not be measured: {fault.message}")
+
+
+def _drive(search: Announced, executor: Executor, store: Store) -> None:
+    """Run to the end of the budget and look at the front once more; an interrupt takes everything back."""
+    try:
+        executor.run(search)  # type: ignore[arg-type]  # the search, which also tells whoever watches
+        if search.teacher_fault is None:
+            _finalize(search.search.plan.study, executor, store)
+    except BaseException:
+        executor.close()
+        search.search.release()
+        raise
+    executor.close()
+
+
+def make_executor(name: ExecutorName, factory: Factory, prepared: Prepared) -> Executor:
+    """The executor of this name for a study."""
+    study = prepared.study
+    death = partial(read_death, study.output)
+    if name == "local":
+        return LocalExecutor(factory, prepared.brief, death, study.search.concurrency)
+    from compress_search.ray_executor import RayExecutor
+
+    return RayExecutor(factory, prepared.brief, death, study)
+
+
+@contextmanager
+def interrupts() -> Iterator[None]:
+    """Inside the block INT and TERM raise KeyboardInterrupt, once: what follows is cleaning up."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        for one in signals:
+            signal.signal(one, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {one: signal.signal(one, interrupt) for one in signals}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
+@dataclass
+class Announced:
+    """A search that also tells whoever watches, and ends when its teacher cannot be measured."""
+
+    search: Search
+    on_event: progress.OnEvent
+    running: dict[int, Assignment] = field(default_factory=dict)
+    teacher_fault: Failure | None = None
+
+    def started(self) -> None:
+        """Tell what the study is and what earlier runs of it did."""
+        plan, rows = self.search.plan, self.search.store.trials(self.search.name)
+        earlier = [self._finished(row) for row in rows if row.state not in ("running", "waiting", "duplicate")]
+        search = plan.study.search
+        self.on_event(
+            progress.StudyStarted(plan.study.name, plan.study.directions, search.trials, search.hours, earlier)
+        )
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.teacher_fault is not None or self.search.done
+
+    def next(self) -> Assignment | None:
+        """Forward, and tell."""
+        assignment = None if self.teacher_fault else self.search.next()
+        if assignment:
+            self.running[assignment.number] = assignment
+            event = progress.TrialStarted(
+                assignment.number, str(assignment.recipe), assignment.attempt, assignment.baseline
+            )
+            self.on_event(event)
+        return assignment
+
+    def report(self, rung: Rung) -> bool:
+        """Forward, and tell."""
+        going_on = self.search.report(rung)
+        self.on_event(progress.RungReported(rung.number, rung.index, rung.metrics, going_on))
+        return going_on
+
+    def finish(self, result: Result) -> None:
+        """Forward, and tell."""
+        self.search.finish(result)
+        self._tell(result.number)
+
+    def died(self, number: int, attempt: int, failure: Failure) -> bool:
+        """Forward, and tell when it was the last attempt."""
+        again = self.search.died(number, attempt, failure)
+        if not again:
+            self._tell(number)
+        return again
+
+    def _tell(self, number: int) -> None:
+        """What the database now says of a trial, which may differ from what a worker said."""
+        row = self.search.store.trials(self.search.name)[number]
+        if row.baseline == TEACHER and row.state != "complete":
+            self.teacher_fault = row.error or Failure("error", f"it is {row.state}")
+        self.running.pop(number, None)
+        self.on_event(self._finished(row))
+
+    def _finished(self, row: TrialRow) -> progress.TrialFinished:
+        return progress.TrialFinished(
+            row.number,
+            row.baseline or str(row.recipe),
+            row.state,
+            row.metrics,
+            row.seconds.get("total", 0.0),
+            row.error.message if row.error else None,
+            feasible=feasible(self.search.plan.study, row.metrics),
+            counted=row.baseline is None and row.state != "infeasible",
+        )
+
+
+def feasible(study: Study, metrics: Mapping[str, float]) -> bool:
+    """Whether the metrics meet every constraint."""
+    limits = study.constraints.values()
+    return all(limit.metric in metrics and limit.violation(metrics[limit.metric]) <= 0 for limit in limits)
+
+
+def front_of(study: Study, rows: list[TrialRow]) -> list[TrialRow]:
+    """The complete and feasible trials that none other dominates."""
+    there = [row for row in rows if row.state == "complete" and feasible(study, row.metrics)]
+    names = list(study.directions)
+    there = [row for row in there if all(name in row.metrics for name in names)]
+    if not there:
+        return []
+    points = [[row.metrics[name] for name in names] for row in there]
+    return [there[index] for index in front(points, list(study.directions.values()))]
+
+
+def _finalized(store: Store, study: Study) -> bool:
+    return {row.number for row in front_of(study, store.trials(study.name))} <= set(
+        store.measurements(study.name, kind="final")
+    )
+
+
+def _finalize(study: Study, executor: Executor, store: Store) -> None:
+    """Measure the front and the teacher again, score them on test, and tidy the artefacts up."""
+    rows = store.trials(study.name)
+    members = {row.number: row for row in front_of(study, rows)}
+    members |= {row.number: row for row in rows if row.baseline and row.state == "complete"}
+    artifacts = {number: row.artifact for number, row in members.items() if row.artifact}
+    for number, data in executor.call("finalize", artifacts).items():
+        store.write_measurement(study.name, number, "final", data, attempt=members[number].attempts - 1)
+    keep_artifacts(study.output / "artifacts", {Path(name).name for name in artifacts.values()})
+
+
+def keep_artifacts(folder: Path, members: set[str], limit: float = KEPT_BYTES) -> None:
+    """Delete the oldest artefacts that are no ``members`` until the others fit into ``limit`` bytes."""
+    others = [path for path in folder.iterdir() if path.is_dir() and path.name not in members]
+    sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in others}
+    for path in sorted(others, key=lambda path: path.stat().st_mtime):
+        if sum(sizes.values()) <= limit:
+            break
+        shutil.rmtree(path)
+        del sizes[path]
