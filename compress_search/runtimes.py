@@ -141,6 +141,8 @@ class OnnxRunner:
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        # else idle threads go on spinning after a pass, and take the cores of whoever is timed next
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         wanted = ["CPUExecutionProvider"] if device == "cpu" else ["CUDAExecutionProvider", "CPUExecutionProvider"]
         providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
         if not model.is_file():
