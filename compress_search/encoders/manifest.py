@@ -140,7 +140,8 @@ def shape_key(manifest: Manifest) -> str:
 
 def _config(network: nn.Module) -> dict[str, Any]:
     config = cast(Any, network.config).to_dict()
-    return {name: value for name, value in config.items() if name not in _VOLATILE}
+    # as it will be read again: JSON knows no integer keys, which id2label has
+    return cast(dict[str, Any], json.loads(json.dumps({k: v for k, v in config.items() if k not in _VOLATILE})))
 
 
 def _dtype(network: nn.Module) -> str:
