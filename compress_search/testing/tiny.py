@@ -18,7 +18,10 @@ import numpy as np
 import torch
 
 from compress_search.candidate import Candidate
+from compress_search.encoders import subject_of
 from compress_search.method import Batch, Loss
+from compress_search.tasks import Task
+from compress_search.training import fit, forward, task_loss
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -83,8 +86,6 @@ def tiny_candidate(
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-    from compress_search.encoders.view import subject_of
-
     tokenizer = tiny_tokenizer(family)
     sizes = {"num_hidden_layers": layers, "num_attention_heads": heads, "hidden_size": hidden}
     sizes |= {"intermediate_size": intermediate, "embedding_size": hidden}
@@ -103,9 +104,9 @@ def tiny_candidate(
     )
     config.problem_type = "regression" if task == "text-regression" else None
     token = task == "token-classification"
-    with torch.random.fork_rng():
+    auto: Any = AutoModelForTokenClassification if token else AutoModelForSequenceClassification
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        auto = AutoModelForTokenClassification if token else AutoModelForSequenceClassification
         network = auto.from_config(config, attn_implementation="sdpa").eval()
     return Candidate(network, tokenizer, subject_of(network, task))
 
@@ -152,19 +153,16 @@ class TinyContext:
     """
 
     candidate: Candidate
+    scratch: Path
     seed: int = 0
     dry: bool = False
     steps: int = 6
     batch_size: int = 8
-    scratch: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="compress-search-")))
     fits: list[int] = field(default_factory=list)
     training: bool = False
     """Whether :meth:`fit` is running now."""
 
     def __post_init__(self) -> None:
-        from compress_search.tasks import Task
-
-        weakref.finalize(self, shutil.rmtree, self.scratch, ignore_errors=True)
         self.device = torch.device("cpu")
         task = self.candidate.subject.task
         self.task = Task(task, LABELS[task], entities=task == "token-classification")
@@ -182,8 +180,6 @@ class TinyContext:
         on_step: Callable[[int, int], None] | None = None,
     ) -> None:
         """Train on tiny batches for ``share`` of the budget, as the engine's loop does."""
-        from compress_search.training import fit
-
         if not 0 < share <= 1:
             raise ValueError(f"share is {share}, expected a number in (0, 1]")
         steps = 0 if self.dry else max(1, round(share * self.steps))
@@ -208,15 +204,12 @@ class TinyContext:
 
     def task_loss(self, network: nn.Module, batch: Batch) -> Tensor:
         """The task's loss on the labels of a batch."""
-        inputs = {name: batch[name] for name in self.candidate.tokenizer.model_input_names}
-        return self.task.loss(network(**inputs).logits, batch["labels"])
+        return task_loss(self.task)(network, batch)
 
     def teacher_logits(self, batch: Batch) -> Tensor:
         """The teacher's logits, (B, C) or (B, S, C)."""
-        inputs = {name: batch[name] for name in self.candidate.tokenizer.model_input_names}
         with torch.no_grad():
-            logits: Tensor = self.teacher(**inputs).logits
-        return logits
+            return forward(self.teacher, batch)
 
     def calibration(self, examples: int, batch_size: int = 32) -> Iterator[Batch]:
         """Batches of the tiny task, the same ones for the same seed."""
@@ -232,6 +225,12 @@ def tiny_context(
     batch_size: int = 8,
     scratch: Path | None = None,
 ) -> TinyContext:
-    """A context whose teacher is a frozen copy of the candidate; its scratch directory goes when it does."""
-    extra = {} if scratch is None else {"scratch": scratch}
-    return TinyContext(candidate, seed=seed, dry=dry, steps=steps, batch_size=batch_size, **extra)
+    """A context whose teacher is a frozen copy of the candidate.
+
+    Its scratch directory is a temporary one by default, and goes when the context does.
+    """
+    context = TinyContext(candidate, scratch or Path(tempfile.mkdtemp(prefix="compress-search-")), seed, dry, steps)
+    context.batch_size = batch_size
+    if scratch is None:
+        weakref.finalize(context, shutil.rmtree, context.scratch, ignore_errors=True)
+    return context
