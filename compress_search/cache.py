@@ -27,6 +27,10 @@ def content_addressed(cache: Path, key: str, build: Callable[[Path], None]) -> P
             # left behind by a process that died: whoever holds the lock is alone
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
-            build(unfinished)
+            try:
+                build(unfinished)
+            except BaseException:
+                shutil.rmtree(unfinished)
+                raise
             unfinished.replace(directory)
     return directory

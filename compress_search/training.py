@@ -102,6 +102,11 @@ def _step(
     optimizer.step()
 
 
+def planned_steps(examples: int, batch_size: int, epochs: float) -> int:
+    """Optimizer steps in a number of passes over the examples; at least one."""
+    return max(1, round(epochs * -(-examples // batch_size)))
+
+
 def schedule(step: int, steps: int, warmup: float) -> float:
     """The learning rate of a step (counted from 0) as a part of its peak: linear up, then linear down to 0.
 

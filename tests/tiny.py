@@ -32,10 +32,11 @@ def classification_row(rng: random.Random) -> Row:
 
 
 def pair_row(rng: random.Random) -> Row:
+    """The class says what the second text is; the first one only distracts."""
     left, right = rng.choice((GOOD, BAD)), rng.choice((GOOD, BAD))
     text = " ".join([*rng.choices(FILLER, k=3), rng.choice(left)])
     pair = " ".join([*rng.choices(FILLER, k=rng.randint(2, 6)), rng.choice(right)])
-    return {"text": text, "text_pair": pair, "label": int(left is right)}
+    return {"text": text, "text_pair": pair, "label": int(right is GOOD)}
 
 
 def regression_row(rng: random.Random) -> Row:
