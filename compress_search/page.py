@@ -97,7 +97,7 @@ def front_chart(found: Report, x: str, y: str) -> dict[str, Any]:
         "x": formats.style(x).heading,
         "y": formats.style(y).heading,
         "log": bool(drawn) and min(drawn) > 0 and max(drawn) > 20 * min(drawn),
-        "label": f"{len(drawn)} models, {len(found.front)} of them on the front, which the table of the front lists.",
+        "label": f"{len(drawn)} models, {len(found.front)} of them on the front, which the table lists.",
         "traces": [_trace(role, entries, x, y) for role, entries in groups.items() if entries],
     }
 
@@ -175,7 +175,11 @@ def front_picture(found: Report, path: Path) -> None:
     chart = next((front_chart(found, x, y) for x, y in axes(found)), _NO_CHART)
     x = Scale.over([value for trace in chart["traces"] for value in trace["x"]], 70, 700)
     y = Scale.over([value for trace in chart["traces"] for value in trace["y"]], 370, 20)
-    text = _TEMPLATES.get_template("front.svg.j2").render(study=found.study, chart=chart, x=x, y=y)
+    # six pixels a character and thirty for the mark bring the legend's entries beside one another
+    widths = [30 + 6 * len(trace["name"]) for trace in chart["traces"]]
+    legend = [80 + sum(widths[:position]) for position in range(len(widths))]
+    template = _TEMPLATES.get_template("front.svg.j2")
+    text = template.render(study=found.study, chart=chart, x=x, y=y, legend=legend)
     path.write_text(text, encoding="utf-8")
 
 

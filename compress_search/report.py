@@ -11,12 +11,15 @@ import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from compress_search import goals, pareto
 from compress_search.recipe import Recipe, Step
+
+if TYPE_CHECKING:
+    from compress_search.storage import Store, TrialRow
 
 Metrics = Mapping[str, float]
 
@@ -95,6 +98,7 @@ class Facts(Aims):
 
     environment: dict[str, Any] = Field(default_factory=dict)
     settings: dict[str, Any] = Field(default_factory=dict)
+    seconds: float = 0.0
 
 
 class Report(Aims):
@@ -124,6 +128,90 @@ class Report(Aims):
         return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
 
 
+def read_report(store: Store, name: str) -> Report:
+    """The document of a study from its database.
+
+    Raises:
+        StorageError: there is no database, or no study of this name in it.
+    """
+    return build_report(read_facts(store, name), read_entries(store, name))
+
+
+def read_facts(store: Store, name: str) -> Facts:
+    """What is stored of a study."""
+    info = store.study(name)
+    definition = info.definition
+    return Facts(
+        study=name,
+        task=definition["task"],
+        objectives=info.identity["objectives"],
+        constraints=definition.get("constraints") or {},
+        reference_point=reference_point(info.identity["objectives"], definition["task"], info.reference),
+        environment=dict(info.environment),
+        seconds=info.seconds,
+        settings=dict(definition),
+    )
+
+
+def reference_point(
+    objectives: Mapping[str, pareto.Direction], task: goals.TaskName, reference: Mapping[str, Any]
+) -> dict[str, float]:
+    """The worst corner worth counting, from what the study froze: the teacher's metrics and a constant's scores.
+
+    1.1 times the teacher for what is minimised, a teacher 1.1 times worse for speeds, and for scores those of
+    always answering the same. An objective of which nothing is known yet is left out.
+    """
+    teacher, constant = reference.get("metrics", {}), reference.get("constant", {})
+    worse = {
+        name: value * 1.1 if objectives[name] == "minimize" else value / 1.1
+        for name, value in teacher.items()
+        if name in objectives and name not in goals.METRICS[task]
+    }
+    scores = {name: value for name, value in constant.items() if name in objectives}
+    return {**worse, **scores}
+
+
+def read_entries(store: Store, name: str) -> list[Entry]:
+    """The stored trials of a study."""
+    measurements = store.measurements(name)
+    return [entry_of(row, measurements.get(row.number, {})) for row in store.trials(name)]
+
+
+def entry_of(row: TrialRow, measurements: Mapping[str, Any]) -> Entry:
+    """A stored trial with its measurements as an entry of the document."""
+    marks = {
+        "noisy": measurements.get("latency", {}).get("noisy"),
+        "simulated": measurements.get("simulated"),
+        "provisional": row.provisional,
+    }
+    return Entry.model_validate(
+        {
+            "number": row.number,
+            "state": row.state,
+            "recipe": row.recipe.to_list() if row.recipe else [],
+            "metrics": row.metrics,
+            "intervals": row.intervals,
+            "test": _final(row, measurements.get("final")),
+            "seconds": row.seconds.get("total"),
+            "attempts": row.attempts,
+            "error": f"{row.error.kind}: {row.error.message}" if row.error else None,
+            "baseline": row.baseline,
+            "marks": [mark for mark, holds in marks.items() if holds],
+        }
+    )
+
+
+def _final(row: TrialRow, final: Mapping[str, Any] | None) -> dict[str, float] | None:
+    """Scores on the test split, and the latency measured once more on the scale of the study's teacher."""
+    if not final:
+        return None
+    found = dict(final.get("test", {}).get("metrics", {}))
+    if final.get("latency") and row.metrics.get("speedup"):
+        teacher_ms = row.metrics["latency_ms"] * row.metrics["speedup"]
+        found["latency_ms"] = final["latency"]["ratio"] * teacher_ms
+    return found or None
+
+
 def build_report(facts: Facts, entries: Iterable[Entry]) -> Report:
     """The document of a study from its stored facts and trials; sensible for a study with no trial at all."""
     trials = sorted(entries, key=lambda entry: entry.number)
@@ -135,7 +223,7 @@ def build_report(facts: Facts, entries: Iterable[Entry]) -> Report:
     ]
     teacher = teacher_of(marked)
     return Report(
-        **facts.model_dump(exclude={"environment", "settings"}),
+        **facts.model_dump(exclude={"environment", "settings", "seconds"}),
         teacher=teacher.metrics if teacher else {},
         baselines=[_baseline(entry) for entry in marked if entry.baseline and entry.metrics],
         hypervolume=hypervolume_of(members, facts),

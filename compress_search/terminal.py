@@ -6,6 +6,8 @@ text from studies and methods is shown as it is, never read as markup.
 
 from __future__ import annotations
 
+import io
+import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,12 +21,17 @@ from compress_search import formats, wording
 from compress_search.report import Entry, Report
 
 if TYPE_CHECKING:
+    from compress_search.estimate import Estimate
     from compress_search.method import Method
+    from compress_search.plan import Plan
     from compress_search.registry import Registry
     from compress_search.space import Space
+    from compress_search.storage import TrialRow
+    from compress_search.study import SearchConfig
+    from compress_search.testing import CheckResult
 
-PIPED_WIDTH = 160
-"""Characters to a line where no terminal tells."""
+PIPED_WIDTH = 10_000
+"""Characters to a line where there is no terminal: nothing is wrapped or cut."""
 
 STATES = ("complete", "stopped", "failed", "infeasible", "duplicate", "running", "waiting")
 
@@ -32,14 +39,23 @@ STATES = ("complete", "stopped", "failed", "infeasible", "duplicate", "running",
 def show(*parts: RenderableType) -> None:
     """Print to standard output."""
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=PIPED_WIDTH)
-    for part in parts:
-        console.print(part)
+    if console.is_terminal:
+        console.print(*parts, sep="\n")
+    else:
+        console.file.write(text(*parts))
+
+
+def text(*parts: RenderableType) -> str:
+    """The same as plain text."""
+    console = Console(file=io.StringIO(), highlight=False, width=PIPED_WIDTH)
+    with console.capture() as captured:
+        for part in parts:
+            console.print(part)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n"
 
 
 def grid(title: str, heads: Sequence[str], rows: Iterable[Sequence[Any]], left: Sequence[str] = ()) -> Table:
-    """A table; columns are aligned right but for those named in ``left``, whose text may wrap."""
+    """A table; columns are aligned right but for those named in ``left``, which give way on a narrow terminal."""
     table = Table(title=title or None, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
     for head in heads:
         wraps = head in left
@@ -98,6 +114,158 @@ def counts_line(found: Report) -> str:
     counts = wording.counts(found)
     listed = [f"{counts[state]} {state}" for state in STATES if state in counts]
     return f"Trials: {', '.join(listed) or 'none yet'}."
+
+
+def status_tables(found: Report, seconds: float, budget: SearchConfig) -> list[RenderableType]:
+    """Trials by state, the front so far, time spent and an estimate of the time left."""
+    counts = wording.counts(found)
+    done = sum(counts.get(state, 0) for state in ("complete", "stopped", "failed"))
+    left = seconds / done * max(budget.trials - done, 0) if done else None
+    if budget.hours is not None:
+        left = min(left if left is not None else math.inf, max(3600 * budget.hours - seconds, 0))
+    facts = {
+        "trials": f"{done} of {budget.trials}",
+        "by state": ", ".join(f"{counts[state]} {state}" for state in STATES if state in counts) or "none yet",
+        "time spent": formats.duration(seconds),
+        "time left": "about " + formats.duration(left) if left is not None else "not known yet",
+    }
+    return [pairs(facts, found.study), Text(), front_table(found), Text(), Text(wording.recommendation(found))]
+
+
+def trial_tables(row: TrialRow, measurements: Mapping[str, Any]) -> list[RenderableType]:
+    """One trial whole: what it was, what it came to, how it was measured, and why it failed."""
+    parts: list[RenderableType] = [pairs(_trial_facts(row), f"Trial {row.number}")]
+    if row.metrics:
+        rows = [
+            (formats.style(name).heading, formats.with_interval(name, value, row.intervals.get(name)))
+            for name, value in row.metrics.items()
+        ]
+        parts += [Text(), grid("Metrics", ["metric", "value ± interval"], rows, left=("metric",))]
+    if row.rungs:
+        names = sorted({name for rung in row.rungs for name in rung.metrics})
+        heads = ["rung", *(formats.style(name).heading for name in names), "decision"]
+        reached = [
+            (rung.index, *(formats.number(name, rung.metrics.get(name)) for name in names), _decision(rung.kept))
+            for rung in row.rungs
+        ]
+        parts += [Text(), grid("Rungs", heads, reached)]
+    parts += [part for kind, data in measurements.items() for part in _measurement(kind, data)]
+    if row.error:
+        parts += [Text(), Text(f"Failure ({row.error.kind}): {row.error.message}", style="bold")]
+        parts.append(Text(row.error.traceback))
+    return parts
+
+
+def _trial_facts(row: TrialRow) -> dict[str, Any]:
+    steps = row.recipe.steps if row.recipe else ()
+    return {
+        "state": row.state + (" (provisional: by shapes alone)" if row.provisional else ""),
+        "baseline": row.baseline or "–",
+        "recipe": "\n".join(map(str, steps)) or "teacher",
+        "seed": "–" if row.seed is None else row.seed,
+        "attempts": row.attempts,
+        "time": ", ".join(f"{phase} {formats.duration(spent)}" for phase, spent in row.seconds.items()) or "–",
+        "artefact": row.artifact or "–",
+    }
+
+
+def _decision(kept: bool) -> str:
+    return "went on" if kept else "stopped"
+
+
+def _measurement(kind: str, data: Any) -> list[RenderableType]:
+    """One kind of raw measurement; of samples only how many there are and where they lie."""
+    if not isinstance(data, Mapping):
+        return [Text(f"{kind}: {data}")]
+    shown: dict[str, Any] = {}
+    for name, value in data.items():
+        if isinstance(value, Mapping) and name == "samples":
+            shown |= {f"samples.{series}": _spread(values) for series, values in value.items()}
+        elif isinstance(value, Mapping):
+            shown |= {f"{name}.{key}": inner for key, inner in value.items() if not isinstance(inner, Mapping)}
+        else:
+            shown[name] = f"{value:.4g}" if isinstance(value, float) else value
+    return [Text(), pairs(shown, f"Measurement: {kind}")]
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return "none"
+    ordered = sorted(values)
+    return f"{len(values)}, median {ordered[len(values) // 2]:.4g}, from {ordered[0]:.4g} to {ordered[-1]:.4g}"
+
+
+def plan_tables(plan: Plan, estimate: Estimate) -> list[RenderableType]:
+    """The teacher, the decisions, every dimension as narrowed, and the time it will take."""
+    teacher = plan.teacher
+    facts = {
+        "teacher": f"{teacher.family}, {teacher.layers} layers of width {teacher.hidden}, "
+        f"{teacher.parameters / 1e6:.1f} M parameters, {teacher.megabytes:.1f} MB",
+        "decisions": f"{plan.dimensions} at most",
+        "starting recipes": len(plan.starting_points()),
+        "time": f"about {formats.duration(60 * estimate.minutes)}, "
+        f"{formats.duration(60 * estimate.teacher_minutes)} of it for the teacher",
+        "training": f"{estimate.steps_per_trial} steps a trial, {1000 * estimate.step_seconds:.0f} ms each",
+    }
+    slots = [(slot.name, ", ".join(slot.options), _needs(plan, slot.options)) for slot in plan.slots]
+    heads = ("decision", "one of", "needs")
+    parts: list[RenderableType] = [pairs(facts, plan.study.name), Text(), grid("Methods", heads, slots, left=heads)]
+    for name, space in plan.spaces.items():
+        parts += [Text(), space_table(name, plan.methods[name], space)]
+    return parts
+
+
+def _needs(plan: Plan, options: Sequence[str]) -> str:
+    """Why methods cannot follow on the teacher itself; steps before them may change that."""
+    reasons = {name: plan.methods[name].unsupported(plan.teacher) for name in options if name in plan.methods}
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
+
+
+def contract_table(name: str, results: Sequence[CheckResult]) -> Table:
+    """One row a check."""
+    rows = [
+        ("ok" if result.ok else "broken", result.name, formats.duration(result.seconds), result.message)
+        for result in results
+    ]
+    return grid(
+        f"{name}: the plugin contract", ["", "check", "time", "finding"], rows, left=("", "check", "finding")
+    )
+
+
+def doctor_tables() -> list[RenderableType]:
+    """Versions and hardware, which kernels are worth using here, free memory and disk."""
+    import psutil
+
+    from compress_search.environment import fingerprint, host_kind
+    from compress_search.kernels import describe_kernels
+
+    facts = fingerprint()
+    cpu, memory, disk = facts["cpu"], psutil.virtual_memory(), psutil.disk_usage(".")
+    machine = {
+        "host kind": host_kind(),
+        "system": facts["platform"],
+        "processor": f"{cpu['model']}, {cpu['cores']} cores usable",
+        "features": ", ".join(cpu["flags"]) or "none known",
+        "accelerators": ", ".join(gpu["name"] for gpu in facts["gpus"]) or "none",
+        "free memory": f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB",
+        "free disk here": f"{disk.free / 1e9:.1f} of {disk.total / 1e9:.1f} GB",
+    }
+    kernels = [
+        (kernel.name, "real" if kernel.real else "not real", _ratio(kernel.ratio), kernel.note)
+        for kernel in describe_kernels("cuda" if facts["gpus"] else "cpu")
+    ]
+    heads = ["kernel", "here", "time against float32", "note"]
+    return [
+        pairs({"python": facts["python"], **facts["packages"]}, "Versions"),
+        Text(),
+        pairs(machine, "Machine"),
+        Text(),
+        grid("Kernels", heads, kernels, left=("kernel", "here", "note")),
+    ]
+
+
+def _ratio(ratio: float | None) -> str:
+    return "does not run" if ratio is None else f"{ratio:.2f}×"
 
 
 def trials_table(found: Report) -> Table:

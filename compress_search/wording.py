@@ -8,8 +8,23 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from compress_search import formats
+from compress_search import formats, goals
+from compress_search.errors import CompressSearchError, NothingFeasible
 from compress_search.report import Aims, Entry, Report, candidates, violations
+
+
+def require_result(report: Report) -> None:
+    """Stop with the exit code for it when a finished study has nothing to show.
+
+    Raises:
+        NothingFeasible: trials completed, and none of them meets the constraints.
+        CompressSearchError: no trial completed.
+    """
+    done = [entry for entry in candidates(report.trials, report) if entry.recipe]
+    if not [entry for entry in done if entry.baseline is None]:
+        raise CompressSearchError("no trial completed: see the failures above")
+    if all(violations(entry.metrics, report) for entry in done):
+        raise NothingFeasible(recommendation(report))
 
 
 def headliners(report: Report) -> list[Entry]:
@@ -79,10 +94,15 @@ def _gains(entry: Entry, report: Report) -> list[str]:
 
 
 def key_metrics(report: Report) -> list[str]:
-    """Objectives first, then latency, speed-up and size where they were measured, then what is constrained."""
+    """Objectives first, then latency, speed-up and size where they were measured, then what is constrained.
+
+    A loss against the teacher is left out where its score is there: it is shown as that score's change.
+    """
     measured = {name for entry in report.trials for name in entry.metrics}
     usual = [name for name in ("latency_ms", "speedup", "size_mb") if name in measured]
-    return list(dict.fromkeys([*report.objectives, *usual, *report.constraints]))
+    wanted = dict.fromkeys([*report.objectives, *usual, *report.constraints])
+    told = {f"{name}_drop" for name in wanted} - set(report.objectives)
+    return [name for name in wanted if name not in told]
 
 
 def change(entry: Entry, metric: str, teacher: Mapping[str, float]) -> str:
@@ -109,6 +129,9 @@ def notes(entry: Entry) -> list[str]:
 
 
 def bounds(aims: Aims, metric: str) -> str:
-    """A constraint's bounds in words, for example ``<= 40``."""
-    written = aims.constraints[metric]
-    return written if isinstance(written, str) else " and ".join(written)
+    """A constraint's bounds in the metric's unit, for example ``≤ 3.0 points``."""
+    limit = goals.parse_constraint(metric, aims.constraints[metric], aims.task)
+    limits = [limit, *([limit.also] if limit.also else [])]
+    return " and ".join(
+        f"{'≤' if one.op == '<=' else '≥'} {formats.number(metric, one.bound, unit=True)}" for one in limits
+    )

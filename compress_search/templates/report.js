@@ -32,12 +32,14 @@ function trace(data) {
 }
 
 function layout(chart) {
+  const narrow = document.body.clientWidth < 600; // then the legend takes several lines, which fit below
+  const legend = narrow ? { y: -0.22, yanchor: "top", font: { size: 11 } } : { y: 1.02, yanchor: "bottom" };
   const axis = (title, type) => ({ title: { text: title, standoff: 10 }, type, gridcolor: color("line"), zeroline: false, automargin: true });
   return {
     xaxis: axis(chart.x, chart.log ? "log" : "linear"), yaxis: axis(chart.y, "linear"),
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: color("ink"), family: "system-ui, sans-serif", size: 13 },
     margin: { l: 50, r: 15, t: 10, b: 45 }, showlegend: chart.traces.length > 1,
-    legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 }, hoverlabel: { align: "left" },
+    legend: { orientation: "h", x: 0, ...legend }, hoverlabel: { align: "left" },
   };
 }
 
