@@ -1,7 +1,7 @@
 """The paths, hub ids and database URLs a study names: resolved against its folder, and checked before any work.
 
-All are pydantic validators: they act while a file is loaded (validation context ``{"folder": …}``) and let pass
-what a worker rebuilds from plain data. Nothing is created. Knows nothing of what the files hold.
+Each function takes the folder that relative paths start from; without one, where a worker rebuilds a study from
+plain data, it checks the form only. All raise ValueError and create nothing. Knows nothing of what the files hold.
 """
 
 from __future__ import annotations
@@ -13,21 +13,18 @@ import string
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationInfo
-
 from compress_search.complaints import Fault, show
 
 DATA_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 _FILE_SUFFIXES = (*DATA_SUFFIXES, ".json", ".txt", ".yaml", ".safetensors", ".bin", ".onnx")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]*){0,2}")
 """``name`` or ``owner/name``; a data set's may go on with ``:configuration:split``."""
-_ELSEWHERE = "paths are relative to the study file"
 
 
-def data_source(text: str, info: ValidationInfo) -> str:
+def data_source(text: str, folder: Path | None) -> str:
     """An absolute path of a data file, or a hub id as it is."""
-    path = _absolute(text, info)
-    if path is None or (not path.exists() and _is_hub_id(text, info)):
+    path = _absolute(text, folder)
+    if path is None or (not path.exists() and _is_hub_id(text, folder)):
         return text
     _require_file(path, text)
     if path.suffix not in DATA_SUFFIXES:
@@ -35,19 +32,19 @@ def data_source(text: str, info: ValidationInfo) -> str:
     return str(path)
 
 
-def model_source(text: str, info: ValidationInfo) -> str:
+def model_source(text: str, folder: Path | None) -> str:
     """An absolute path of a model directory, or a hub id as it is."""
-    path = _absolute(text, info)
-    if path is None or (not path.exists() and _is_hub_id(text, info)):
+    path = _absolute(text, folder)
+    if path is None or (not path.exists() and _is_hub_id(text, folder)):
         return text
     if not path.exists():
-        raise ValueError(f"no such directory: {text} ({_ELSEWHERE})")
+        raise _missing("directory", text, path)
     if not (path / "config.json").is_file():
         raise ValueError(f"expected a directory with a config.json, got {text}")
     return str(path)
 
 
-def vocabulary_source(value: Any, info: ValidationInfo) -> int | Path:
+def vocabulary_source(value: Any, folder: Path | None) -> int | Path:
     """A number of word pieces to train, or the path of a file that lists them."""
     if isinstance(value, int) and not isinstance(value, bool):
         if value < 100:
@@ -55,21 +52,21 @@ def vocabulary_source(value: Any, info: ValidationInfo) -> int | Path:
         return value
     if not isinstance(value, str | Path):
         raise ValueError(f"expected a number of word pieces or the path of a vocab.txt, got {show(value)}")
-    path = _absolute(str(value), info)
+    path = _absolute(str(value), folder)
     if path is None:
         return Path(value)
     _require_file(path, str(value))
     return path
 
 
-def plugin_files(items: Any, info: ValidationInfo) -> tuple[Path, ...]:
+def plugin_files(items: Any, folder: Path | None) -> tuple[Path, ...]:
     """Absolute paths of Python files, each of which can name a method."""
     if not isinstance(items, list | tuple | None):
         raise ValueError(f"expected a list such as [./my_method.py], got {show(items)}")
     found: list[Path] = []
     for number, item in enumerate(items or ()):
         try:
-            path = _plugin_file(item, info)
+            path = _plugin_file(item, folder)
             if path.stem in {other.stem for other in found}:
                 raise ValueError(f"a method is named after its file, and there are two called {path.name}")
         except ValueError as error:
@@ -78,10 +75,10 @@ def plugin_files(items: Any, info: ValidationInfo) -> tuple[Path, ...]:
     return tuple(found)
 
 
-def _plugin_file(item: Any, info: ValidationInfo) -> Path:
+def _plugin_file(item: Any, folder: Path | None) -> Path:
     if not isinstance(item, str | Path):
         raise ValueError(f"expected the path of a Python file, got {show(item)}")
-    path = _absolute(str(item), info)
+    path = _absolute(str(item), folder)
     if path is None:
         return Path(item)
     _require_file(path, str(item))
@@ -90,11 +87,11 @@ def _plugin_file(item: Any, info: ValidationInfo) -> Path:
     return path
 
 
-def output_directory(value: Any, info: ValidationInfo) -> Path:
+def output_directory(value: Any, folder: Path | None) -> Path:
     """An absolute path at which a directory is or can be made."""
     if not isinstance(value, str | Path) or not str(value):
         raise ValueError(f"expected the path of a directory, got {show(value)}")
-    path = _absolute(str(value), info)
+    path = _absolute(str(value), folder)
     if path is None:
         return Path(value)
     if path.exists() and not path.is_dir():
@@ -103,14 +100,14 @@ def output_directory(value: Any, info: ValidationInfo) -> Path:
     return path
 
 
-def database_url(value: Any, info: ValidationInfo) -> str:
+def database_url(value: Any, folder: Path | None) -> str:
     """A database URL with environment variables expanded and a relative SQLite file made absolute.
 
     No message repeats the value, which may hold a password.
     """
     if not isinstance(value, str):
         raise ValueError("expected a database URL such as sqlite:///study.db")
-    if info.context is None:
+    if folder is None:
         return value
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError, NoSuchModuleError
@@ -125,15 +122,14 @@ def database_url(value: Any, info: ValidationInfo) -> str:
     except (ArgumentError, ValueError):
         raise ValueError("not a database URL; expected for example sqlite:///study.db") from None
     if url.get_backend_name() == "sqlite":
-        url = url.set(database=str(_database_file(url.database, info)))
+        url = url.set(database=str(_database_file(url.database, folder)))
     return url.render_as_string(hide_password=False)
 
 
-def _database_file(database: str | None, info: ValidationInfo) -> Path:
+def _database_file(database: str | None, folder: Path) -> Path:
     if database in (None, "", ":memory:"):
         raise ValueError("a database in memory cannot be resumed; expected for example sqlite:///study.db")
-    path = _absolute(str(database), info)
-    assert path is not None  # only asked for while a file is loaded
+    path = Path(os.path.normpath(folder / str(database)))
     if path.is_dir():
         raise ValueError(f"is a directory: {database}")
     _require_writable(path)
@@ -153,26 +149,27 @@ def safe_url(url: str) -> str:
     return parsed.update_query_dict(dict.fromkeys(secret, "***")).render_as_string(hide_password=True)
 
 
-def _absolute(text: str, info: ValidationInfo) -> Path | None:
-    """The path against the study file's folder; None where no file is being loaded."""
-    if info.context is None:
-        return None
-    return Path(os.path.normpath(Path(info.context["folder"], os.path.expanduser(text))))
+def _absolute(text: str, folder: Path | None) -> Path | None:
+    return None if folder is None else Path(os.path.normpath(folder / os.path.expanduser(text)))
 
 
-def _is_hub_id(text: str, info: ValidationInfo) -> bool:
+def _is_hub_id(text: str, folder: Path | None) -> bool:
     """Whether what is no path here can be something on a hub."""
     if not _HUB_ID.fullmatch(text) or text.endswith(_FILE_SUFFIXES):
         return False
     # data/missing beside an existing data/ is a misspelt path rather than somebody's repository
     head, slash, _ = text.partition("/")
-    folder = _absolute(head, info)
-    return not (slash and folder and folder.exists())
+    neighbour = _absolute(head, folder)
+    return not (slash and neighbour and neighbour.exists())
+
+
+def _missing(kind: str, text: str, path: Path) -> ValueError:
+    return ValueError(f"no such {kind}: {text}" + (f" (looked for {path})" if str(path) != text else ""))
 
 
 def _require_file(path: Path, text: str) -> None:
     if not path.exists():
-        raise ValueError(f"no such file: {text} ({_ELSEWHERE})")
+        raise _missing("file", text, path)
     if not path.is_file():
         raise ValueError(f"not a file: {text}")
     if not os.access(path, os.R_OK):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -70,6 +70,11 @@ def _empty_section(value: Any) -> Any:
     return {} if value is None else value
 
 
+def _located(check: Callable[[Any, Path | None], Any]) -> Callable[[Any, ValidationInfo], Any]:
+    """A validator from a check that resolves paths against the folder of the file being loaded, if one is."""
+    return lambda value, info: check(value, info.context["folder"] if info.context else None)
+
+
 _Defaults = BeforeValidator(_empty_section)
 
 
@@ -91,7 +96,9 @@ class Architecture(_Section):
         json_schema_extra=_derived("4 × `hidden`"),
         description="neurons of a layer's feed-forward part",
     )
-    vocabulary: Annotated[int | Path, PlainValidator(vocabulary_source, json_schema_input_type=int | str)] = Field(
+    vocabulary: Annotated[
+        int | Path, PlainValidator(_located(vocabulary_source), json_schema_input_type=int | str)
+    ] = Field(
         default=4000,
         description="size of a WordPiece vocabulary trained on the training text, or the path of a vocab.txt",
     )
@@ -114,7 +121,7 @@ class FineTune(_Section):
 class TeacherConfig(_Section):
     """The model to compress: either `model` or `architecture`."""
 
-    model: Annotated[str, AfterValidator(model_source)] | None = Field(
+    model: Annotated[str, AfterValidator(_located(model_source))] | None = Field(
         default=None, description="directory in Hugging Face's format, or hub id"
     )
     architecture: Architecture | None = Field(
@@ -142,7 +149,7 @@ class TeacherConfig(_Section):
         return self
 
 
-_DataSource = Annotated[str, AfterValidator(data_source)]
+_DataSource = Annotated[str, AfterValidator(_located(data_source))]
 
 
 class DataConfig(_Section):
@@ -280,7 +287,7 @@ class Study(_Section):
     )
     plugins: Annotated[
         tuple[Path, ...],
-        PlainValidator(plugin_files, json_schema_input_type=list[str]),
+        PlainValidator(_located(plugin_files), json_schema_input_type=list[str]),
         PlainSerializer(lambda paths: [str(path) for path in paths]),
     ] = Field(default=(), description="Python files with further methods, each named after its file")
     search: Annotated[SearchConfig, _Defaults] = Field(
@@ -293,10 +300,10 @@ class Study(_Section):
         default=MeasureConfig(), description="how latency is measured"
     )
     cluster: Annotated[ClusterConfig, _Defaults] = Field(default=ClusterConfig(), description="where trials run")
-    output: Annotated[Path, PlainValidator(output_directory, json_schema_input_type=str)] = Field(
+    output: Annotated[Path, PlainValidator(_located(output_directory), json_schema_input_type=str)] = Field(
         json_schema_extra=_derived("runs/<name>"), description="directory for artefacts"
     )
-    storage: Annotated[str, PlainValidator(database_url, json_schema_input_type=str)] = Field(
+    storage: Annotated[str, PlainValidator(_located(database_url), json_schema_input_type=str)] = Field(
         default_factory=lambda data: f"sqlite:///{data['output'] / 'study.db'}",
         repr=False,
         json_schema_extra=_derived("sqlite:///<output>/study.db"),
