@@ -1,0 +1,246 @@
+"""Artefacts exist whole or not at all, move freely, and every engine computes what the network did."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from compress_search import Candidate, ExportError, TrialError
+from compress_search.encoders import FAMILIES, load, prune_heads, prune_neurons
+from compress_search.runtimes import Artifact, default_engine, load_runner, lower, size_mb
+from compress_search.tasks import Task
+from compress_search.testing import tiny_batches, tiny_candidate
+
+TASKS = {
+    "text-classification": Task("text-classification", ("first", "second")),
+    "text-regression": Task("text-regression"),
+    "token-classification": Task("token-classification", ("O", "B-X", "I-X"), entities=True),
+}
+CLASSIFICATION = TASKS["text-classification"]
+Feed = dict[str, NDArray[np.int64]]
+
+
+def feed_of(candidate: Candidate, batch_size: int = 5, seed: int = 0) -> Feed:
+    batch = next(tiny_batches(candidate, batch_size=batch_size, seed=seed))
+    return {name: tensor.numpy() for name, tensor in batch.items() if name not in ("labels", "index")}
+
+
+def reference(candidate: Candidate, feed: Feed) -> NDArray[np.float32]:
+    with torch.no_grad():
+        logits = candidate.network(**{name: torch.from_numpy(value) for name, value in feed.items()}).logits
+    return np.asarray(logits.float())
+
+
+def padded(feed: Feed, to: int, pad: int) -> Feed:
+    extra = to - feed["input_ids"].shape[1]
+    fill = {"input_ids": pad}
+    return {k: np.pad(v, ((0, 0), (0, extra)), constant_values=fill.get(k, 0)) for k, v in feed.items()}
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "torch"])
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_engine_agrees_with_the_network(family: str, task: str, engine: str, tmp_path: Path) -> None:
+    candidate = tiny_candidate(family, task).replace(runtime={"engine": engine})
+    prune_heads(candidate.network, {0: [], 1: [0, 3]})
+    prune_neurons(candidate.network, {0: [1, 2], 2: []})
+    lower(candidate, tmp_path / "artifact", TASKS[task])
+    run = load_runner(tmp_path / "artifact", threads=1)
+    for seed, batch_size in enumerate((1, 3, 8)):
+        feed = feed_of(candidate, batch_size, seed)
+        logits = run(feed)
+        assert logits.dtype == np.float32
+        np.testing.assert_allclose(logits, reference(candidate, feed), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "torch"])
+@pytest.mark.parametrize("task", ["text-classification", "token-classification"])
+def test_padding_changes_nothing(task: str, engine: str, tmp_path: Path) -> None:
+    candidate = tiny_candidate("bert", task).replace(runtime={"engine": engine})
+    lower(candidate, tmp_path / "artifact", TASKS[task])
+    run = load_runner(tmp_path / "artifact", threads=1)
+    feed = feed_of(candidate)
+    length = feed["input_ids"].shape[1]
+    logits, longer = run(feed), run(padded(feed, length + 7, candidate.tokenizer.pad_token_id))
+    real = longer[:, :length] if task == "token-classification" else longer
+    mask = feed["attention_mask"].astype(bool) if task == "token-classification" else slice(None)
+    np.testing.assert_allclose(real[mask], logits[mask], atol=1e-5, rtol=0)
+    ignored = run({**feed, "attention_mask": np.ones_like(feed["attention_mask"])})
+    assert np.abs(ignored - logits).max() > 1e-3, "the mask must matter where there is padding"
+
+
+def test_bfloat16_runs_in_torch_and_comes_back_as_float32(tmp_path: Path) -> None:
+    candidate = tiny_candidate()
+    candidate.network.bfloat16()
+    candidate = candidate.replace(subject=candidate.subject.having("torch-only"))
+    lower(candidate, tmp_path / "artifact", CLASSIFICATION)
+    feed = feed_of(candidate)
+    logits = load_runner(tmp_path / "artifact", threads=1)(feed)
+    assert logits.dtype == np.float32
+    np.testing.assert_allclose(logits, reference(candidate, feed), atol=1e-6)
+    assert size_mb(tmp_path / "artifact") == pytest.approx(candidate.subject.parameters * 2e-6, rel=0.2)
+
+
+def test_the_default_engine_follows_device_and_traits() -> None:
+    subject = tiny_candidate().subject
+    assert default_engine(subject) == "onnxruntime"
+    assert default_engine(subject.having("torch-only")) == "torch"
+    assert default_engine(subject.having(device="cuda")) == "torch"
+    assert default_engine(subject.having("onnx-only", device="cuda")) == "onnxruntime"
+
+
+def test_the_record_says_what_runs(tmp_path: Path) -> None:
+    directory = tmp_path / "artifact"
+    lower(tiny_candidate().replace(simulated=True), directory, CLASSIFICATION)
+    artifact = Artifact.read(directory)
+    assert artifact.engine == "onnxruntime"
+    assert artifact.files == ("model.onnx",)
+    assert artifact.simulated
+    assert Task.from_dict(artifact.task) == CLASSIFICATION
+    assert {path.name for path in directory.iterdir()} == {"artifact.json", "model.onnx", "weights"}
+    assert size_mb(directory) == (directory / "model.onnx").stat().st_size / 1e6
+
+
+def test_size_counts_only_what_the_engine_loads(tmp_path: Path) -> None:
+    directory = tmp_path / "artifact"
+    lower(tiny_candidate().replace(runtime={"engine": "torch"}), directory, CLASSIFICATION)
+    assert size_mb(directory) == (directory / "weights/model.safetensors").stat().st_size / 1e6
+
+
+def test_artifacts_can_be_moved_and_read_by_a_fresh_process(tmp_path: Path) -> None:
+    candidate = tiny_candidate()
+    lower(candidate, tmp_path / "here", CLASSIFICATION)
+    shutil.move(tmp_path / "here", tmp_path / "elsewhere")
+    feed = feed_of(candidate)
+    np.savez(tmp_path / "feed.npz", **feed)
+    script = (
+        "import sys, numpy; from pathlib import Path; from compress_search.runtimes import load_runner\n"
+        "folder = Path(sys.argv[1]); feed = dict(numpy.load(folder / 'feed.npz'))\n"
+        "numpy.save(folder / 'out.npy', load_runner(folder / 'elsewhere', 1)(feed))"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), reference(candidate, feed), atol=1e-4)
+    assert not any(str(tmp_path) in path.read_text() for path in (tmp_path / "elsewhere").rglob("*.json"))
+
+
+def test_the_weights_beside_the_onnx_file_are_the_network(tmp_path: Path) -> None:
+    candidate = tiny_candidate()
+    lower(candidate, tmp_path / "artifact", CLASSIFICATION)
+    network, tokenizer = load(tmp_path / "artifact/weights")
+    for name, tensor in candidate.network.state_dict().items():
+        assert torch.equal(network.state_dict()[name], tensor)
+    assert len(tokenizer) == len(candidate.tokenizer)
+
+
+def test_the_candidate_is_left_as_it_was(tmp_path: Path) -> None:
+    candidate = tiny_candidate()
+    candidate.network.train()
+    lower(candidate, tmp_path / "artifact", CLASSIFICATION)
+    assert candidate.network.training
+    assert candidate.network.config._attn_implementation == "sdpa"
+
+
+def test_lowering_functions_apply_in_order(tmp_path: Path) -> None:
+    def named(suffix: str) -> Any:
+        def lowering(source: Path, target: Path) -> None:
+            model = onnx.load(source)
+            model.producer_name += suffix
+            onnx.save(model, target)
+
+        return lowering
+
+    candidate = tiny_candidate().replace(lowering=(named("-first"), named("-second")))
+    lower(candidate, tmp_path / "artifact", CLASSIFICATION)
+    assert onnx.load(tmp_path / "artifact/model.onnx").producer_name.endswith("-first-second")
+    assert load_runner(tmp_path / "artifact", 1)(feed_of(candidate)).shape == (5, 2)
+
+
+def test_a_failed_lowering_leaves_nothing_behind(tmp_path: Path) -> None:
+    def broken(source: Path, target: Path) -> None:
+        target.write_bytes(b"half")
+        raise RuntimeError("disk on fire")
+
+    with pytest.raises(RuntimeError, match="disk on fire"):
+        lower(tiny_candidate().replace(lowering=(broken,)), tmp_path / "artifact", CLASSIFICATION)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lowering_again_replaces_and_survives_a_dead_predecessor(tmp_path: Path) -> None:
+    directory = tmp_path / "artifact"
+    (tmp_path / ".artifact.tmp/weights").mkdir(parents=True)
+    lower(tiny_candidate(), directory, CLASSIFICATION)
+    lower(tiny_candidate().replace(runtime={"engine": "torch"}), directory, CLASSIFICATION)
+    assert Artifact.read(directory).engine == "torch"
+    assert not (directory / "model.onnx").exists()
+    assert list(tmp_path.iterdir()) == [directory]
+
+
+def test_export_is_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lower(tiny_candidate(), tmp_path / "artifact", CLASSIFICATION)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("runtime", "traits", "message"),
+    [
+        ({"engine": "tensorrt"}, (), "engine 'tensorrt' is unknown: expected one of onnxruntime, torch"),
+        ({"engine": "torch"}, ("onnx-only",), "torch cannot run what was lowered"),
+        ({"engine": "onnxruntime"}, ("torch-only",), "for torch only"),
+        ({"engine": "torch", "attention": "flash"}, (), "attention 'flash' is unknown"),
+        ({"engine": "onnxruntime", "attention": "sdpa"}, (), "onnxruntime has no option attention"),
+    ],
+)
+def test_impossible_runtimes_are_refused(
+    runtime: dict[str, str], traits: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    candidate = tiny_candidate()
+    candidate = candidate.replace(runtime=runtime, subject=candidate.subject.having(*traits))
+    with pytest.raises(TrialError, match=message):
+        lower(candidate, tmp_path / "artifact", CLASSIFICATION)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_broken_artifacts_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"artifact\.json: expected the record of an artefact"):
+        load_runner(tmp_path, 1)
+    directory = tmp_path / "artifact"
+    lower(tiny_candidate(), directory, CLASSIFICATION)
+    (directory / "model.onnx").unlink()
+    with pytest.raises(ExportError, match=r"model\.onnx: no such file"):
+        load_runner(directory, 1)
+    record = json.loads((directory / "artifact.json").read_text())
+    (directory / "artifact.json").write_text(json.dumps({**record, "format": 99}))
+    with pytest.raises(ExportError, match="expected format 1"):
+        Artifact.read(directory)
+
+
+def test_segments_default_to_zeros(tmp_path: Path) -> None:
+    candidate = tiny_candidate("bert")
+    lower(candidate, tmp_path / "artifact", CLASSIFICATION)
+    run = load_runner(tmp_path / "artifact", 1)
+    feed = feed_of(candidate)
+    without = {name: value for name, value in feed.items() if name != "token_type_ids"}
+    np.testing.assert_array_equal(run(without), run(feed))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here: torch on CUDA is not exercised")
+def test_torch_runs_on_cuda(tmp_path: Path) -> None:
+    candidate = tiny_candidate().replace(runtime={"engine": "torch"})
+    lower(candidate, tmp_path / "artifact", CLASSIFICATION)
+    feed = feed_of(candidate)
+    logits = load_runner(tmp_path / "artifact", 1, "cuda")(feed)
+    np.testing.assert_allclose(logits, reference(candidate, feed), atol=1e-3)
