@@ -187,6 +187,7 @@ def run_recipe(
         TrialStopped: ``on_rung`` asked to stop.
     """
     candidate = materials.teacher.copy()
+    candidate.network.requires_grad_(True)  # the teacher's own weights are frozen
     budget = Budget(materials.steps, on_rung)
     portions = _portions(recipe, methods, materials.steps)
     for index, (step, portion) in enumerate(zip(recipe.steps, portions, strict=True)):
