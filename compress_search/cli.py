@@ -29,6 +29,10 @@ FilePath = click.Path(path_type=Path)
 class Commands(click.Group):
     """Turns this package's errors into one line and their exit code; anything else keeps its traceback."""
 
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order in which a study meets them, rather than by name."""
+        return list(self.commands)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the chosen command."""
         try:
@@ -88,7 +92,9 @@ def init(model: str, train: str, validation: str | None, test: str | None, outpu
     "--executor", type=click.Choice(["ray", "local"]), default="ray", show_default=True, help="What runs it."
 )
 def run(path: Path, overrides: tuple[str, ...], executor: Literal["ray", "local"]) -> None:
-    """Start a study, or resume it; a finished one prints its front again.
+    """Start a study, or resume it.
+
+    A finished study prints its front again.
 
     \b
     Example:
@@ -107,7 +113,9 @@ def run(path: Path, overrides: tuple[str, ...], executor: Literal["ray", "local"
 @main.command()
 @study_command
 def plan(path: Path, overrides: tuple[str, ...]) -> None:
-    """Show the resolved search space, its size and the time it will take; creates nothing.
+    """Show the search space and the time it will take.
+
+    Everything in the study file is checked, and nothing is created.
 
     \b
     Example:
@@ -122,7 +130,9 @@ def plan(path: Path, overrides: tuple[str, ...]) -> None:
 @main.command()
 @study_command
 def status(path: Path, overrides: tuple[str, ...]) -> None:
-    """Show how far a study is: trials by state, the front so far, the time left.
+    """Show how far a study is.
+
+    Trials by state, the front so far, time spent and left.
 
     \b
     Example:
@@ -154,7 +164,9 @@ def trials(path: Path, overrides: tuple[str, ...]) -> None:
 @study_command
 @click.argument("number", metavar="N", type=click.IntRange(min=0))
 def show(path: Path, overrides: tuple[str, ...], number: int) -> None:
-    """Show one trial whole: recipe, rungs, measurements, attempts, failure with its traceback.
+    """Show one trial whole.
+
+    Its recipe, metrics, rungs, measurements and attempts, and a failure with its traceback.
 
     \b
     Example:
@@ -182,7 +194,7 @@ def show(path: Path, overrides: tuple[str, ...], number: int) -> None:
 )
 @click.option("-o", "--output", type=FilePath, help="Write to this file instead of the terminal.")
 def report(path: Path, overrides: tuple[str, ...], kind: str, output: Path | None) -> None:
-    """Report the front, the recommendation for the constraints, and the failures.
+    """Report the front, the recommendation and the failures.
 
     \b
     Examples:
@@ -214,9 +226,10 @@ def report(path: Path, overrides: tuple[str, ...], kind: str, output: Path | Non
 @click.argument("number", metavar="N", type=click.IntRange(min=0))
 @click.option("-o", "--output", type=FilePath, required=True, metavar="DIR", help="A directory to be made.")
 def export(path: Path, overrides: tuple[str, ...], number: int, output: Path) -> None:
-    """Write trial N as a deployable directory: Hugging Face and ONNX files, a model card, the rebuild command.
+    """Write trial N as a deployable directory.
 
-    What was written is loaded and scored again before the command says done.
+    It holds Hugging Face and ONNX files, a model card and the command that rebuilds it. What was written is
+    loaded and scored again before the command says done.
 
     \b
     Example:
@@ -228,14 +241,14 @@ def export(path: Path, overrides: tuple[str, ...], number: int, output: Path) ->
     click.echo(f"trial {number} is in {output}")
 
 
-@main.group()
+@main.group(cls=Commands)
 def plugins() -> None:
-    """Methods: what is installed and from where, their spaces, the contract, a scaffold."""
+    """List, show, check and start methods."""
 
 
 @plugins.command("list")
 def plugins_list() -> None:
-    """List every method with its stage, where it comes from and whether it can be loaded.
+    """List every method and where it comes from.
 
     \b
     Example:
@@ -276,7 +289,7 @@ def plugins_show(name: str, path: Path | None) -> None:
 @plugins.command("check")
 @click.argument("name")
 def plugins_check(name: str) -> None:
-    """Run the plugin contract on an installed method or on a file.
+    """Run the plugin contract on a method or a file.
 
     \b
     Examples:
@@ -301,7 +314,7 @@ def plugins_check(name: str) -> None:
     "-o", "--output", type=FilePath, default=Path(), show_default="here", metavar="DIR", help="Where the files go."
 )
 def plugins_new(name: str, output: Path) -> None:
-    """Write a method of one's own and its contract test, ready to be filled in.
+    """Write a method of one's own and its contract test.
 
     \b
     Example:
@@ -316,7 +329,9 @@ def plugins_new(name: str, output: Path) -> None:
 
 @main.command()
 def doctor() -> None:
-    """Show what this machine can do: versions, devices, which kernels are real, free memory and disk.
+    """Show versions, devices, real kernels, free memory and disk.
+
+    A kernel is real where a short timing finds it no slower than what it stands in for.
 
     \b
     Example:

@@ -6,8 +6,10 @@ Owns the one place where a metric's name becomes a heading. Knows nothing of tab
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
+from typing import Any
 
 MINUS = "−"
 Interval = Sequence[float]
@@ -105,3 +107,23 @@ def duration(seconds: float | None) -> str:
         return f"{minutes} min"
     hours, rest = divmod(minutes, 60)
     return f"{hours} h {rest} min" if rest else f"{hours} h"
+
+
+def flatten(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted name, text) of nested plain data; long series are shown by their number, median and range."""
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", _plain(value)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        numbers = [item for item in value if isinstance(item, int | float)]
+        if len(value) > 4 and len(numbers) == len(value):
+            return f"{len(value)} values, median {median(value):.4g}, from {min(value):.4g} to {max(value):.4g}"
+        return ", ".join(map(_plain, value)) or "–"
+    if value is None or value == "":
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -7,7 +7,7 @@ Everything is escaped on its way into the page.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def render_html(found: Report, facts: Facts, study_file: str) -> str:
         counts=wording.counts(found),
         failures=wording.failures(found),
         charts=charts(found),
-        environment=list(flatten(found.environment)),
+        environment=list(formats.flatten(found.environment)),
         settings=yaml.safe_dump(facts.settings, sort_keys=False, allow_unicode=True) if facts.settings else "",
         study_file=study_file,
         version=__version__,
@@ -155,16 +155,6 @@ def _hover(entry: Entry) -> str:
         if name in formats.KNOWN
     ]
     return "<br>".join(lines + [escape(note) for note in wording.notes(entry)])
-
-
-def flatten(data: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
-    """(dotted name, value) of nested plain data."""
-    for key, value in data.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
-            yield f"{prefix}{key}", "–" if shown in (None, "") else str(shown)
 
 
 _NO_CHART: Mapping[str, Any] = {"traces": [], "x": "", "y": "", "label": "A front needs two objectives."}

@@ -19,7 +19,8 @@ from compress_search import goals, pareto
 from compress_search.recipe import Recipe, Step
 
 if TYPE_CHECKING:
-    from compress_search.storage import Store, TrialRow
+    from compress_search.storage import Store
+    from compress_search.stored import TrialRow
 
 Metrics = Mapping[str, float]
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from compress_search.plan import Plan
     from compress_search.registry import Registry
     from compress_search.space import Space
-    from compress_search.storage import TrialRow
+    from compress_search.stored import TrialRow
     from compress_search.study import SearchConfig
     from compress_search.testing import CheckResult
 
@@ -149,7 +149,8 @@ def trial_tables(row: TrialRow, measurements: Mapping[str, Any]) -> list[Rendera
             for rung in row.rungs
         ]
         parts += [Text(), grid("Rungs", heads, reached)]
-    parts += [part for kind, data in measurements.items() for part in _measurement(kind, data)]
+    if measurements:
+        parts += [Text(), pairs(dict(formats.flatten(measurements)), "Measurements")]
     if row.error:
         parts += [Text(), Text(f"Failure ({row.error.kind}): {row.error.message}", style="bold")]
         parts.append(Text(row.error.traceback))
@@ -171,28 +172,6 @@ def _trial_facts(row: TrialRow) -> dict[str, Any]:
 
 def _decision(kept: bool) -> str:
     return "went on" if kept else "stopped"
-
-
-def _measurement(kind: str, data: Any) -> list[RenderableType]:
-    """One kind of raw measurement; of samples only how many there are and where they lie."""
-    if not isinstance(data, Mapping):
-        return [Text(f"{kind}: {data}")]
-    shown: dict[str, Any] = {}
-    for name, value in data.items():
-        if isinstance(value, Mapping) and name == "samples":
-            shown |= {f"samples.{series}": _spread(values) for series, values in value.items()}
-        elif isinstance(value, Mapping):
-            shown |= {f"{name}.{key}": inner for key, inner in value.items() if not isinstance(inner, Mapping)}
-        else:
-            shown[name] = f"{value:.4g}" if isinstance(value, float) else value
-    return [Text(), pairs(shown, f"Measurement: {kind}")]
-
-
-def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return "none"
-    ordered = sorted(values)
-    return f"{len(values)}, median {ordered[len(values) // 2]:.4g}, from {ordered[0]:.4g} to {ordered[-1]:.4g}"
 
 
 def plan_tables(plan: Plan, estimate: Estimate) -> list[RenderableType]:
