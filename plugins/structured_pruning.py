@@ -193,7 +193,11 @@ class StructuredPruning(Method):
     stage = Stage.STRUCTURE
 
     def search_space(self, teacher: Subject) -> Mapping[str, Dim]:
-        """Ratios are parts removed; how neurons are grouped depends on the teacher's own number of them."""
+        """Ratios are parts removed; groups of neurons divide the teacher's number of them.
+
+        ``num_prune_steps`` measures importance that often, each time on ``calib_examples``; ``s_warmup`` and
+        ``s_cooldown`` are the parts of the training before the first and after the last of these.
+        """
         multiples = [m for m in FFN_MULTIPLES if teacher.intermediate % m == 0]
         heads = min(0.75, 1 - 1 / teacher.heads)
         gradual = {"schedule": ("cubic",)}

@@ -406,10 +406,8 @@ def test_gradual_pruning_only_ever_shrinks_and_follows_the_schedule(
         alive.append((fraction, pruner.masks.units))
 
     monkeypatch.setattr(structured_pruning.Pruner, "prune", watched)
-    params = parameters(
-        candidate.subject, head_ratio=0.5, ffn_ratio=0.75, scope=scope, criterion=criterion, ffn_multiple=8,
-        num_prune_steps=4,
-    )  # fmt: skip
+    how = {"scope": scope, "criterion": criterion, "num_prune_steps": 4, "ffn_multiple": 8}
+    params = parameters(candidate.subject, head_ratio=0.5, ffn_ratio=0.75, **how)
     StructuredPruning().apply(candidate, params, tiny_context(candidate, steps=20))
     assert [fraction for fraction, _ in alive] == pytest.approx([1 - (1 - j / 4) ** 3 for j in (1, 2, 3, 4)])
     for (_, before), (_, after) in pairwise(alive):
