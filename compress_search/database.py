@@ -124,8 +124,16 @@ class Database:
         """
         if self._file:
             self._make_folder(self._file.parent)
-        elif self.exists:
+        if self.exists:
             self._refuse_newer()
+        try:
+            self._create()
+        except StorageError:
+            # another driver may have been creating the same tables: then they are there by now
+            self._sleep(1.0)
+            self._create()
+
+    def _create(self) -> None:
         self._optuna_storage(create=True)
         try:
             with self._engine.begin() as connection:

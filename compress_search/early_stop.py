@@ -29,13 +29,14 @@ def dominance(vectors: Array, violations: Array | None = None) -> NDArray[np.boo
     A smaller total violation dominates a greater one; rows that violate nothing (0) are compared as vectors: no
     column worse and one better (constrained dominance, Deb et al. 2002, section VI).
     """
-    no_worse = (vectors[:, None] <= vectors[None]).all(-1)
-    better = no_worse & (vectors[:, None] < vectors[None]).any(-1)
+    no_worse = np.all(vectors[:, None] <= vectors[None], axis=-1)
+    better: NDArray[np.bool_] = no_worse & np.any(vectors[:, None] < vectors[None], axis=-1)
     if violations is None:
         return better
     feasible = violations <= 0
     both = feasible[:, None] & feasible[None]
-    return (both & better) | (violations[:, None] < violations[None])
+    found: NDArray[np.bool_] = (both & better) | (violations[:, None] < violations[None])
+    return found
 
 
 def fronts(vectors: Array, violations: Array | None = None) -> NDArray[np.int_]:

@@ -24,9 +24,11 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from compress_search.aims import Aims
 from compress_search.asktell import AskTell
 from compress_search.early_stop import Entry, Rungs
 from compress_search.identity import identity, refuse_change
+from compress_search.ledger import Baselines, Ledger
 from compress_search.method import Stage
 from compress_search.plan import Plan
 from compress_search.recipe import Recipe
@@ -34,21 +36,13 @@ from compress_search.records import FINISHED, Assignment, Failure, Result, Rung
 from compress_search.samplers import derive_seed, make_sampler
 from compress_search.storage import LastAttempt, Store
 
-Baselines = Sequence[tuple[str, Recipe]]
-LastAttempts = Mapping[int, LastAttempt]
-
 TEACHER = "teacher"
 REASKS = 10
 """Duplicates in a row after which the sampler is no longer asked."""
 DRAWS = 1000
 """Random recipes that must all be known before the space counts as exhausted."""
-REJECTED_PER_TRIAL = 10
 MAX_LOST = 3
 """Driver deaths that a trial may be running at before it is taken for their cause."""
-SHAPE_METRICS = ("latency_ms", "speedup", "throughput", "size_mb", "memory_mb")
-"""Metrics that training does not change."""
-TOLERANCE = 0.1
-"""How far beyond a limit shapes that may still change stop a trial at a rung."""
 
 
 @dataclass(frozen=True)
@@ -84,17 +78,17 @@ class Search:
     ) -> None:
         self.plan, self.store = plan, store
         self.name, self.settings = plan.study.name, plan.study.search
-        self.objectives: Mapping[str, str] = plan.study.directions
+        self.aims = Aims(plan.study.directions, plan.study.constraints)
         first = [] if any(not recipe.steps for _, recipe in baselines) else [(TEACHER, Recipe())]
         self.baselines = [*first, *baselines]
         self._optuna = AskTell(optuna_study, store.patiently)
         stored = store.study(self.name)
         self.reference: dict[str, float] = dict(reference or stored.reference.get("metrics", {}))
         self._clock, self._started, self._seconds_before = clock, clock(), stored.seconds
-        self._exhausted = False
+        self._exhausted = self._blocked = False
         self._rungs = Rungs()
         for row in store.rungs(self.name):
-            entry = Entry(self._vector(row.metrics), self._total_violation(row.metrics), row.kept)
+            entry = Entry(self.aims.vector(row.metrics), self.aims.total_violation(row.metrics), row.kept)
             self._rungs.record(row.group, row.index, row.trial, entry)
 
     @classmethod
@@ -122,73 +116,84 @@ class Search:
 
         First what was taken back, then baselines, then, once those are done, proposals within the budget.
         """
+        if self._blocked:  # an executor may ask many times a second
+            return None
+        assignment = self._next()
+        if assignment is None:
+            self._blocked = self._ledger().running
+        return assignment
+
+    def _next(self) -> Assignment | None:
         self._keep_time()
         if self._out_of_time:
             return None
-        trials, last = self._optuna.trials(), self.store.last_attempts(self.name)
-        if self._put_back_unclaimed(trials, last) or _any(trials, TrialState.WAITING):
-            if assignment := self._hand_out(self._ask(trials, last), last):
+        trials, ledger = self._optuna.trials(), self._ledger()
+        if self._put_back_unclaimed(trials, ledger) or _any(trials, TrialState.WAITING):
+            if assignment := self._hand_out(self._ask(trials), ledger):
                 return assignment
-            return self.next()
-        if missing := self._missing_baselines(last):
+            return self._next()
+        if missing := ledger.missing(self.baselines):
             name, recipe = missing[0]
             self._optuna.enqueue({}, baseline=name, recipe=recipe.to_list())
-            return self._hand_out(self._ask(trials, last), last)
-        if self._baselines_running(last) or self._spent(last):
+            return self._hand_out(self._ask(trials), ledger)
+        if ledger.baseline_running or self._spent(ledger):
             return None
-        return self._propose(trials, last)
+        return self._propose(trials, ledger)
 
     @property
     def done(self) -> bool:
         """Whether the budget is spent and nothing is outstanding."""
-        last = self.store.last_attempts(self.name)
-        if any(attempt.state == "running" for attempt in last.values()):
+        if self._blocked:
+            return False
+        ledger = self._ledger()
+        if ledger.running:
             return False
         if self._out_of_time:
             return True
-        if _any(self._optuna.trials(), TrialState.WAITING) or self._missing_baselines(last):
+        if _any(self._optuna.trials(), TrialState.WAITING) or ledger.missing(self.baselines):
             return False
-        return self._spent(last) is not None
+        return self._spent(ledger) is not None
 
     @property
     def reason(self) -> str | None:
         """Why nothing more is proposed; None while something is."""
         if self._out_of_time:
             return f"the budget of {self.settings.hours:g} hours is spent"
-        return self._spent(self.store.last_attempts(self.name))
+        return self._spent(self._ledger())
 
-    def _propose(self, trials: Sequence[FrozenTrial], last: LastAttempts) -> Assignment | None:
+    def _propose(self, trials: Sequence[FrozenTrial], ledger: Ledger) -> Assignment | None:
         """A recipe not tried before: from the sampler, or, when it repeats itself, drawn at random."""
-        for _ in range(REASKS - _trailing_duplicates(last)):
-            if assignment := self._hand_out(self._ask(trials, last, starting=True), last):
+        for _ in range(REASKS - ledger.trailing_duplicates):
+            if assignment := self._hand_out(self._ask(trials, starting=True), ledger):
                 return assignment
-            trials, last = self._optuna.trials(), self.store.last_attempts(self.name)
-        point = self._unseen_point(len(trials), self._seen(last))
+            trials, ledger = self._optuna.trials(), self._ledger()
+        point = self._unseen_point(len(trials), ledger.seen)
         if point is None:
             self._exhausted = True
             return None
         self._optuna.enqueue(point, drawn=True)
-        return self._hand_out(self._ask(trials, last), last)
+        return self._hand_out(self._ask(trials), ledger)
 
-    def _ask(self, trials: Sequence[FrozenTrial], last: LastAttempts, starting: bool = False) -> optuna.Trial:
+    def _ask(self, trials: Sequence[FrozenTrial], starting: bool = False) -> optuna.Trial:
         """A running trial of Optuna's; ``starting`` lets the next starting point go first."""
-        started = sum("start" in trial.user_attrs for trial in trials)
+        marks = [trial.user_attrs for trial in trials]
+        started = sum("start" in mark for mark in marks)
         if starting and self.settings.sampler == "auto":
             for point in self.plan.starting_points()[started : started + 1]:
                 self._optuna.enqueue(point, start=started)
-        sampled = sum(not a.baseline and a.state != "duplicate" for a in last.values()) - started
+        other = sum("baseline" in mark or mark.get("state") == "duplicate" for mark in marks)
         seed = derive_seed(self.settings.seed, "sampler", len(trials))
-        return self._optuna.ask(make_sampler(self.settings.sampler, seed, sampled))
+        return self._optuna.ask(make_sampler(self.settings.sampler, seed, len(trials) - started - other))
 
-    def _hand_out(self, trial: optuna.Trial, last: LastAttempts) -> Assignment | None:
+    def _hand_out(self, trial: optuna.Trial, ledger: Ledger) -> Assignment | None:
         """Write down the next attempt at the trial; None when its recipe is a duplicate, which is told."""
         number, marks = trial.number, trial.user_attrs
-        if before := last.get(number):
+        if before := ledger.get(number):
             return self._begin(number, before.attempt + 1, before.recipe, before.baseline)
         if "baseline" in marks:
             return self._begin(number, 0, Recipe.from_list(marks["recipe"]), marks["baseline"])
         recipe = self.plan.propose(trial)
-        if (twin := self._seen(last).get(recipe.key)) is None:
+        if (twin := ledger.seen.get(recipe.key)) is None:
             return self._begin(number, 0, recipe)
         self._begin(number, 0, recipe, state="duplicate")
         self._optuna.tell(number, TrialState.PRUNED, attributes={"state": "duplicate", "duplicate_of": twin})
@@ -202,14 +207,6 @@ class Search:
         self.store.begin_attempt(self.name, assignment, state)
         return assignment
 
-    @staticmethod
-    def _seen(last: LastAttempts) -> dict[str, int]:
-        """Recipes tried or being tried, with their trials.
-
-        Baselines are not among them: samplers have not seen those, and may well propose their recipes.
-        """
-        return {a.key: a.number for a in last.values() if not a.baseline and a.state != "duplicate"}
-
     def _unseen_point(self, rows: int, seen: Mapping[str, int]) -> dict[str, Any] | None:
         """Parameters of a random recipe that is new; drawn in memory, so that they leave no rows."""
         seed = derive_seed(self.settings.seed, "draw", rows)
@@ -220,33 +217,22 @@ class Search:
                 return trial.params
         return None
 
-    def _put_back_unclaimed(self, trials: Sequence[FrozenTrial], last: LastAttempts) -> bool:
+    def _put_back_unclaimed(self, trials: Sequence[FrozenTrial], ledger: Ledger) -> bool:
         """Requeue trials whose ask reached the database but never came back from it."""
-        unclaimed = [t.number for t in trials if t.state is TrialState.RUNNING and t.number not in last]
+        unclaimed = [t.number for t in trials if t.state is TrialState.RUNNING and t.number not in ledger]
         for number in unclaimed:
             self._optuna.requeue(number)
         return bool(unclaimed)
 
     # ---- budget -------------------------------------------------------------------------------------------------
 
-    def _missing_baselines(self, last: LastAttempts) -> list[tuple[str, Recipe]]:
-        there = {attempt.baseline for attempt in last.values()}
-        return [(name, recipe) for name, recipe in self.baselines if name not in there]
+    def _ledger(self) -> Ledger:
+        return Ledger(self.store.last_attempts(self.name))
 
-    @staticmethod
-    def _baselines_running(last: LastAttempts) -> bool:
-        return any(attempt.baseline and attempt.state == "running" for attempt in last.values())
-
-    def _spent(self, last: LastAttempts) -> str | None:
-        """Which part of the budget is used up, time aside. Trials being tried count as tried."""
-        states = [attempt.state for attempt in last.values() if not attempt.baseline]
-        rejected, duplicates = states.count("infeasible"), states.count("duplicate")
-        trials: int = self.settings.trials
-        if len(states) - rejected - duplicates >= trials:
-            return f"all {trials} trials are done"
-        if rejected >= REJECTED_PER_TRIAL * trials:
-            return f"{rejected} recipes in all were outside the constraints by their shapes"
-        return "every recipe of the space has been tried" if self._exhausted else None
+    def _spent(self, ledger: Ledger) -> str | None:
+        """Which part of the budget is used up, time aside."""
+        exhausted = "every recipe of the space has been tried" if self._exhausted else None
+        return ledger.spent(self.settings.trials) or exhausted
 
     @property
     def seconds(self) -> float:
@@ -265,17 +251,17 @@ class Search:
 
     def report(self, rung: Rung) -> bool:
         """Whether the trial may go on. The first decision on a rung stands; only the newest attempt is heard."""
-        attempt = self.store.last_attempts(self.name).get(rung.number)
+        attempt = self._ledger().get(rung.number)
         if attempt is None or attempt.state != "running" or attempt.attempt != rung.attempt:
             return False
         if attempt.baseline:
             return True
         group = self._group(attempt.recipe)
-        vector, violation = self._vector(rung.metrics), self._total_violation(rung.metrics)
+        vector, violation = self.aims.vector(rung.metrics), self.aims.total_violation(rung.metrics)
         entry = self._rungs.judge(group, rung.index, rung.number, vector, violation)
         if self.settings.early_stop == "none":
             entry = replace(entry, kept=True)
-        elif self._beyond_limits(rung.metrics):
+        elif self.aims.hopeless(rung.metrics):
             entry = replace(entry, kept=False)
         self.store.write_rung(self.name, rung, group, entry.kept)
         self._rungs.record(group, rung.index, rung.number, entry)
@@ -289,13 +275,14 @@ class Search:
         Raises:
             ValueError: the attempt was never handed out.
         """
-        attempt = self.store.last_attempts(self.name).get(result.number)
+        attempt = self._ledger().get(result.number)
         if attempt is None or result.attempt > attempt.attempt:
             raise ValueError(f"attempt {result.attempt} of trial {result.number} was never handed out")
         if self._optuna.state(result.number).is_finished():
             return
+        self._blocked = False
         self._keep_time()
-        result = self._checked(replace(result, attempt=attempt.attempt))
+        result = self.aims.checked(replace(result, attempt=attempt.attempt))
         self.store.write_result(self.name, result)
         self._tell(result, attempt)
 
@@ -304,11 +291,12 @@ class Search:
 
         A trial is tried again ``search.retries`` times, after a timeout once at most, and then failed.
         """
-        last = self.store.last_attempts(self.name).get(number)
+        last = self._ledger().get(number)
         if last is None or last.attempt != attempt or last.state != "running":
             return False
         retries = min(self.settings.retries, 1) if failure.kind == "timeout" else self.settings.retries
         if last.history.count("died") < retries:
+            self._blocked = False
             self.store.end_attempt(self.name, number, attempt, "died", failure)
             self._optuna.requeue(number)
             return True
@@ -318,10 +306,10 @@ class Search:
     def release(self) -> None:
         """Take back everything that runs: it waits for the next session, and nothing is held against it."""
         self._keep_time()
-        last = self.store.last_attempts(self.name)
+        ledger = self._ledger()
         for trial in self._optuna.trials():
             if trial.state is TrialState.RUNNING:
-                if (attempt := last.get(trial.number)) and attempt.state == "running":
+                if (attempt := ledger.get(trial.number)) and attempt.state == "running":
                     self.store.end_attempt(self.name, trial.number, attempt.attempt, "released")
                 self._optuna.requeue(trial.number)
 
@@ -331,9 +319,9 @@ class Search:
         Args:
             read_result: what the workers of a trial left behind, by its number.
         """
-        counts, last = Counts(), self.store.last_attempts(self.name)
+        counts, ledger = Counts(), self._ledger()
         for trial in self._optuna.trials():
-            running, attempt = trial.state is TrialState.RUNNING, last.get(trial.number)
+            running, attempt = trial.state is TrialState.RUNNING, ledger.get(trial.number)
             if trial.state.is_finished() or (attempt is None and not running):
                 continue
             if attempt is None:
@@ -358,7 +346,7 @@ class Search:
             return None
         if result.measurements.get("recipe", attempt.key) != attempt.key:
             return None
-        result = self._checked(replace(result, attempt=attempt.attempt))
+        result = self.aims.checked(replace(result, attempt=attempt.attempt))
         self.store.write_result(self.name, result)
         return result
 
@@ -376,17 +364,6 @@ class Search:
 
     # ---- telling ------------------------------------------------------------------------------------------------
 
-    def _checked(self, result: Result) -> Result:
-        """The result, failed if it claims to be complete without a number for every objective and constraint."""
-        if result.state != "complete":
-            return result
-        wanted = [*self.objectives, *self.plan.study.constraints]
-        bad = [name for name in wanted if not math.isfinite(result.metrics.get(name, math.nan))]
-        if not bad:
-            return result
-        text = ", ".join(f"{name} is {result.metrics.get(name, 'missing')}" for name in dict.fromkeys(bad))
-        return replace(result, state="failed", failure=Failure("nan", text))
-
     def _tell(self, result: Result, attempt: LastAttempt) -> None:
         """The commit: attributes and constraints, then the end of the trial."""
         attributes = {"state": result.state, "recipe": str(attempt.recipe), "attempts": result.attempt + 1}
@@ -397,9 +374,9 @@ class Search:
             self._freeze_reference(result, attempt.recipe)
             self._optuna.tell(result.number, TrialState.FAIL, attributes=attributes)
             return
-        constraints = {**self._violations(result.metrics), "ran": 1.0 if result.state == "failed" else -1.0}
+        constraints = {**self.aims.violations(result.metrics), "ran": 1.0 if result.state == "failed" else -1.0}
         complete = result.state == "complete"
-        values = [result.metrics[name] for name in self.objectives] if complete else None
+        values = [result.metrics[name] for name in self.aims.objectives] if complete else None
         state = TrialState.COMPLETE if complete else TrialState.PRUNED
         self._optuna.tell(result.number, state, values, constraints, attributes)
 
@@ -411,45 +388,11 @@ class Search:
         kept = self.store.study(self.name).reference
         self.store.update_study(self.name, reference={**kept, "metrics": self.reference})
 
-    # ---- early stopping -----------------------------------------------------------------------------------------
-
     def _group(self, recipe: Recipe) -> str:
         """Whom a trial is compared with: those that make their student in the same way."""
         students = [name for name in recipe.methods if self.plan.methods[name].stage is Stage.STUDENT]
         return students[0] if students else ""
 
-    def _vector(self, metrics: Mapping[str, float]) -> tuple[float, ...]:
-        """The objectives, to be minimised. One that is only known at the end ties for all."""
-        signs = {"maximize": -1.0, "minimize": 1.0}
-        return tuple(signs[way] * metrics.get(name, 0.0) for name, way in self.objectives.items())
-
-    def _violations(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """By how much of its bound each constraint on a known metric is missed; not above 0 where it is met."""
-        return {
-            name: bound.violation(metrics[name]) / (abs(bound.bound) or 1.0)
-            for name, bound in self.plan.study.constraints.items()
-            if name in metrics
-        }
-
-    def _total_violation(self, metrics: Mapping[str, float]) -> float:
-        return sum(max(0.0, excess) for excess in self._violations(metrics).values())
-
-    def _beyond_limits(self, metrics: Mapping[str, float]) -> bool:
-        """Whether a limit on what training does not change is missed for good."""
-        return any(
-            excess > TOLERANCE for name, excess in self._violations(metrics).items() if name in SHAPE_METRICS
-        )
-
 
 def _any(trials: Sequence[FrozenTrial], state: TrialState) -> bool:
     return any(trial.state is state for trial in trials)
-
-
-def _trailing_duplicates(last: LastAttempts) -> int:
-    """How many of the newest trials in a row are duplicates."""
-    count = 0
-    for number in sorted(last, reverse=True):
-        if last[number].state != "duplicate":
-            break
-        count += 1
-    return min(count, REASKS)

@@ -189,6 +189,7 @@ class Store(Database):
 
     def write_result(self, name: str, result: Result) -> None:
         """Write down what an attempt came to, its raw measurements included."""
+        self._renew_lock(name)
 
         def work(session: Session) -> None:
             row = _attempt_row(session, name, result.number, result.attempt)
