@@ -83,8 +83,8 @@ def random(masks: Masks, seed: int) -> Units:
 def from_gradients(network: nn.Module, masks: Masks, batches: Iterable[Batch], loss: Loss, criterion: str) -> Units:
     """The loss's sensitivity to each mask variable, in evaluation mode.
 
-    ``taylor``: mean over batches of the size of ∂L/∂ξ; ``fisher``: sum over batches of (∂L/∂ξ)², the diagonal of the
-    empirical Fisher information. Weights get no gradients; the network's mode is left as it was.
+    ``taylor``: mean over batches of the size of ∂L/∂ξ; ``fisher``: sum over batches of (∂L/∂ξ)², the diagonal of
+    the empirical Fisher information. Weights get no gradients; the network's mode is left as it was.
     """
     mode = network.training
     network.eval()
