@@ -1,0 +1,250 @@
+"""First files to start from: a commented study that runs as it is, and a working method with its contract test.
+
+Owns what a model's configuration and the first rows of the data give away about a task. Writes nothing itself, and
+knows nothing of torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import keyword
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from compress_search.complaints import unknown
+from compress_search.document import parse
+from compress_search.errors import PluginError, StudyError
+from compress_search.goals import METRICS, TaskName
+from compress_search.readers import Row, read_source
+from compress_search.sections import DataConfig
+from compress_search.sources import data_source, model_source
+
+COLUMNS: Mapping[str, Sequence[str]] = {
+    "text": ("text", "sentence", "sentence1", "premise", "question1", "question", "review", "content", "query"),
+    "text_pair": ("text_pair", "sentence2", "hypothesis", "question2", "answer"),
+    "label": ("label", "labels", "class", "category", "intent", "target", "score"),
+    "tokens": ("tokens", "words"),
+    "tags": ("tags", "ner_tags", "pos_tags", "ner", "labels"),
+}
+"""Names that columns have in the wild, by what the study calls them, the likeliest first."""
+
+SAMPLE = 200
+"""Rows to look at."""
+
+_HEADS: Mapping[TaskName, str] = {
+    "text-classification": "ForSequenceClassification",
+    "text-regression": "ForSequenceClassification",
+    "token-classification": "ForTokenClassification",
+}
+
+
+@dataclass(frozen=True)
+class Clues:
+    """What a data set's first rows say: the task, and the columns whose names are not the study's own."""
+
+    task: TaskName
+    columns: Mapping[str, str]
+
+
+def study_text(
+    *,
+    model: str,
+    train: str,
+    validation: str | None = None,
+    test: str | None = None,
+    task: str | None = None,
+    path: Path = Path("study.yaml"),
+) -> str:
+    """A commented study file for these, to be written at ``path``.
+
+    Args:
+        model: directory, relative to the working directory, or hub id.
+        train: data file, relative to the working directory, or hub id.
+        validation: the same; a part of the training data is held out without it.
+        test: the same; nothing is scored on test data without it.
+        task: guessed from the training data by default.
+        path: relative paths in the study are written relative to its folder.
+
+    Raises:
+        StudyError: something named is not there, or the task or a column cannot be guessed.
+    """
+    if task is not None and task not in METRICS:
+        raise StudyError(unknown(f"task {task}", task, METRICS), key="--task")
+    splits = {"train": train, "validation": validation, "test": test}
+    data = {name: _found(data_source, source, f"--{name}") for name, source in splits.items() if source}
+    clues = _clues(data["train"], task)
+    config = _config(_found(model_source, model, "--model"))
+    return _render(
+        "study.yaml.j2",
+        path=path,
+        task=clues.task,
+        metric=METRICS[clues.task][0],
+        model=_portable(model, path),
+        fine_tune=not _has_head(config, clues.task),
+        data={name: _portable(source, path) for name, source in splits.items() if source},
+        columns=clues.columns,
+        max_length=min(DataConfig.model_fields["max_length"].default, _positions(config)),
+    )
+
+
+def method_text(name: str) -> str:
+    """The source of a working method, to be changed into one's own; ``name`` is its module's and its own.
+
+    Raises:
+        PluginError: the name cannot name a module, or is that of an installed method or module.
+    """
+    return _render("method.py.j2", name=_free_name(name), kind=_class_name(name))
+
+
+def method_test_text(name: str) -> str:
+    """The tests of :func:`method_text`: the plugin contract and the method's own claim.
+
+    Raises:
+        PluginError: as :func:`method_text`.
+    """
+    return _render("test_method.py.j2", name=_free_name(name), kind=_class_name(name))
+
+
+def guess(rows: Sequence[Row], task: TaskName | None = None) -> Clues:
+    """The task and the columns of some rows, of the task given if one is.
+
+    A column of tags means token classification; labels that are fractions, regression; other labels, classes.
+
+    Raises:
+        ValueError: no column for something the task needs; the text names those that there are.
+    """
+    row = rows[0]
+    if task == "token-classification" or (task is None and _named(row, "tokens") and _named(row, "tags")):
+        return Clues("token-classification", _renamed({name: _column(row, name) for name in ("tokens", "tags")}))
+    columns = {name: _column(row, name) for name in ("text", "label")}
+    if pair := _named(row, "text_pair"):
+        columns["text_pair"] = pair
+    fractions = _are_fractions([row.get(columns["label"]) for row in rows])
+    return Clues(task or ("text-regression" if fractions else "text-classification"), _renamed(columns))
+
+
+def _renamed(columns: Mapping[str, str]) -> dict[str, str]:
+    return {name: column for name, column in columns.items() if name != column}
+
+
+def _named(row: Row, role: str) -> str | None:
+    return next((name for name in COLUMNS[role] if name in row), None)
+
+
+def _column(row: Row, role: str) -> str:
+    name = _named(row, role)
+    if name is None:
+        raise ValueError(
+            f"no column for data.{role}: expected one of {', '.join(COLUMNS[role])}, got {', '.join(row)}"
+        )
+    return name
+
+
+def _are_fractions(labels: Sequence[Any]) -> bool:
+    """Whether all are numbers and some are written with a point (text files hold numbers as text)."""
+    try:
+        [float(label) for label in labels]
+    except (TypeError, ValueError):
+        return False
+    return any(isinstance(label, float) or "." in str(label) for label in labels)
+
+
+def _clues(train: str, task: TaskName | None) -> Clues:
+    if not Path(train).is_file():
+        if task is None:
+            raise StudyError("needed where the training data are not a file to look into", key="--task")
+        return Clues(task, {})
+    try:
+        rows = [row for _, row in itertools.islice(read_source(train, "train"), SAMPLE)]
+        if not rows:
+            raise ValueError("there are no rows")
+        return guess(rows, task)
+    except ValueError as error:
+        raise StudyError(str(error), key="--train") from error
+
+
+def _found(check: Any, source: str, option: str) -> str:
+    try:
+        return str(check(source, Path.cwd()))
+    except ValueError as error:
+        raise StudyError(str(error), key=option) from error
+
+
+def _config(model: str) -> Mapping[str, Any]:
+    """The model's configuration; nothing where a hub's model has not been downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    local = Path(model) / "config.json"
+    path = local if local.is_file() else try_to_load_from_cache(model, "config.json")
+    if not isinstance(path, str | Path):
+        return {}
+    try:
+        return cast("Mapping[str, Any]", dict(json.loads(Path(path).read_text(encoding="utf-8"))))
+    except (ValueError, TypeError) as error:
+        raise StudyError(f"config.json cannot be read: {error}", key="--model") from error
+
+
+def _has_head(config: Mapping[str, Any], task: TaskName) -> bool:
+    return any(str(name).endswith(_HEADS[task]) for name in config.get("architectures") or ())
+
+
+def _positions(config: Mapping[str, Any]) -> float:
+    """The longest sequence the model reads; RoBERTa counts its positions from behind the padding's id."""
+    reserved = config.get("pad_token_id", 1) + 1 if "roberta" in config.get("model_type", "") else 0
+    return (
+        cast("int", config["max_position_embeddings"]) - reserved
+        if "max_position_embeddings" in config
+        else float("inf")
+    )
+
+
+def _portable(source: str, path: Path) -> str:
+    """A source as the study file spells it: a relative path from its folder, in quotes where YAML asks for them."""
+    given = Path(os.path.expanduser(source))
+    if given.exists() and not given.is_absolute():
+        source = Path(os.path.relpath(given.absolute(), path.absolute().parent)).as_posix()
+    return _scalar(source)
+
+
+def _scalar(text: str) -> str:
+    """The text as a YAML scalar, in quotes only if it needs them."""
+    try:
+        plain = parse(f"key: {text}", "").data == {"key": text}
+    except StudyError:
+        plain = False
+    return text if plain else json.dumps(text, ensure_ascii=False)
+
+
+def _free_name(name: str) -> str:
+    from compress_search.registry import Registry
+
+    if not name.isidentifier() or keyword.iskeyword(name):
+        raise PluginError("expected a name that Python can import, such as my_method", entry_point=name)
+    if name in Registry():
+        raise PluginError("a method of this name is installed", entry_point=name)
+    if importlib.util.find_spec(name):
+        raise PluginError("Python has a module of this name, which the file would hide", entry_point=name)
+    return name
+
+
+def _class_name(name: str) -> str:
+    return "".join(part.capitalize() for part in name.split("_"))
+
+
+def _render(template: str, **values: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("compress_search"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"scalar": _scalar, "pad": lambda text: text.ljust(42)}
+    return environment.get_template(template).render(**values)
