@@ -1,0 +1,206 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from compress_search.errors import StudyError
+from compress_search.rows import class_name, read
+from compress_search.study import load_study
+from tests import tiny
+
+
+@pytest.fixture
+def study_of(tiny_study, tmp_path):
+    """``study_of("t.csv", content)``: a study whose only data is this file."""
+
+    def study(name, content, task="text-classification"):
+        path = tmp_path / name
+        path.write_text(content, encoding="utf-8")
+        return load_study(tiny_study(task, data={"train": str(path), "validation": None, "test": None}))
+
+    return study
+
+
+def rewrite(study, split, content):
+    """Put other rows, or any text, into a split's file under a study that is loaded already."""
+    if not isinstance(content, str):
+        content = "".join(json.dumps(row) + "\n" for row in content)
+    Path(getattr(study.data, split)).write_text(content, encoding="utf-8")
+
+
+def complaint(study):
+    with pytest.raises(StudyError) as caught:
+        read(study)
+    return caught.value
+
+
+class TestRead:
+    @pytest.mark.parametrize("kind", list(tiny.ROWS))
+    def test_every_task(self, tiny_study, kind):
+        raw, task = read(load_study(tiny_study(kind)))
+        assert (task.name, task.labels) == (tiny.task_of(kind), tiny.labels_of(kind))
+        assert task.entities == (kind == "token-classification")
+        assert [len(rows) for rows in raw.splits().values()] == [96, 32, 32]
+        first = tiny.tiny_rows(kind, 96, 0)[0]
+        if kind == "token-classification":
+            assert raw.train.texts[0] == first["tokens"]
+            assert [task.labels[i] for i in raw.train.labels[0]] == first["tags"]
+        elif kind == "text-regression":
+            assert (raw.train.texts[0], raw.train.labels[0]) == (first["text"], first["label"])
+
+    def test_integer_labels_are_sorted_as_numbers(self, tiny_study):
+        study = load_study(tiny_study())
+        rows = [{"text": "x", "label": label} for label in (10, 9, 2, 10)]
+        rewrite(study, "train", rows)
+        rewrite(study, "validation", rows)
+        rewrite(study, "test", rows[:1])
+        raw, task = read(study)
+        assert task.labels == ("2", "9", "10")
+        assert raw.train.labels == [2, 1, 0, 2]
+
+    def test_an_integer_and_its_digits_are_one_class(self, tiny_study):
+        study = load_study(tiny_study())
+        rewrite(study, "train", [{"text": "x", "label": label} for label in (0, "0", 1, 1.0)])
+        rewrite(study, "validation", [{"text": "x", "label": "1"}])
+        rewrite(study, "test", [{"text": "x", "label": 0}])
+        assert read(study)[0].train.labels == [0, 0, 1, 1]
+
+    def test_columns_may_have_other_names(self, tiny_study):
+        study = load_study(tiny_study(data={"text": "review", "label": "stars", "validation": None, "test": None}))
+        rewrite(study, "train", [{"review": f"text {i}", "stars": i % 2} for i in range(20)])
+        assert read(study)[0].train.texts[0].startswith("text ")
+
+    def test_a_second_text_is_found_by_its_name(self, tiny_study):
+        """``text_pair`` is the default column, used where the training data has it."""
+        raw, _ = read(load_study(tiny_study("pairs", data={"text_pair": None})))
+        assert raw.train.pairs[0] == tiny.tiny_rows("pairs", 96, 0)[0]["text_pair"]
+
+    def test_words_and_tags_of_a_table_are_separated_by_spaces(self, study_of):
+        table = "tokens,tags\nada visits oslo,B-PER O B-LOC\nit rains,O O\n"
+        study = study_of("t.csv", table, "token-classification")
+        raw, task = read(study)
+        assert sorted(map(len, [*raw.train.texts, *raw.validation.texts])) == [2, 3]
+        assert task.labels == ("B-LOC", "B-PER", "O")
+
+    def test_numbers_of_a_table_are_read_as_numbers(self, study_of):
+        table = "text\tlabel\na\t0.5\nb\t-1\nc\t2e-1\n"
+        study = study_of("t.tsv", table, "text-regression")
+        raw, task = read(study)
+        assert sorted([*raw.train.labels, *raw.validation.labels]) == [-1.0, 0.2, 0.5]
+        assert task.labels == ()
+
+    def test_the_digest_sees_text_labels_and_order(self, tiny_study):
+        study = load_study(tiny_study())
+        rows = read(study)[0].train
+        again = read(study)[0].train
+        backwards = rows.take(range(len(rows))[::-1])
+        relabelled = type(rows)(rows.texts, rows.pairs, [1 - label for label in rows.labels])
+        assert rows.digest == again.digest
+        assert len({rows.digest, backwards.digest, relabelled.digest}) == 3
+
+
+class TestHeldOut:
+    def test_a_tenth_of_the_training_rows_every_time_the_same(self, tiny_study):
+        study = load_study(tiny_study(data={"validation": None}))
+        (raw, _), (again, _) = read(study), read(study)
+        assert (len(raw.train), len(raw.validation)) == (86, 10)
+        assert raw.validation.digest == again.validation.digest
+        everything = tiny.tiny_rows(size=96, seed=0)
+        assert sorted([*raw.train.texts, *raw.validation.texts]) == sorted(row["text"] for row in everything)
+
+    def test_it_is_no_contiguous_block(self, tiny_study):
+        study = load_study(tiny_study(data={"validation": None, "test": None}))
+        rewrite(study, "train", [{"text": str(i), "label": i // 50} for i in range(100)])
+        held = np.array([int(text) for text in read(study)[0].validation.texts])
+        assert (np.diff(held) > 1).any()
+        assert held.min() < 50 <= held.max()
+
+
+TEXT, NUMBER, TOKEN = "text-classification", "text-regression", "token-classification"
+GOOD_TEXT = {"text": "x", "label": "positive"}
+FAULTS = {
+    "missing text column": (TEXT, {"txt": "x", "label": "positive"}, "no column 'text'; there are: txt, label"),
+    "missing label column": (TEXT, {"text": "x"}, "no column 'label'; there are: text"),
+    "label of null": (TEXT, {"text": "x", "label": None}, "column 'label' holds no value"),
+    "label that is no number at all": (TEXT, {"text": "x", "label": float("nan")}, "column 'label' holds no value"),
+    "empty label": (TEXT, {"text": "x", "label": " "}, "expected a class, got ' '"),
+    "several labels": (TEXT, {"text": "x", "label": ["a", "b"]}, "expected a class, got ['a', 'b']"),
+    "number as class": (TEXT, {"text": "x", "label": 3.8}, "task: text-regression predicts numbers"),
+    "text of null": (TEXT, {"text": None, "label": "positive"}, "column 'text' holds no value"),
+    "text that is none": (TEXT, {"text": 5, "label": "positive"}, "expected text, got 5"),
+    "label only here": (TEXT, {"text": "x", "label": "neutral"}, "label 'neutral' does not occur in the training"),
+    "word as number": (NUMBER, {"text": "x", "label": "five"}, "expected a number as label, got 'five'"),
+    "infinite number": (NUMBER, {"text": "x", "label": float("inf")}, "expected a number as label, got inf"),
+    "fewer tags": (TOKEN, {"tokens": ["a", "b"], "tags": ["O"]}, "2 tokens but 1 tags; expected one for each"),
+    "no words": (TOKEN, {"tokens": [], "tags": []}, "column 'tokens' is an empty list"),
+    "words that are no list": (TOKEN, {"tokens": 5, "tags": ["O"]}, "column 'tokens': expected a list, got 5"),
+    "tag only here": (TOKEN, {"tokens": ["a"], "tags": ["B-ORG"]}, "label 'B-ORG' does not occur in the training"),
+}
+
+
+class TestFaults:
+    @pytest.mark.parametrize("fault", list(FAULTS))
+    def test_it_names_file_line_key_and_value(self, tiny_study, fault):
+        task, row, message = FAULTS[fault]
+        study = load_study(tiny_study(task))
+        rewrite(study, "validation", [*tiny.tiny_rows(task, 2), row])
+        error = complaint(study)
+        assert error.key == "data.validation"
+        assert "study.yaml:" in str(error)
+        assert "validation.jsonl:3: " in str(error)
+        assert message in str(error)
+        assert "\n" not in str(error)
+
+    @pytest.mark.parametrize(
+        ("task", "rows", "message"),
+        [
+            (TEXT, [GOOD_TEXT] * 3, "every label is 'positive'; expected at least two classes"),
+            (NUMBER, [{"text": "x", "label": 1.0}] * 3, "every label is 1.0; expected at least two numbers"),
+            (TOKEN, [{"tokens": ["a"], "tags": ["O"]}] * 3, "every label is 'O'; expected at least two tags"),
+        ],
+    )
+    def test_there_must_be_something_to_tell_apart(self, tiny_study, task, rows, message):
+        study = load_study(tiny_study(task))
+        rewrite(study, "train", rows)
+        error = complaint(study)
+        assert error.key == "data.train"
+        assert message in str(error)
+
+    def test_a_header_alone_is_no_data(self, study_of):
+        error = complaint(study_of("t.csv", "text,label\n"))
+        assert error.key == "data.train"
+        assert "there are no rows" in str(error)
+
+    def test_malformed_json(self, tiny_study):
+        study = load_study(tiny_study())
+        rewrite(study, "train", '{"text": "x", "label": 0}\n{"text": \n')
+        error = complaint(study)
+        assert (error.key, "train.jsonl:2: not JSON" in str(error)) == ("data.train", True)
+
+    def test_the_second_text_must_be_everywhere(self, tiny_study):
+        study = load_study(tiny_study("pairs"))
+        rewrite(study, "test", [{"text": "x", "label": 0}])
+        error = complaint(study)
+        assert (error.key, "no column 'text_pair'" in str(error)) == ("data.test", True)
+
+    def test_rows_without_lines_are_counted(self, tiny_study, tmp_path):
+        study = load_study(tiny_study())
+        path = tmp_path / "data" / "d.parquet"
+        pq.write_table(pa.Table.from_pylist([GOOD_TEXT, {"text": "y", "label": None}]), path)
+        changed = study.model_copy(update={"data": study.data.model_copy(update={"test": str(path)})})
+        assert "d.parquet row 2: column 'label' holds no value" in str(complaint(changed))
+
+    def test_one_row_cannot_be_split(self, tiny_study):
+        study = load_study(tiny_study(NUMBER, data={"validation": None, "test": None}))
+        rewrite(study, "train", [{"text": "x", "label": 1.0}])
+        assert complaint(study).key == "data.train"
+
+
+@pytest.mark.parametrize(
+    ("value", "name"), [("a b", "a b"), (7, "7"), (-1, "-1"), (2.0, "2"), (True, "true"), ("07", "07")]
+)
+def test_class_names(value, name):
+    assert class_name(value) == name
