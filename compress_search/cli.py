@@ -72,8 +72,9 @@ def study_command(function: Callable[..., None]) -> Callable[..., None]:
 @click.option("--train", required=True, help="Training data: jsonl, csv, tsv, parquet or a hub data set.")
 @click.option("--validation", help="Validation data; a part of the training data is held out without it.")
 @click.option("--test", help="Test data, scored once for the front.")
+@click.option("--task", help="Guessed from the training data by default.")
 @click.option("-o", "--output", type=FilePath, default=Path("study.yaml"), show_default=True, help="File to write.")
-def init(model: str, train: str, validation: str | None, test: str | None, output: Path) -> None:
+def init(model: str, train: str, validation: str | None, test: str | None, task: str | None, output: Path) -> None:
     """Write a commented study file that runs as it is.
 
     \b
@@ -82,7 +83,8 @@ def init(model: str, train: str, validation: str | None, test: str | None, outpu
     """
     from compress_search.scaffold import study_text
 
-    _write_new({output: study_text(model=model, train=train, validation=validation, test=test, path=output)})
+    text = study_text(model=model, train=train, validation=validation, test=test, task=task, path=output)
+    _write_new({output: text})
     click.echo(f"Now run: compress-search run {output}")
 
 

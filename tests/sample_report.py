@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import optuna
+
+from compress_search.recipe import Recipe
+from compress_search.records import Assignment, Failure, Result
 from compress_search.report import Entry, Facts, Report, build_report
+from compress_search.storage import Store
+from compress_search.study import Study
 
 TEACHER = {"accuracy": 0.884, "macro_f1": 0.883, "latency_ms": 24.0, "speedup": 1.0, "size_mb": 91.2}
 
@@ -78,3 +85,43 @@ def entries(size: int = 40, seed: int = 0) -> list[Entry]:
 
 def sample(**changes: Any) -> Report:
     return build_report(facts(**changes), entries())
+
+
+def fill(store: Store, study: Study, rows: Iterable[Entry], reference: Mapping[str, float] = TEACHER) -> None:
+    """Write entries into a study's database the way the search would, numbers in order."""
+    store.create()
+    store.begin(
+        study.name,
+        definition=study.to_dict(),
+        identity={"objectives": dict(study.directions)},
+        space_hash="",
+        subject={},
+        environment={"python": "3.11"},
+        reference={"metrics": reference, "constant": {"accuracy": 0.51}},
+        seconds=600.0,
+    )
+    told = store.optuna_study(study.name, study.directions)
+    for row in rows:
+        trial = told.ask()
+        recipe = Recipe(row.steps)
+        store.begin_attempt(study.name, Assignment(trial.number, 0, recipe, 7, row.baseline))
+        if row.state == "running":
+            continue
+        failure = Failure("error", row.error, f"Traceback\n{row.error}") if row.error else None
+        measurements = {"latency": {"noisy": "noisy" in row.marks, "ratio": 0.3, "samples": {"ms": [1.0] * 9}}}
+        store.write_result(
+            study.name,
+            Result(
+                trial.number,
+                0,
+                row.state,
+                row.metrics,
+                row.intervals,
+                measurements,
+                seconds={"total": row.seconds or 0.0},
+                failure=failure,
+            ),
+        )
+        told.tell(trial, state=optuna.trial.TrialState.FAIL)
+        if row.test:
+            store.write_measurement(study.name, trial.number, "final", {"test": {"metrics": row.test}})

@@ -1,0 +1,65 @@
+"""The documentation says what the code does: commands, report keys."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+from compress_search import cli_reference
+from compress_search.cli import main
+from compress_search.report import Entry, Report, to_csv
+from tests.sample_report import sample
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def commands(group: click.Group, name: str = "compress-search") -> Iterator[tuple[str, click.Command]]:
+    for child, command in group.commands.items():
+        yield f"{name} {child}", command
+        if isinstance(command, click.Group):
+            yield from commands(command, f"{name} {child}")
+
+
+COMMANDS = dict(commands(main))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_and_an_example_and_every_option_too(name: str) -> None:
+    command = COMMANDS[name]
+    assert command.help
+    if not isinstance(command, click.Group):
+        assert f"\n      {name}" in command.help
+        assert all(option.help for option in command.params if isinstance(option, click.Option))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_in_the_documentation(name: str) -> None:
+    assert f"## {name}\n" in (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+
+
+def test_the_command_lines_page_is_what_the_commands_print() -> None:
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert page == cli_reference.reference(), "run: python -m compress_search.cli_reference > docs/cli.md"
+
+
+def documented(header: str) -> list[str]:
+    """Keys in the first column of the table after a line of docs/report.md."""
+    text = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
+    table = text.partition(header)[2].lstrip("\n").partition("\n\n")[0]
+    return re.findall(r"^\| `(\w+)`", table, flags=re.MULTILINE)
+
+
+def test_the_report_page_documents_exactly_the_keys_there_are() -> None:
+    assert set(documented("unless it says test.")) == set(Report.model_fields)
+    assert set(documented("Each of `trials`:")) == set(Entry.model_fields)
+
+
+def test_the_report_page_names_the_columns_of_the_csv() -> None:
+    fixed = to_csv(sample()).splitlines()[0].split(",")[:9]
+    text = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
+    positions = [text.index(f"`{column}`", text.index("--format csv")) for column in fixed]
+    assert positions == sorted(positions)

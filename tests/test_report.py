@@ -1,0 +1,357 @@
+"""The report document: what is derived from rows, its schema, CSV, the page and the picture."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compress_search import formats, page, terminal, wording
+from compress_search.errors import CompressSearchError, NothingFeasible
+from compress_search.report import Report, build_report, hypervolume_history, reference_point, to_csv
+from tests.sample_report import TEACHER, baseline, entries, entry, facts, sample, teacher
+
+HOSTILE = "<script>alert('x')</script>&\"[red]"
+
+
+def report_of(*trials: Any, **changes: Any) -> Report:
+    return build_report(facts(**changes), trials)
+
+
+# ---- what is derived ---------------------------------------------------------------------------------------------
+
+
+def test_the_front_holds_what_nothing_dominates_best_score_first() -> None:
+    found = report_of(entry(0, 0.80, 5), entry(1, 0.90, 9), entry(2, 0.79, 6), entry(3, 0.85, 7), constraints={})
+    assert found.front == [1, 3, 0]
+    assert [trial.on_front for trial in found.trials] == [True, True, False, True]
+
+
+def test_only_complete_trials_within_the_constraints_are_on_the_front() -> None:
+    stopped = entry(1, 0.99, 1, state="stopped")
+    found = report_of(entry(0, 0.80, 5), stopped, entry(2, 0.87, 9), constraints={"accuracy": ">= 0.85"})
+    assert found.front == [2]
+
+
+def test_a_trial_without_a_value_for_an_objective_is_not_on_the_front() -> None:
+    found = report_of(entry(0, metrics={"accuracy": 0.99}), entry(1, 0.8, 5), constraints={})
+    assert found.front == [1]
+
+
+def test_baselines_compete_and_are_listed() -> None:
+    found = report_of(teacher(), baseline(), entry(2, 0.80, 10.0))
+    assert found.front == [0, 1]
+    assert [(one.name, one.number) for one in found.baselines] == [("teacher", 0), ("teacher_int8", 1)]
+    assert found.teacher["latency_ms"] == TEACHER["latency_ms"]
+
+
+def test_overlapping_intervals_cannot_be_told_apart() -> None:
+    found = report_of(entry(0, 0.870, 8.0), entry(1, 0.866, 7.9), entry(2, 0.80, 2.0), constraints={})
+    assert [trial.alike for trial in found.trials] == [[1], [0], []]
+
+
+def test_a_bound_on_the_drop_leaves_the_speed_to_be_improved() -> None:
+    trials = [teacher(), entry(1, 0.88, 12), entry(2, 0.86, 6), entry(3, 0.80, 2)]
+    assert report_of(*trials, constraints={"accuracy_drop": "<= 0.03"}).recommended == 2
+    assert report_of(*trials, constraints={"latency_ms": "<= 13"}).recommended == 1
+
+
+def test_the_teacher_is_never_recommended() -> None:
+    found = report_of(teacher(), entry(1, 0.80, 30.0), constraints={})
+    assert found.front == [0]
+    assert found.recommended is None
+
+
+def test_the_hypervolume_is_the_area_up_to_the_reference_point() -> None:
+    found = report_of(entry(0, 0.8, 10), constraints={}, reference_point={"accuracy": 0.5, "latency_ms": 26})
+    assert found.hypervolume == pytest.approx(0.3 * 16)
+
+
+def test_the_hypervolume_is_unknown_before_the_reference_point_is() -> None:
+    assert report_of(entry(0), reference_point={}).hypervolume is None
+    assert hypervolume_history(report_of(entry(0), reference_point={"accuracy": 0.5})) == []
+
+
+def test_the_hypervolume_never_falls_and_ends_at_the_reports() -> None:
+    found = sample()
+    volumes = [volume for _, volume in hypervolume_history(found)]
+    assert volumes == sorted(volumes)
+    assert volumes[-1] == found.hypervolume
+
+
+def test_the_reference_point_is_worse_than_the_teacher_and_no_better_than_a_constant() -> None:
+    objectives = {"accuracy": "maximize", "latency_ms": "minimize", "throughput": "maximize"}
+    frozen = {"metrics": {"accuracy": 0.9, "latency_ms": 20, "throughput": 55.0}, "constant": {"accuracy": 0.5}}
+    point = reference_point(objectives, "text-classification", frozen)
+    assert point == pytest.approx({"accuracy": 0.5, "latency_ms": 22, "throughput": 50})
+    assert reference_point(objectives, "text-classification", {}) == {}
+
+
+def test_failures_are_grouped_by_reason_without_parameters() -> None:
+    failed = [
+        entry(number, state="failed", metrics={}, error=f"error: prune {{'ratio': 0.{number}}}: no heads left")
+        for number in (1, 2)
+    ]
+    found = report_of(*failed, entry(3, state="failed", error="nan: the loss is not finite"))
+    assert wording.failures(found) == [
+        ("error: prune: no heads left", [1, 2]),
+        ("nan: the loss is not finite", [3]),
+    ]
+
+
+# ---- in words ----------------------------------------------------------------------------------------------------
+
+
+def test_the_recommendation_says_what_is_gained_and_lost_with_its_interval() -> None:
+    found = report_of(teacher(), entry(1, 0.878, 8.0))
+    assert wording.recommendation(found) == (
+        "Choose trial 1: 3.0× faster, −0.6 points accuracy (95 % CI −1.7 … +0.5), 20.0 MB instead of 91.2 MB."
+    )
+
+
+def test_when_nothing_meets_the_constraints_the_closest_is_named() -> None:
+    found = report_of(teacher(), entry(1, 0.70, 3), entry(2, 0.80, 5), constraints={"accuracy": ">= 0.95"})
+    assert wording.recommendation(found) == (
+        "Nothing meets the constraints; the closest is trial 2 (80.0 % against ≥ 95.0 %)."
+    )
+    with pytest.raises(NothingFeasible, match="trial 2"):
+        wording.require_result(found)
+
+
+@pytest.mark.parametrize("trials", [[], [teacher(), baseline()], [teacher(), entry(2, state="failed")]])
+def test_a_study_in_which_nothing_completed_is_a_failure(trials: list[Any]) -> None:
+    with pytest.raises(CompressSearchError, match="no trial completed") as caught:
+        wording.require_result(report_of(*trials))
+    assert caught.value.exit_code == 1
+
+
+def test_a_study_with_a_feasible_trial_is_a_success() -> None:
+    wording.require_result(report_of(teacher(), entry(1, 0.87, 8)))
+
+
+# ---- JSON and CSV ------------------------------------------------------------------------------------------------
+
+
+def test_the_json_is_strict_and_reads_back_to_the_same_report() -> None:
+    found = sample()
+    text = found.to_json()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in the JSON"))
+    assert Report.model_validate_json(text) == found
+
+
+@given(st.dictionaries(st.sampled_from(["accuracy", "latency_ms", "x.y"]), st.floats()))
+def test_values_that_are_not_finite_are_left_out(metrics: dict[str, float]) -> None:
+    environment = {"flags": [math.nan], "deep": {"inf": -math.inf}}
+    found = report_of(entry(0, metrics=metrics, intervals={"accuracy": (math.nan, 1.0)}), environment=environment)
+    document = json.loads(found.to_json(), parse_constant=pytest.fail)
+    assert document["trials"][0]["metrics"] == {k: v for k, v in metrics.items() if math.isfinite(v)}
+    assert document["trials"][0]["intervals"] == {}
+    assert document["environment"] == {"flags": [None], "deep": {"inf": None}}
+
+
+def test_the_json_keeps_every_promised_key() -> None:
+    document = json.loads(sample().to_json())
+    assert next(iter(document)) == "schema_version"
+    assert document["schema_version"] == 1
+    promised = "study objectives teacher baselines reference_point hypervolume front recommended trials environment"
+    assert set(promised.split()) <= set(document)
+    promised = "number state recipe metrics intervals test on_front seconds attempts error"
+    assert all(set(promised.split()) <= set(trial) for trial in document["trials"])
+    assert document["trials"][2]["recipe"][0] == {
+        "method": "theseus",
+        "params": {"block_size": 2, "schedule": "linear"},
+    }
+
+
+def test_the_csv_parses_back() -> None:
+    found = sample()
+    rows = list(csv.DictReader(io.StringIO(to_csv(found))))
+    assert [int(row["number"]) for row in rows] == [trial.number for trial in found.trials]
+    for row, trial in zip(rows, found.trials, strict=True):
+        assert json.loads(row["recipe"]) == [step.model_dump() for step in trial.recipe]
+        assert (row["accuracy"] and float(row["accuracy"])) == trial.metrics.get("accuracy", "")
+        assert row["on_front"] == str(trial.on_front)
+    assert sum(row["recommended"] == "True" for row in rows) == 1
+    assert rows[-1]["test_accuracy"] == "0.869"
+
+
+def test_an_error_with_commas_quotes_and_newlines_stays_in_its_cell() -> None:
+    found = report_of(entry(0, state="failed", error='oom: "a", b\nc'))
+    (row,) = csv.DictReader(io.StringIO(to_csv(found)))
+    assert row["error"] == 'oom: "a", b\nc'
+
+
+# ---- numbers for people ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "shown"),
+    [
+        ("accuracy", 0.9124, "91.2 %"),
+        ("accuracy_drop", -0.006, "−0.6 points"),
+        ("latency_ms", 12.345, "12.35 ms"),
+        ("size_mb", 0.0421, "0.0421 MB"),
+        ("speedup", 2.871, "2.87×"),
+        ("mine.sparsity", 0.123456, "0.1235"),
+        ("accuracy", math.nan, "–"),
+        ("accuracy", None, "–"),
+    ],
+)
+def test_numbers_carry_their_units(metric: str, value: float | None, shown: str) -> None:
+    assert formats.number(metric, value, unit=True) == shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(1.234, "1.2 s"), (59.4, "59 s"), (59.7, "1 min"), (3599, "1 h"), (7500, "2 h 5 min"), (None, "–")],
+)
+def test_durations_have_at_most_two_units(seconds: float | None, shown: str) -> None:
+    assert formats.duration(seconds) == shown
+
+
+def test_changes_carry_their_sign() -> None:
+    assert formats.points(-0.006) == "−0.6 points"
+    assert formats.points(0.0001) == "±0.0 points"
+    assert formats.points(0.01) == "+1.0 point"
+    assert formats.percent(0.35) == "−65 %"
+
+
+# ---- drawn -------------------------------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """Text outside scripts, the tags, and the data of the charts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text, self.charts, self._inside = "", "", ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._inside = "charts" if dict(attrs).get("id") == "charts" and tag == "script" else tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "charts":
+            self.charts += data
+        elif self._inside not in ("script", "style"):
+            self.text += data
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.tags)
+
+
+def drawn(found: Report, **changes: Any) -> Page:
+    return Page(page.render_html(found, facts(**changes), "study.yaml"))
+
+
+def test_the_page_shows_every_trial_and_the_recommendation() -> None:
+    found = sample()
+    shown = drawn(found)
+    assert wording.recommendation(found) in shown.text
+    assert f"compress-search export study.yaml {found.recommended}" in shown.text
+    assert all(trial.text in shown.text for trial in found.trials)
+    assert shown.count("table") == shown.count("caption") >= 4
+
+
+def test_the_page_needs_nothing_but_itself() -> None:
+    shown = drawn(sample())
+    assert not [attrs for _, attrs in shown.tags if {"src", "href"} & set(attrs)]
+    assert shown.count("link") == 0
+
+
+def test_the_charts_hold_the_points_of_the_front_in_the_units_shown() -> None:
+    found = sample()
+    front, volume = json.loads(drawn(found).charts)
+    traces = {trace["role"]: trace for trace in front["traces"]}
+    assert traces["front"]["y"] == pytest.approx([100 * trial.metrics["accuracy"] for trial in found.members])
+    assert traces["recommended"]["x"] == [found.trial(found.recommended or 0).metrics["latency_ms"]]
+    assert traces["front"]["dy"][-1] == pytest.approx([1.1, 1.1])
+    assert volume["traces"][0]["y"][-1] == pytest.approx(found.hypervolume)
+
+
+def test_whatever_a_study_or_method_says_is_escaped() -> None:
+    nasty = entry(
+        1,
+        recipe=[{"method": HOSTILE, "params": {HOSTILE: HOSTILE}}],
+        baseline=HOSTILE,
+        marks=[HOSTILE],
+        metrics={"accuracy": 0.9, "latency_ms": 3.0, f"m.{HOSTILE}": 1.0},
+    )
+    failed = entry(2, state="failed", error=HOSTILE)
+    found = report_of(nasty, failed, study=HOSTILE, constraints={}, environment={HOSTILE: HOSTILE})
+    text = page.render_html(found, facts(settings={"name": HOSTILE}), HOSTILE)
+    assert "<script>alert" not in text
+    shown = Page(text)
+    assert shown.count("script") == 3
+    assert HOSTILE in shown.text
+    assert "<script>" not in json.loads(shown.charts)[0]["traces"][0]["text"][0]
+
+
+@pytest.mark.parametrize("trials", [[], [entry(0, state="running", metrics={}, intervals={}, recipe=[])]])
+def test_a_study_without_results_can_be_reported_in_every_format(trials: list[Any], tmp_path: Path) -> None:
+    found = report_of(*trials)
+    assert "No trial has completed yet." in drawn(found).text
+    assert json.loads(found.to_json())["front"] == []
+    assert len(to_csv(found).splitlines()) == 1 + len(trials)
+    assert "Nothing has completed yet." in terminal.text(*terminal.report_tables(found, Path("study.yaml")))
+    page.front_picture(found, tmp_path / "front.svg")
+    ElementTree.parse(tmp_path / "front.svg")
+
+
+def test_one_objective_alone_has_no_picture_but_a_page() -> None:
+    found = report_of(entry(0), entry(1, 0.86), objectives={"accuracy": "maximize"}, constraints={})
+    assert [chart["id"] for chart in json.loads(drawn(found).charts)] == ["hypervolume"]
+
+
+def test_three_objectives_have_two_pictures() -> None:
+    objectives = {"accuracy": "maximize", "latency_ms": "minimize", "size_mb": "minimize"}
+    found = report_of(*entries(), objectives=objectives, constraints={})
+    assert [chart["id"] for chart in page.charts(found)][:2] == ["front-latency_ms", "front-size_mb"]
+
+
+def test_the_picture_is_an_svg_with_a_mark_for_every_model(tmp_path: Path) -> None:
+    found = sample()
+    page.front_picture(found, tmp_path / "front.svg")
+    root = ElementTree.parse(tmp_path / "front.svg").getroot()
+    circles = root.iter("{http://www.w3.org/2000/svg}circle")
+    chart = page.front_chart(found, "latency_ms", "accuracy")
+    points = sum(len(trace["x"]) for trace in chart["traces"])
+    assert len(list(circles)) == points + len(chart["traces"])
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1))
+def test_an_axis_holds_its_values_between_few_round_ticks(values: list[float]) -> None:
+    scale = page.Scale.over(values, 0, 100)
+    assert 2 <= len(scale.ticks) <= 12
+    assert scale.ticks == sorted(scale.ticks)
+    assert all(-0.1 <= scale(value) <= 100.1 for value in values)
+
+
+def test_the_terminal_shows_teacher_baseline_and_front_and_marks_doubts() -> None:
+    found = sample()
+    text = terminal.text(*terminal.report_tables(found, Path("my study.yaml")))
+    lines = text.splitlines()
+    assert [line.split()[0] for line in lines[2:4]] == ["0", "1"]
+    assert "noisy, cannot be told apart from 41" in text
+    assert f"compress-search export 'my study.yaml' {found.recommended}" in text
+    assert re.search(r"2 +nan: the loss is not finite +12, 30", text)
+
+
+def test_the_terminal_shows_brackets_as_they_are() -> None:
+    found = report_of(entry(0, recipe=[{"method": "a[red]", "params": {}}]), constraints={})
+    assert "a[red]" in terminal.text(terminal.trials_table(found))
