@@ -218,18 +218,26 @@ def node_scopes(network: nn.Module, exclude: str) -> tuple[str, ...]:
 
 
 def prepare(source: Path, target: Path) -> None:
-    """Fold constants and infer shapes; without this, shared weights hide behind transposes and stay float32."""
+    """Fold constants, infer shapes and write every linear map as one MatMul, the form that all schemes know.
+
+    Without folding, shared weights hide behind transposes and stay in float32.
+    """
+    import onnx
+    from onnxruntime.quantization.onnx_model import ONNXModel
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     # symbolic inference knows no more about these graphs, and needs sympy
     quant_pre_process(str(source), str(target), skip_symbolic_shape=True)
+    model = ONNXModel(onnx.load(target))
+    model.replace_gemm_with_matmul()
+    model.save_model_to_file(str(target))
 
 
 def quantize_dynamic(
     source: Path, target: Path, *, excluded: Sequence[str] = (), reduce_range: bool = False
 ) -> None:
     """Every linear map as DynamicQuantizeLinear and MatMulInteger, with one int8 scale per output channel."""
-    _quantize_dynamic(source, target, ["MatMul", "Gemm"], _nodes(source, excluded), reduce_range)
+    _quantize_dynamic(source, target, ["MatMul"], _nodes(source, excluded), reduce_range)
 
 
 def quantize_embeddings(source: Path, target: Path) -> None:
@@ -245,7 +253,7 @@ def quantize_static(
     excluded: Sequence[str] = (),
     reduce_range: bool = False,
 ) -> None:
-    """Every linear map in int8 with input ranges from examples; what is between the maps stays in float32.
+    """Every linear map in int8 with input ranges from examples; all that is between the maps stays in float32.
 
     Ranges are the extremes seen: entropy calibration clips the few large activations that these encoders need.
 
@@ -256,21 +264,47 @@ def quantize_static(
 
     if not examples:
         raise TrialError("static quantization needs calibration examples, and there are none")
-    ort.quantize_static(
-        str(source),
-        str(target),
-        _Reader(source, examples),
-        quant_format=ort.QuantFormat.QDQ,
-        op_types_to_quantize=["MatMul", "Gemm"],
-        per_channel=True,
-        reduce_range=reduce_range,
-        activation_type=ort.QuantType.QUInt8,
-        weight_type=ort.QuantType.QInt8,
-        nodes_to_exclude=_nodes(source, excluded),
-        calibrate_method=ort.CalibrationMethod.MinMax,
-        # logits and the inputs of softmax, norm and activation keep full precision
-        extra_options={**_options(), "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]},
-    )
+    with _quiet_quantizer():
+        ort.quantize_static(
+            str(source),
+            str(target),
+            _Reader(source, examples),
+            quant_format=ort.QuantFormat.QDQ,
+            op_types_to_quantize=["MatMul"],
+            per_channel=True,
+            reduce_range=reduce_range,
+            activation_type=ort.QuantType.QUInt8,
+            weight_type=ort.QuantType.QInt8,
+            nodes_to_exclude=[*_nodes(source, excluded), *_products(source)],
+            calibrate_method=ort.CalibrationMethod.MinMax,
+            extra_options={**_options(), "OpTypesToExcludeOutputQuantization": ["MatMul"]},
+        )
+    _restore_residuals(target)
+
+
+def _products(source: Path) -> list[str]:
+    """Names of the products of two activations: scores and context, whose rounding costs most and gains nothing."""
+    import onnx
+
+    graph = onnx.load(source).graph
+    constants = {tensor.name for tensor in graph.initializer}
+    return [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] not in constants]
+
+
+def _restore_residuals(path: Path) -> None:
+    """Let only linear maps read rounded activations: the quantizer redirects every reader of the same tensor."""
+    import onnx
+
+    model = onnx.load(path)
+    rounded = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    dequantized = [
+        node for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in rounded
+    ]
+    original = {node.output[0]: rounded[node.input[0]] for node in dequantized}
+    for node in model.graph.node:
+        if node.op_type != "MatMul":
+            node.input[:] = [original.get(name, name) for name in node.input]
+    onnx.save(model, path)
 
 
 def pack_weights(source: Path, target: Path, *, bits: int, group_size: int, excluded: Sequence[str] = ()) -> None:
@@ -288,12 +322,18 @@ def pack_weights(source: Path, target: Path, *, bits: int, group_size: int, excl
 def pack_embeddings(source: Path, target: Path) -> None:
     """Embedding tables as GatherBlockQuantized: 4 bits and a scale per :data:`EMBEDDING_GROUP` weights of a row."""
     import onnx
+    from onnx import version_converter
 
-    _pack(onnx.load(source), target, "Gather", bits=4, block_size=EMBEDDING_GROUP, quant_axes=(("Gather", 1),))
+    model = onnx.load(source)
+    prepared = list(model.metadata_props)  # the mark that preparation left, which conversion drops
+    model = version_converter.convert_version(model, 21)  # the first to know 4-bit tensors
+    model.ir_version = 10
+    model.metadata_props.extend(prepared)
+    _pack(model, target, "Gather", bits=4, block_size=EMBEDDING_GROUP, quant_axes=(("Gather", 1),))
 
 
 def _pack(model: Any, target: Path, operator: str, **settings: Any) -> None:
-    with _logging_as_it_is():
+    with _quiet_quantizer():
         from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
     quantizer = MatMulNBitsQuantizer(
         model, is_symmetric=True, accuracy_level=4, op_types_to_quantize=(operator,), **settings
@@ -308,16 +348,17 @@ def _quantize_dynamic(
 ) -> None:
     from onnxruntime import quantization as ort
 
-    ort.quantize_dynamic(
-        str(source),
-        str(target),
-        op_types_to_quantize=operators,
-        per_channel=True,
-        reduce_range=reduce_range,
-        weight_type=ort.QuantType.QInt8,
-        nodes_to_exclude=excluded,
-        extra_options=_options(),
-    )
+    with _quiet_quantizer():
+        ort.quantize_dynamic(
+            str(source),
+            str(target),
+            op_types_to_quantize=operators,
+            per_channel=True,
+            reduce_range=reduce_range,
+            weight_type=ort.QuantType.QInt8,
+            nodes_to_exclude=excluded,
+            extra_options=_options(),
+        )
 
 
 def _options() -> dict[str, Any]:
@@ -331,7 +372,7 @@ def _nodes(source: Path, scopes: Sequence[str]) -> list[str]:
     """Names of the nodes within these scopes."""
     import onnx
 
-    names = [node.name for node in onnx.load(source, load_external_data=False).graph.node] if scopes else []
+    names = [node.name for node in onnx.load(source).graph.node] if scopes else []
     return [name for name in names if any(scope in name for scope in scopes)]
 
 
@@ -341,7 +382,7 @@ class _Reader:
     def __init__(self, model: Path, examples: Sequence[Inputs]) -> None:
         import onnx
 
-        self.names = [entry.name for entry in onnx.load(model, load_external_data=False).graph.input]
+        self.names = [entry.name for entry in onnx.load(model).graph.input]
         self.examples = iter(examples)
 
     def get_next(self) -> dict[str, NDArray[np.int64]] | None:
@@ -353,12 +394,19 @@ class _Reader:
 
 
 @contextmanager
-def _logging_as_it_is() -> Iterator[None]:
-    """Undo what a module does to the root logger when it is imported."""
+def _quiet_quantizer() -> Iterator[None]:
+    """Undo what a module does to the root logger when it is imported, and drop a warning without meaning here."""
     root = logging.getLogger()
     level, handlers = root.level, list(root.handlers)
+
+    def unexpected(record: logging.LogRecord) -> bool:
+        # the embeddings are, on purpose
+        return not str(record.msg).startswith("Please check if the model is already quantized")
+
+    root.addFilter(unexpected)
     try:
         yield
     finally:
+        root.removeFilter(unexpected)
         root.setLevel(level)
         root.handlers[:] = handlers
