@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -110,11 +112,27 @@ def url_of(folder: Path) -> str:
     return f"sqlite:///{folder / 'study.db'}"
 
 
+@cache
+def _empty_database() -> bytes:
+    """A database with its tables; creating one takes longer than most tests."""
+    with TemporaryDirectory() as folder:
+        Store(url_of(Path(folder))).create()
+        return Path(folder, "study.db").read_bytes()
+
+
+def fake_store(folder: Path, url: str | None = None, **options: Any) -> Store:
+    """A created database; what is there already is left."""
+    store = Store(url or url_of(folder), **options)
+    if url is None and not (folder / "study.db").exists():
+        (folder / "study.db").write_bytes(_empty_database())
+    elif url is not None:
+        store.create()
+    return store
+
+
 def fake_search(folder: Path, url: str | None = None, **changes: Any) -> Search:
     """A search in a created database; ``options`` go to Search.open, ``store`` options to the store."""
-    options, store_options = changes.pop("options", {}), changes.pop("store", {})
-    store = Store(url or url_of(folder), **store_options)
-    store.create()
+    options, store = changes.pop("options", {}), fake_store(folder, url, **changes.pop("store", {}))
     return Search.open(fake_plan(folder, **changes), store, **options)
 
 
