@@ -32,6 +32,7 @@ import torch
 from numpy.typing import NDArray
 
 from compress_search.data import Split
+from compress_search.deployed import Form, load_deployed
 from compress_search.errors import CompressSearchError
 from compress_search.runtimes import load_runner
 from compress_search.tasks import Task
@@ -147,11 +148,14 @@ class Station:
         written = max((p.stat().st_mtime_ns for p in Path(artifact).rglob("*")), default=0)
         return self._runner(artifact, written, copy)
 
-    def score(self, artifact: str, split: str, task: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
-        """Metrics and their bootstrap intervals over a whole split."""
+    def score(
+        self, artifact: str, split: str, task: Mapping[str, Any], batch_size: int, form: Form | None = None
+    ) -> dict[str, Any]:
+        """Metrics and their bootstrap intervals over a whole split, of an artefact or of an exported form."""
         rows, judge = Split.open(Path(split)), Task.from_dict(task)
+        runner = load_deployed(Path(artifact), form, judge, self.threads) if form else self.runner(artifact)
         started = time.perf_counter()
-        logits, labels = predict(self.runner(artifact), rows, judge, batch_size)
+        logits, labels = predict(runner, rows, judge, batch_size)
         return {
             "metrics": judge.score(logits, labels),
             "intervals": judge.intervals(logits, labels),

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -56,14 +57,15 @@ def _fingerprint() -> str:
     return json.dumps(facts)
 
 
-def host_kind() -> str:
+def host_kind(environment: Mapping[str, Any] | None = None) -> str:
     """A name for machines on which the same artefact runs equally fast, such as ``amd-epyc-2c-1f3a5b7d``.
 
     Covers the processor, its features and core count, the accelerators and the libraries that run the models.
+    ``environment`` is a recorded fingerprint; this machine's by default.
     """
-    facts = fingerprint()
+    facts = fingerprint() if environment is None else environment
     libraries = {name: facts["packages"].get(name) for name in ("torch", "onnxruntime")}
-    parts = [facts["cpu"], facts["gpus"], platform.machine(), libraries]
+    parts = [facts["cpu"], facts["gpus"], libraries]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
     words = "-".join("".join(c if c.isalnum() else " " for c in facts["cpu"]["model"].lower()).split()[:3])
     return f"{words}-{facts['cpu']['cores']}c-{digest}"

@@ -158,15 +158,22 @@ class Bench:
         self.close()
 
     def score(
-        self, artifact: Path, split: Path, task: Task, batch_size: int, *, timeout: float | None = None
+        self,
+        artifact: Path,
+        split: Path,
+        task: Task,
+        batch_size: int,
+        *,
+        form: str | None = None,
+        timeout: float | None = None,
     ) -> Score:
-        """Metrics over the whole split.
+        """Metrics over the whole split; with a ``form`` (see compress_search.deployed) those of an exported model.
 
         Arithmetic with one scale per batch (dynamic int8) depends on an example's companions: score such an
         artefact at the batch size it will be deployed with.
         """
-        request = {"artifact": str(artifact), "split": str(split), "task": task.to_dict(), "batch_size": batch_size}
-        return Score.from_dict(self._ask("score", request, timeout))
+        request = {"artifact": str(artifact), "split": str(split), "batch_size": batch_size, "form": form}
+        return Score.from_dict(self._ask("score", {**request, "task": task.to_dict()}, timeout))
 
     def latency(
         self,

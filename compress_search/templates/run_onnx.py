@@ -1,0 +1,52 @@
+"""Runs the model in this directory on the text given on the command line.
+
+Needs nothing but ``pip install onnxruntime tokenizers``:
+
+    python run.py "first text" ["second text"]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from tokenizers import Tokenizer
+
+HERE = Path(__file__).resolve().parent
+SETTINGS = json.loads((HERE / "settings.json").read_text(encoding="utf-8"))
+
+
+def main(texts: list[str]) -> None:
+    """Print each label with its probability, the likeliest first; for token tasks a label for each word."""
+    tokenizer = Tokenizer.from_file(str(HERE / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(SETTINGS["max_length"])
+    tokens = SETTINGS["task"] == "token-classification"
+    words = texts[0].split()
+    pair = texts[1] if len(texts) > 1 else None
+    encoding = tokenizer.encode(words if tokens else texts[0], pair, is_pretokenized=tokens)
+    session = onnxruntime.InferenceSession(str(HERE / "model.onnx"), providers=["CPUExecutionProvider"])
+    known = {
+        "input_ids": encoding.ids,
+        "attention_mask": encoding.attention_mask,
+        "token_type_ids": encoding.type_ids,
+    }
+    feed = {node.name: np.array([known[node.name]], dtype=np.int64) for node in session.get_inputs()}
+    logits = session.run(["logits"], feed)[0][0]  # (labels,), or (pieces, labels) for token tasks
+    if tokens:
+        firsts = {word: piece for piece, word in reversed(list(enumerate(encoding.word_ids))) if word is not None}
+        for word, piece in sorted(firsts.items()):
+            print(words[word], SETTINGS["labels"][int(logits[piece].argmax())], sep="\t")
+    elif SETTINGS["labels"]:
+        exponentials = np.exp(logits - logits.max())
+        for index in logits.argsort()[::-1]:
+            print(SETTINGS["labels"][index], f"{exponentials[index] / exponentials.sum():.4f}", sep="\t")
+    else:
+        print(f"{logits[0]:.6f}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (2, 3):
+        sys.exit(__doc__)
+    main(sys.argv[1:])
