@@ -110,6 +110,9 @@ def bake(network: nn.Module) -> None:
     """Fold every torch parametrization (masks, factors) into a plain parameter of the value it has now."""
     for module in list(network.modules()):
         if parametrize.is_parametrized(module):
+            # removal edits the module's class, which torch shares between a parametrized module and its copies
+            kind = type(module)
+            module.__class__ = type(kind.__name__, kind.__bases__, dict(kind.__dict__))
             for name in list(cast(nn.ModuleDict, module.parametrizations)):
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
 

@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, cast
 
 import torch
@@ -36,7 +36,6 @@ SUBJECTS = (
     Subject("roberta", "text-regression", 12, 12, 64, 768, 3072, 50265, 514, 1, 1),
 )
 """Shapes of well-known models, which a space can be built for without any weights."""
-RANDOM_DRAWS = 2
 
 
 class ContractBroken(AssertionError):
@@ -47,6 +46,12 @@ def require(condition: bool, message: str) -> None:
     """Raise ContractBroken with the message unless the condition holds."""
     if not condition:
         raise ContractBroken(message)
+
+
+@cache
+def _tiny(family: str, task: str) -> Candidate:
+    """Made once a process; only copies of it are worked on."""
+    return tiny_candidate(family, task)
 
 
 def draw(space: Space, rng: random.Random) -> dict[str, Value]:
@@ -156,7 +161,7 @@ class Rehearsal:
         """
         found, reasons = [], []
         for family, task in MODELS:
-            model = tiny_candidate(family, task)
+            model = _tiny(family, task)
             if subject := self._accepted(model.subject):
                 found.append(model.replace(subject=subject))
             else:
@@ -181,10 +186,9 @@ class Rehearsal:
 
     @staticmethod
     def drawn(space: Space) -> list[dict[str, Value]]:
-        """The defaults and a few random parameters, the last of them with expert dimensions free."""
+        """The defaults, random parameters, and random ones with expert dimensions free."""
         rng = random.Random(0)
-        ordinary = [draw(fix_experts(space), rng) for _ in range(RANDOM_DRAWS)]
-        return [defaults(space), *ordinary, draw(space, rng)]
+        return [defaults(space), draw(fix_experts(space), rng), draw(space, rng)]
 
     @cached_property
     def applications(self) -> list[Application]:
