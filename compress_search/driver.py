@@ -130,6 +130,7 @@ def run(
     study.output.mkdir(parents=True, exist_ok=True)
     with store.lock(study.name), interrupts():
         search = Search.open(prepared.plan, store, environment=fingerprint(), baselines=baselines(prepared.plan))
+        freeze_constant(store, prepared)
         search.reconcile(partial(read_result, study.output))
         announced = Announced(search, on_event)
         announced.started()
@@ -138,6 +139,15 @@ def run(
         _drive(announced, make_executor(executor, factory, prepared), store)
     if fault := announced.teacher_fault:
         raise CompressSearchError(f"the teacher could not be measured: {fault.message}")
+
+
+def freeze_constant(store: Store, prepared: Prepared) -> None:
+    """Write down, once for a study, what always giving the same answer scores: where hypervolume counts from."""
+    name = prepared.study.name
+    reference = store.study(name).reference
+    if "constant" not in reference:
+        scores = prepared.task.constant_score(prepared.raw.validation.labels)
+        store.update_study(name, reference={**reference, "constant": scores})
 
 
 def _drive(search: Announced, executor: Executor, store: Store) -> None:

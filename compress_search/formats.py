@@ -43,6 +43,7 @@ KNOWN = {
     "size_mb": Style("size", "MB", 1, 1),
     "memory_mb": Style("memory", "MB", 1, 1),
     "speedup": Style("speed-up", "×", 1, 2),
+    "parameters": Style("parameters", "M", 1e-6, 1),
     "throughput": Style("throughput", "examples/s", 1, 1),
 }
 """Styles of the engine's own metrics."""
@@ -63,11 +64,7 @@ def number(metric: str, value: float | None, *, unit: bool = False) -> str:
     if value is None or not math.isfinite(value):
         return "–"
     how = style(metric)
-    shown = value * how.scale
-    digits = how.digits
-    if digits is not None and 0 < abs(shown) < 10**-digits:
-        digits = None  # a tiny model's 0.04 MB must not read 0.0
-    text = (f"{shown:.4g}" if digits is None else f"{shown:.{digits}f}").replace("-", MINUS)
+    text = _decimals(value * how.scale, _digits(how, value))
     if not unit or not how.unit:
         return text
     return f"{text}{how.unit}" if how.unit == "×" else f"{text} {how.unit}"
@@ -78,7 +75,19 @@ def with_interval(metric: str, value: float | None, interval: Interval | None) -
     text = number(metric, value)
     if value is None or interval is None or not all(map(math.isfinite, interval)):
         return text
-    return f"{text} ± {number(metric, (interval[1] - interval[0]) / 2)}"
+    how = style(metric)
+    return f"{text} ± {_decimals((interval[1] - interval[0]) / 2 * how.scale, _digits(how, value))}"
+
+
+def _digits(how: Style, value: float) -> int | None:
+    """Decimals of a value: the style's own, but two significant ones of small quantities (0.042 MB is not 0.0)."""
+    if how.digits is None or how.scale != 1 or not value:
+        return how.digits
+    return max(how.digits, 1 - math.floor(math.log10(abs(value * how.scale))))
+
+
+def _decimals(shown: float, digits: int | None) -> str:
+    return (f"{shown:.4g}" if digits is None else f"{shown:.{digits}f}").replace("-", MINUS)
 
 
 def points(value: float) -> str:
@@ -98,7 +107,7 @@ def duration(seconds: float | None) -> str:
     """A duration in at most two units, for example ``2 h 5 min``."""
     if seconds is None or not math.isfinite(seconds):
         return "–"
-    if seconds < 10:
+    if 0 < seconds < 10:
         return f"{seconds:.1f} s"
     if round(seconds) < 60:
         return f"{round(seconds)} s"

@@ -149,7 +149,7 @@ class Board:
             f"{len(self.running)} running",
             f"front {len(self.front())}",
         ]
-        if self.seconds_left is not None:
+        if self.seconds_left is not None and self.done < self.study.trials:
             parts.append(f"about {formats.duration(self.seconds_left)} left")
         return " · ".join(parts)
 

@@ -127,9 +127,15 @@ def status_tables(found: Report, seconds: float, budget: SearchConfig) -> list[R
         "trials": f"{done} of {budget.trials}",
         "by state": ", ".join(f"{counts[state]} {state}" for state in STATES if state in counts) or "none yet",
         "time spent": formats.duration(seconds),
-        "time left": "about " + formats.duration(left) if left is not None else "not known yet",
+        "time left": _left(left, finished=done >= budget.trials),
     }
     return [pairs(facts, found.study), Text(), front_table(found), Text(), Text(wording.recommendation(found))]
+
+
+def _left(seconds: float | None, finished: bool) -> str:
+    if finished:
+        return "none: all trials are done"
+    return "not known yet" if seconds is None else f"about {formats.duration(seconds)}"
 
 
 def trial_tables(row: TrialRow, measurements: Mapping[str, Any]) -> list[RenderableType]:
@@ -179,7 +185,7 @@ def plan_tables(plan: Plan, estimate: Estimate) -> list[RenderableType]:
     teacher = plan.teacher
     facts = {
         "teacher": f"{teacher.family}, {teacher.layers} layers of width {teacher.hidden}, "
-        f"{teacher.parameters / 1e6:.1f} M parameters, {teacher.megabytes:.1f} MB",
+        f"{teacher.parameters:,} parameters, {formats.number('size_mb', teacher.megabytes)} MB",
         "decisions": f"{plan.dimensions} at most",
         "starting recipes": len(plan.starting_points()),
         "time": f"about {formats.duration(60 * estimate.minutes)}, "
@@ -190,7 +196,9 @@ def plan_tables(plan: Plan, estimate: Estimate) -> list[RenderableType]:
     heads = ("decision", "one of", "needs")
     parts: list[RenderableType] = [pairs(facts, plan.study.name), Text(), grid("Methods", heads, slots, left=heads)]
     for name, space in plan.spaces.items():
-        parts += [Text(), space_table(name, plan.methods[name], space)]
+        searched = {dimension: dim for dimension, dim in space.items() if not dim.fixed}
+        if searched:
+            parts += [Text(), space_table(name, plan.methods[name], searched)]
     return parts
 
 

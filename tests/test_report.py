@@ -200,7 +200,9 @@ def test_an_error_with_commas_quotes_and_newlines_stays_in_its_cell() -> None:
         ("accuracy", 0.9124, "91.2 %"),
         ("accuracy_drop", -0.006, "−0.6 points"),
         ("latency_ms", 12.345, "12.35 ms"),
-        ("size_mb", 0.0421, "0.0421 MB"),
+        ("size_mb", 0.0421, "0.042 MB"),
+        ("accuracy", 0.0, "0.0 %"),
+        ("size_mb", 412.04, "412.0 MB"),
         ("speedup", 2.871, "2.87×"),
         ("mine.sparsity", 0.123456, "0.1235"),
         ("accuracy", math.nan, "–"),
@@ -217,6 +219,12 @@ def test_numbers_carry_their_units(metric: str, value: float | None, shown: str)
 )
 def test_durations_have_at_most_two_units(seconds: float | None, shown: str) -> None:
     assert formats.duration(seconds) == shown
+
+
+def test_an_interval_has_as_many_decimals_as_its_value() -> None:
+    assert formats.with_interval("latency_ms", 0.0412, (0.04, 0.044)) == "0.041 ± 0.002"
+    assert formats.with_interval("accuracy", 0.9, (0.88, 0.92)) == "90.0 ± 2.0"
+    assert formats.with_interval("accuracy", 0.9, None) == "90.0"
 
 
 def test_changes_carry_their_sign() -> None:
