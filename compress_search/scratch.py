@@ -129,7 +129,8 @@ def new_network(study: Study, rows: Rows, config: BertConfig, task: Task) -> tup
 
 def fingerprint(study: Study) -> list[Any]:
     """All that decides what :func:`new_network` makes, but for the rows."""
-    return [_architecture(study).model_dump(mode="json", exclude={"vocabulary"}), _given(study)]
+    architecture = _architecture(study)
+    return [architecture.model_dump(exclude={"vocabulary"}), _given(study) or architecture.vocabulary]
 
 
 def build_tokenizer(pieces: Sequence[str], max_length: int) -> BertTokenizer:

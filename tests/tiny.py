@@ -197,7 +197,7 @@ def tiny_study(folder: Path, task: str = "text-classification", family: str = "b
         both = isinstance(section, Mapping) and isinstance(defaults.get(name), Mapping)
         defaults[name] = {**defaults[name], **section} if both else section
     content = {name: section for name, section in defaults.items() if section is not None}
-    if content.get("teacher") == {"model": "teacher"}:
+    if content["teacher"].get("model") == "teacher":
         tiny_teacher(folder / "teacher", task, family)
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
