@@ -79,6 +79,7 @@ def read(study: Study) -> tuple[Raw, Task]:
     """
     train = list(_examples(study, "train"))
     task = _task(study, train)
+    _check_metrics(study, task)
     rows = _number(study, "train", train, task)
     test = _split(study, "test", train, task) if study.data.test else None
     if study.data.validation:
@@ -206,6 +207,15 @@ def _task(study: Study, train: Sequence[_Example]) -> Task:
         return Task(study.task)
     labels = tuple(sorted(names, key=int if all(map(_is_integer, names)) else None))
     return Task(study.task, labels, entities=study.task == "token-classification" and is_bio(labels))
+
+
+def _check_metrics(study: Study, task: Task) -> None:
+    """Refuse an aim that only these data rule out: entity F1 without entities."""
+    aims = [("objectives", name) for name in study.objectives]
+    aims += [(f"constraints.{name}", name) for name in study.constraints]
+    for key, name in aims:
+        if task.tokens and not task.entities and name.removesuffix("_drop") == "f1":
+            raise study.error(key, f"{name} needs entities: tags O, B-… and I-…; the data have {task.labels[0]!r}")
 
 
 def _is_integer(name: str) -> bool:

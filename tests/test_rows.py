@@ -169,6 +169,19 @@ class TestFaults:
         assert error.key == "data.train"
         assert message in str(error)
 
+    @pytest.mark.parametrize(
+        ("sections", "key"),
+        [
+            ({"objectives": ["f1", "size_mb"]}, "objectives"),
+            ({"constraints": {"f1_drop": "<= 0.1"}}, "constraints"),
+        ],
+    )
+    def test_entity_f1_needs_entities(self, tiny_study, sections, key):
+        read(load_study(tiny_study("token-classification", **sections)))
+        error = complaint(load_study(tiny_study("pos", **sections)))
+        assert error.key.startswith(key)
+        assert "needs entities: tags O, B-… and I-…; the data have 'ADJ'" in str(error)
+
     def test_a_header_alone_is_no_data(self, study_of):
         error = complaint(study_of("t.csv", "text,label\n"))
         assert error.key == "data.train"
