@@ -29,8 +29,9 @@ class Subject:
 
     Traits the engine itself sets on the teacher: ``"timed"`` (an objective or constraint depends on running
     time, so only real kernels count) and ``"kernel:<name>"`` for each kernel that a probe found to be real on
-    this machine (``kernel:int8``, ``kernel:bf16``, ``kernel:int4`` …). Steps add their own, such as ``"lossy"``
-    (training could win back accuracy), ``"non-uniform"``, ``"shared"``, ``"onnx-only"``, ``"torch-only"``.
+    this machine (``kernel:int8``, ``kernel:bf16``, ``kernel:weight-only``). Steps add their own, such as
+    ``"lossy"`` (training could win back accuracy), ``"non-uniform"``, ``"shared"``, ``"onnx-only"`` and
+    ``"torch-only"``.
     """
 
     family: str
