@@ -49,7 +49,8 @@ def render_html(found: Report, facts: Facts, study_file: str) -> str:
         formats=formats,
         change=wording.change,
         notes=wording.notes,
-        title=wording.title,
+        steps=lambda entry: wording.steps(entry, found),
+        short=lambda entry: wording.short(entry, found),
         bounds=lambda name: wording.bounds(found, name),
         plotly=Markup(get_plotlyjs()),  # a library's own script, not data
     )
@@ -98,14 +99,14 @@ def front_chart(found: Report, x: str, y: str) -> dict[str, Any]:
         "y": formats.style(y).heading,
         "log": bool(drawn) and min(drawn) > 0 and max(drawn) > 20 * min(drawn),
         "label": f"{len(drawn)} models, {len(found.front)} of them on the front, which the table lists.",
-        "traces": [_trace(role, entries, x, y) for role, entries in groups.items() if entries],
+        "traces": [_trace(found, role, entries, x, y) for role, entries in groups.items() if entries],
     }
 
 
 def _roles(found: Report) -> dict[str, list[Entry]]:
     """Complete trials by the part they play in a picture, drawn in this order."""
     done = report.candidates(found.trials, found)
-    special = [entry for entry in done if not entry.recipe or entry.baseline]
+    special = [entry for entry in done if entry.baseline]
     rest = [entry for entry in done if entry not in special]
     return {
         "infeasible": [e for e in rest if report.violations(e.metrics, found)],
@@ -127,7 +128,7 @@ _NAMES = {
 }
 
 
-def _trace(role: str, entries: Sequence[Entry], x: str, y: str) -> dict[str, Any]:
+def _trace(found: Report, role: str, entries: Sequence[Entry], x: str, y: str) -> dict[str, Any]:
     return {
         "role": role,
         "name": _NAMES[role],
@@ -135,7 +136,7 @@ def _trace(role: str, entries: Sequence[Entry], x: str, y: str) -> dict[str, Any
         "y": [entry.metrics[y] * formats.style(y).scale for entry in entries],
         "dx": [_sides(entry, x) for entry in entries],
         "dy": [_sides(entry, y) for entry in entries],
-        "text": [_hover(entry) for entry in entries],
+        "text": [_hover(entry, found) for entry in entries],
     }
 
 
@@ -146,9 +147,9 @@ def _sides(entry: Entry, metric: str) -> tuple[float, float]:
     return max(value - low, 0.0) * scale, max(high - value, 0.0) * scale
 
 
-def _hover(entry: Entry) -> str:
+def _hover(entry: Entry, found: Report) -> str:
     """A few lines in Plotly's HTML subset; what comes from the study is escaped."""
-    lines = [f"<b>trial {entry.number}</b>", *(escape(str(step)) for step in entry.steps)]
+    lines = [f"<b>trial {entry.number}</b>", *map(escape, wording.steps(entry, found))]
     lines += [
         f"{formats.style(name).label} {formats.number(name, value, unit=True)}"
         for name, value in entry.metrics.items()

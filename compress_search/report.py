@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from optuna.distributions import json_to_distribution
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from compress_search import goals, pareto
@@ -97,6 +98,7 @@ class Aims(_Document):
 class Facts(Aims):
     """What a report needs to know of the study beside its trials; all of it stored in the database."""
 
+    searched: list[str] = Field(default_factory=list)
     environment: dict[str, Any] = Field(default_factory=dict)
     settings: dict[str, Any] = Field(default_factory=dict)
     seconds: float = 0.0
@@ -106,6 +108,7 @@ class Report(Aims):
     """The document ``report --format json`` prints."""
 
     schema_version: Literal[1] = 1
+    searched: list[str]
     teacher: dict[str, float]
     baselines: list[Baseline]
     hypervolume: float | None
@@ -148,6 +151,7 @@ def read_facts(store: Store, name: str) -> Facts:
         objectives=info.identity["objectives"],
         constraints=definition.get("constraints") or {},
         reference_point=reference_point(info.identity["objectives"], definition["task"], info.reference),
+        searched=searched(info.identity.get("space", {})),
         environment=dict(info.environment),
         seconds=info.seconds,
         settings=dict(definition),
@@ -170,6 +174,12 @@ def reference_point(
     }
     scores = {name: value for name, value in constant.items() if name in objectives}
     return {**worse, **scores}
+
+
+def searched(space: Mapping[str, Any]) -> list[str]:
+    """``method.dimension`` of every dimension that can take more than one value in a plan's outline."""
+    dims = space.get("dims", {})
+    return [name for name, (distribution, *_) in dims.items() if not json_to_distribution(distribution).single()]
 
 
 def read_entries(store: Store, name: str) -> list[Entry]:

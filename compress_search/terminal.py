@@ -265,7 +265,7 @@ def trials_table(found: Report) -> Table:
             entry.state,
             *(formats.number(name, entry.metrics.get(name)) for name in metrics),
             formats.duration(entry.seconds),
-            entry.text,
+            wording.short(entry, found),
             entry.error,
         )
         for entry in found.trials

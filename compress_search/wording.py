@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from compress_search import formats, goals
 from compress_search.errors import CompressSearchError, NothingFeasible
+from compress_search.recipe import Step
 from compress_search.report import Aims, Entry, Report, candidates, violations
 
 
@@ -30,8 +31,7 @@ def require_result(report: Report) -> None:
 def headliners(report: Report) -> list[Entry]:
     """The trials a reader compares: the teacher, the baselines, then the rest of the front in its order."""
     complete = [entry for entry in report.trials if entry.state == "complete"]
-    references = [entry for entry in complete if not entry.recipe or entry.baseline]
-    references.sort(key=lambda entry: (bool(entry.recipe), entry.number))
+    references = sorted((e for e in complete if e.baseline), key=lambda e: (bool(e.recipe), e.number))
     return references + [entry for entry in report.members if entry not in references]
 
 
@@ -49,7 +49,7 @@ def counts(report: Report) -> dict[str, int]:
     """How many trials are in each state, baselines aside."""
     found: dict[str, int] = {}
     for entry in report.trials:
-        if entry.baseline is None and entry.recipe:
+        if entry.baseline is None:
             found[entry.state] = found.get(entry.state, 0) + 1
     return found
 
@@ -120,6 +120,22 @@ def title(entry: Entry) -> str:
     """What a trial is, in few words: the baseline's name and the methods of its recipe."""
     methods = " + ".join(step.method for step in entry.recipe) or "teacher"
     return f"{entry.baseline}: {methods}" if entry.baseline and entry.recipe else methods
+
+
+def steps(entry: Entry, report: Report) -> list[str]:
+    """The recipe's steps with those parameters that the study searched; with all where that is not known."""
+    shown = []
+    for step in entry.steps:
+        params = {
+            k: v for k, v in step.params.items() if not report.searched or f"{step.method}.{k}" in report.searched
+        }
+        shown.append(str(Step.of(step.method, params)).removesuffix("()"))
+    return shown
+
+
+def short(entry: Entry, report: Report) -> str:
+    """The same on one line."""
+    return " + ".join(steps(entry, report)) or "teacher"
 
 
 def notes(entry: Entry) -> list[str]:

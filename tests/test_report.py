@@ -15,10 +15,12 @@ from xml.etree import ElementTree
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from optuna.distributions import distribution_to_json
 
 from compress_search import formats, page, terminal, wording
 from compress_search.errors import CompressSearchError, NothingFeasible
-from compress_search.report import Report, build_report, hypervolume_history, reference_point, to_csv
+from compress_search.report import Report, build_report, hypervolume_history, reference_point, searched, to_csv
+from compress_search.space import Dim
 from tests.sample_report import TEACHER, baseline, entries, entry, facts, sample, teacher
 
 HOSTILE = "<script>alert('x')</script>&\"[red]"
@@ -137,6 +139,28 @@ def test_a_study_in_which_nothing_completed_is_a_failure(trials: list[Any]) -> N
 
 def test_a_study_with_a_feasible_trial_is_a_success() -> None:
     wording.require_result(report_of(teacher(), entry(1, 0.87, 8)))
+
+
+def test_a_recipe_is_shown_by_what_the_study_searched() -> None:
+    found = report_of(teacher(), entry(1), searched=["theseus.block_size", "quantization.weight_bits"])
+    assert wording.short(found.trial(1), found) == (
+        "theseus(block_size=2) + structured_pruning + quantization(weight_bits=8)"
+    )
+    assert wording.short(found.trial(0), found) == "teacher"
+    assert wording.steps(entry(1), report_of())[1] == "structured_pruning(ffn_ratio=0.5, head_ratio=0.25)"
+
+
+def test_a_dimension_of_one_value_is_not_searched() -> None:
+    dims = {
+        "a.fixed": Dim.choice(["only"], "only"),
+        "a.free": Dim.real(0, 1, 0.5),
+        "b.flag": Dim.flag(False),
+    }
+    outline = {
+        "dims": {name: [distribution_to_json(dim.distribution), dim.default, {}] for name, dim in dims.items()}
+    }
+    assert searched(outline) == ["a.free", "b.flag"]
+    assert searched({}) == []
 
 
 # ---- JSON and CSV ------------------------------------------------------------------------------------------------
