@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 
 import optuna
 from optuna.exceptions import StorageInternalError
-from sqlalchemy import Connection, create_engine
+from sqlalchemy import URL, Connection, create_engine
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.orm import Session
@@ -42,6 +42,8 @@ HOPELESS = (
 )
 """Texts of operational errors that no waiting will mend."""
 
+OVERTAKEN = ("already exists", "duplicate key")
+
 
 class Database:
     """A database, by URL. Nothing is opened, let alone created, before it is asked for.
@@ -64,17 +66,9 @@ class Database:
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        try:
-            self._url = make_url(url)
-        except ArgumentError:
-            raise StorageError("not a database URL; expected for example sqlite:///study.db") from None
-        if self._url.drivername in ("postgres", "postgresql"):
-            self._url = self._url.set(drivername="postgresql+psycopg")
+        self._url = parse_url(url)
         self.patience, self._sleep, self._clock = patience, sleep, clock
-        backend = self._url.get_backend_name()
-        self._file = Path(str(self._url.database)) if backend == "sqlite" else None
-        if self._file and self._url.database in (None, "", ":memory:"):
-            raise StorageError("a database in memory cannot be resumed; expected for example sqlite:///study.db")
+        self._file = Path(str(self._url.database)) if self._url.get_backend_name() == "sqlite" else None
         wait = {"timeout": timeout} if self._file else {"connect_timeout": math.ceil(timeout)}
         self._options: dict[str, Any] = {"connect_args": wait, "pool_pre_ping": not self._file}
         try:
@@ -128,8 +122,10 @@ class Database:
             self._refuse_newer()
         try:
             self._create()
-        except StorageError:
-            # another driver may have been creating the same tables: then they are there by now
+        except StorageError as error:
+            # another driver was creating the same tables: let it finish, then look again
+            if not any(sign in str(error) for sign in OVERTAKEN):
+                raise
             self._sleep(1.0)
             self._create()
 
@@ -220,8 +216,26 @@ class Database:
         return self.patiently(once)
 
 
+def parse_url(url: str) -> URL:
+    """The URL with the driver we install.
+
+    Raises:
+        StorageError: it is none, or names a database in memory; the text does not repeat it.
+    """
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        raise StorageError("not a database URL; expected for example sqlite:///study.db") from None
+    if parsed.drivername in ("postgres", "postgresql"):
+        return parsed.set(drivername="postgresql+psycopg")
+    if parsed.drivername.startswith("sqlite") and parsed.database in (None, "", ":memory:"):
+        raise StorageError("a database in memory cannot be resumed; expected for example sqlite:///study.db")
+    return parsed
+
+
 def _passing(error: Exception) -> bool:
     """Whether the error may pass by itself: a lock, a server that restarts, a network that comes back."""
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
     text = str(cause).lower()
-    return isinstance(cause, OperationalError) and not any(sign in text for sign in HOPELESS)
+    lost = isinstance(cause, DBAPIError) and cause.connection_invalidated
+    return (lost or isinstance(cause, OperationalError)) and not any(sign in text for sign in HOPELESS)

@@ -15,7 +15,7 @@ from compress_search.errors import StudyError
 from compress_search.goals import parse_constraint
 from compress_search.method import Context, Method, Stage
 from compress_search.plan import NONE, Plan, Slot
-from compress_search.records import Assignment, Result
+from compress_search.records import Assignment, Failure, Result
 from compress_search.search import Search
 from compress_search.space import Dim, Params
 from compress_search.storage import Store
@@ -164,3 +164,38 @@ def run(search: Search, limit: int = 10_000) -> list[Assignment]:
         handed.append(assignment)
         search.finish(measured(assignment))
     return handed
+
+
+FAILURE = Failure("error", "ValueError: no such layer\nmore", "Traceback …")
+DEATH = Failure("died", "the worker process died")
+
+
+def failed(assignment: Assignment, failure: Failure = FAILURE) -> Result:
+    """A result of a recipe that raised."""
+    return Result(assignment.number, assignment.attempt, "failed", failure=failure)
+
+
+def given(assignment: Assignment | None) -> Assignment:
+    """The assignment, which there must be."""
+    assert assignment is not None
+    return assignment
+
+
+def start(search: Search, count: int) -> list[Assignment]:
+    """So many assignments at once."""
+    return [given(search.next()) for _ in range(count)]
+
+
+def after_teacher(search: Search) -> Search:
+    """The search with its teacher measured."""
+    search.finish(measured(given(search.next())))
+    return search
+
+
+def states(search: Search) -> list[str]:
+    """Every trial's state in the database."""
+    return [row.state for row in search.store.trials(search.name)]
+
+
+def nothing(number: int) -> None:
+    """No worker left a result behind."""

@@ -173,22 +173,21 @@ def test_tables_of_another_optuna_say_how_to_upgrade_them(store: Store) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_two_drivers_may_create_the_same_database_at_once(url: str) -> None:
-    errors: list[BaseException] = []
+def test_a_driver_that_creates_the_same_tables_at_the_same_time_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upgrade, clock = schema.upgrade, Clock()
 
-    def create() -> None:
-        try:
-            Store(url).create()
-        except BaseException as error:
-            errors.append(error)
+    def overtaken(connection: Any) -> None:
+        monkeypatch.setattr(schema, "upgrade", upgrade)
+        Store(url_of(tmp_path)).create()
+        raise OperationalError("CREATE TABLE", {}, sqlite3.OperationalError("table cs_study already exists"))
 
-    threads = [threading.Thread(target=create) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert errors == []
-    Store(url).check()
+    monkeypatch.setattr(schema, "upgrade", overtaken)
+    store = Store(url_of(tmp_path), sleep=clock.sleep, clock=clock)
+    store.create()
+    store.check()
+    assert clock.pauses == [1.0]
 
 
 # ---- the schema -------------------------------------------------------------------------------------------------
