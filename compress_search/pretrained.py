@@ -146,7 +146,11 @@ def files_digest(directory: Path) -> str:
 def load_pretrained(
     study: Study, source: Path, config: PreTrainedConfig, task: Task
 ) -> tuple[Any, PreTrainedTokenizerBase]:
-    """The model's network and tokenizer, its logits in the order of the task's labels."""
+    """The model's network and tokenizer, its logits in the order of the task's labels.
+
+    Raises:
+        StudyError: files are missing, damaged or do not belong together.
+    """
     trained = study.teacher.fine_tune is not None
     order = None if trained else _label_order(study, config, task)
     try:
@@ -160,16 +164,21 @@ def load_pretrained(
             )
     except Exception as error:  # damaged files fail in as many ways as there are formats
         raise study.error("teacher.model", f"cannot load the weights: {_first_line(error)}") from error
-    missing = [name for name in info["missing_keys"] if not (trained and _is_head(name, network))]
-    if missing:
-        raise study.error("teacher.model", f"the weights lack {len(missing)} tensors, such as {sorted(missing)[0]}")
-    for name, tensor in network.state_dict().items():
-        if not torch.isfinite(tensor).all():
-            raise study.error("teacher.model", f"the weights are damaged: {name} holds infinities or no numbers")
+    _check_weights(
+        study, network, [key for key in info["missing_keys"] if not (trained and _is_head(key, network))]
+    )
     if order and order != sorted(order):
         reorder_logits(network, order)
         with_labels(network.config, task)
     return network, _tokenizer(study, source, network, task)
+
+
+def _check_weights(study: Study, network: nn.Module, missing: Sequence[str]) -> None:
+    if missing:
+        raise study.error("teacher.model", f"the weights lack {len(missing)} tensors, such as {min(missing)}")
+    for name, tensor in network.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise study.error("teacher.model", f"the weights are damaged: {name} holds infinities or no numbers")
 
 
 def _is_head(name: str, network: Any) -> bool:

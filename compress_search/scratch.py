@@ -80,7 +80,8 @@ def read_vocabulary(path: Path) -> list[str]:
     Raises:
         ValueError: a special token is missing, or a piece is there twice.
     """
-    pieces = path.read_text(encoding="utf-8").splitlines()
+    # not splitlines(): characters that Unicode counts as line ends are pieces of their own
+    pieces = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
     if missing := [token for token in SPECIAL if token not in pieces]:
         raise ValueError(f"{path.name} lacks {', '.join(missing)}")
     if len(set(pieces)) != len(pieces):
@@ -95,15 +96,15 @@ def new_config(study: Study, task: Task) -> BertConfig:
     Raises:
         StudyError: the vocabulary's file is wrong.
     """
-    architecture = _architecture(study)
+    architecture, pieces = _architecture(study), _given(study)
     config = BertConfig(
-        vocab_size=len(_given(study)) or cast(int, architecture.vocabulary),
+        vocab_size=len(pieces) or cast(int, architecture.vocabulary),
         num_hidden_layers=architecture.layers,
         hidden_size=architecture.hidden,
         num_attention_heads=architecture.heads,
         intermediate_size=architecture.intermediate,
         max_position_embeddings=study.data.max_length,
-        pad_token_id=SPECIAL.index("[PAD]"),
+        pad_token_id=(pieces or SPECIAL).index("[PAD]"),
     )
     return cast(BertConfig, with_labels(config, task))
 
@@ -134,8 +135,8 @@ def fingerprint(study: Study) -> list[Any]:
 
 
 def build_tokenizer(pieces: Sequence[str], max_length: int) -> BertTokenizer:
-    """BERT's tokenizer over these pieces; it lowers the case unless some piece has capitals."""
-    cased = any(piece != piece.lower() for piece in pieces if not piece.startswith("["))
+    """BERT's tokenizer over these pieces; it lowers the case unless some piece begins with a capital."""
+    cased = any(piece[:1] != piece[:1].lower() for piece in pieces)
     return BertTokenizer(
         vocab={piece: number for number, piece in enumerate(pieces)},
         do_lower_case=not cased,

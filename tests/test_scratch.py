@@ -57,6 +57,22 @@ class TestVocabularyFile:
         path.write_text("\n".join([*SPECIAL, "film", "##s"]) + "\n")
         assert read_vocabulary(path) == [*SPECIAL, "film", "##s"]
 
+    def test_a_piece_may_be_what_unicode_calls_a_line_end(self, tmp_path):
+        path = tmp_path / "vocab.txt"
+        path.write_text("\n".join([*SPECIAL, "\u2028", "film"]) + "\n", encoding="utf-8")
+        assert read_vocabulary(path) == [*SPECIAL, "\u2028", "film"]
+
+    def test_padding_is_where_the_file_has_it(self, tiny_study, tmp_path):
+        (tmp_path / "vocab.txt").write_text("\n".join(["film", *SPECIAL]))
+        path = tiny_study(teacher={"model": None, "architecture": {"vocabulary": "vocab.txt"}, "fine_tune": {}})
+        assert new_config(load_study(path), TASK).pad_token_id == 1
+
+    @pytest.mark.parametrize(("name", "size"), [("uncased", 30522), ("chinese", 21128)])
+    def test_published_vocabularies(self, shared, name, size):
+        pieces = read_vocabulary(shared / "data" / "vocab" / f"bert-base-{name}-vocab.txt")
+        assert len(pieces) == size
+        assert build_tokenizer(pieces, 16).do_lower_case
+
     @pytest.mark.parametrize(
         ("pieces", "message"), [(["film"], "lacks"), ([*SPECIAL, "film", "film"], "holds 'film' twice")]
     )
