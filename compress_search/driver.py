@@ -128,7 +128,7 @@ def run(
     prepared = prepare(study, Subject.from_dict(known.subject) if known else None)
     store.create()
     study.output.mkdir(parents=True, exist_ok=True)
-    with store.lock(study.name), interrupts():
+    with store.lock(study.name):
         search = Search.open(prepared.plan, store, environment=fingerprint(), baselines=baselines(prepared.plan))
         freeze_constant(store, prepared)
         search.reconcile(partial(read_result, study.output))
@@ -136,7 +136,9 @@ def run(
         announced.started()
         if search.done and _finalized(store, study):
             return
-        _drive(announced, make_executor(executor, factory, prepared), store)
+        pool = make_executor(executor, factory, prepared)
+        with interrupts():  # set after Ray has started, which sets handlers of its own
+            _drive(announced, pool, store)
     if fault := announced.teacher_fault:
         raise CompressSearchError(f"the teacher could not be measured: {fault.message}")
 

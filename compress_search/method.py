@@ -48,14 +48,25 @@ class Stage(IntEnum):
 class Context(Protocol):
     """What the engine lends a method for the time of one step."""
 
-    seed: int
-    device: torch.device
-    scratch: Path
-    """A directory of this trial's own; removed when the trial ends."""
-    dry: bool
-    """Whether only shapes matter: ``fit`` trains zero steps and trained weights mean nothing."""
-    teacher: nn.Module
-    """The frozen teacher in evaluation mode on ``device``; never to be changed."""
+    @property
+    def seed(self) -> int:
+        """Where all randomness of the step comes from."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where networks and batches live."""
+
+    @property
+    def scratch(self) -> Path:
+        """A directory of this trial's own; removed when the trial ends."""
+
+    @property
+    def dry(self) -> bool:
+        """Whether only shapes matter: ``fit`` trains zero steps and trained weights mean nothing."""
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The frozen teacher in evaluation mode on ``device``; never to be changed."""
 
     def fit(
         self,

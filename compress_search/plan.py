@@ -122,7 +122,7 @@ class Plan:
 
     def at_defaults(self, wanted: Iterable[str]) -> tuple[Recipe, dict[str, Value]]:
         """The recipe of these methods (and the forced ones) at their defaults, and the Optuna parameters of it."""
-        wanted, point = set(wanted), {}
+        wanted, point = set(wanted), dict[str, Value]()
 
         def choose(slot: Slot) -> str:
             choice = next((name for name in slot.options if name in wanted), slot.options[0])

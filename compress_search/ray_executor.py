@@ -60,13 +60,13 @@ class ForwardingSearcher(Searcher):
         """Accept whatever Tune says: metric and space are the search's own."""
         return True
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> Any:
         """The next assignment, None for "ask again", FINISHED when the search is done."""
         if self.error or self.search.done:
-            return str(Searcher.FINISHED)
+            return Searcher.FINISHED
         assignment = self.search.next()
         if assignment is None:
-            return str(Searcher.FINISHED) if self.search.done else None
+            return Searcher.FINISHED if self.search.done else None
         self.live[trial_id] = assignment
         return {"assignment": json.dumps(assignment.to_dict())}
 
@@ -100,7 +100,7 @@ class ForwardingScheduler(FIFOScheduler):
     """Tune reports, the search decides whether to go on."""
 
     def __init__(self, search: Search) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.search = search
 
     def __getstate__(self) -> dict[str, Any]:

@@ -220,8 +220,8 @@ def suggest(trial: BaseTrial, prefix: str, space: Space) -> dict[str, Value]:
 
 def _ask(trial: BaseTrial, name: str, distribution: BaseDistribution) -> Value:
     if isinstance(distribution, CategoricalDistribution):
-        choice: Value = trial.suggest_categorical(name, distribution.choices)
-        return choice
+        choice: Any = trial.suggest_categorical(name, distribution.choices)
+        return choice  # type: ignore[no-any-return]
     if isinstance(distribution, IntDistribution):
         return trial.suggest_int(
             name, distribution.low, distribution.high, step=distribution.step, log=distribution.log

@@ -1,0 +1,189 @@
+"""Whole studies through the command line, on both executors: what goes wrong costs its trial and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMAND = [sys.executable, "-m", "compress_search"]
+TRAINING = {"epochs": 2, "batch_size": 16, "learning_rate": 1e-3}
+Study = Callable[..., Path]
+
+
+@pytest.fixture(params=["local", "ray"])
+def executor(request: Any) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    cache = tmp_path_factory.mktemp("cache")
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COMPRESS_SEARCH_CACHE": str(cache)}
+
+
+@pytest.fixture
+def command(environment: dict[str, str]) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: object) -> subprocess.Popen[str]:
+        started.append(
+            subprocess.Popen(
+                [*COMMAND, *map(str, arguments)],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    output = process.communicate(timeout=500)[0]
+    assert process.returncode == code, output
+    return output
+
+
+def report(path: Path, command: Callable[..., subprocess.Popen[str]]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(finish(command("report", path, "--format", "json")))
+    return found
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 240.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def left_running(study: Path) -> list[psutil.Process]:
+    """Processes of ours that know the study's folder by argument or by what they hold open."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            files = [file.path for file in process.open_files()]
+            mine = any(str(study.parent) in text for text in [*process.cmdline(), *files])
+        except psutil.Error:
+            continue
+        if mine and process.pid != os.getpid():
+            found.append(process)
+    return found
+
+
+def troubled(tiny_study: Study, tmp_path: Path, kinds: list[str], **search: Any) -> Path:
+    path = tiny_study(
+        methods={"trouble": {"use": True, "kind": kinds}},
+        plugins=["trouble.py"],
+        search={"trials": len(kinds), "sampler": "random", **search},
+        training=TRAINING,
+    )
+    shutil.copy(ROOT / "tests" / "trouble.py", tmp_path)
+    return path
+
+
+def test_a_method_in_trouble_costs_its_trial_only(
+    tiny_study: Study, tmp_path: Path, command: Any, executor: str
+) -> None:
+    kinds = ["fine", "raises", "refuses", "nan", "oom", "hangs", "dies"]
+    path = troubled(tiny_study, tmp_path, kinds, trial_minutes=0.15, retries=1)
+    finish(command("run", path, "--executor", executor))
+    trials = [trial for trial in report(path, command)["trials"] if trial.get("baseline") is None]
+    ended = {trial["recipe"][0]["params"]["kind"]: trial for trial in trials if trial["state"] != "duplicate"}
+    assert {kind: trial["state"] for kind, trial in ended.items()} == {
+        kind: "complete" if kind == "fine" else "failed" for kind in kinds
+    }
+    assert {kind: trial["attempts"] for kind, trial in ended.items()} == {
+        kind: 2 if kind in ("hangs", "dies") else 1 for kind in kinds
+    }
+    for kind, text in {
+        "raises": "a bug of the method",
+        "refuses": "do not go together",
+        "oom": "MemoryError",
+        "hangs": "outlasted",
+        "dies": "died",
+    }.items():
+        assert text in ended[kind]["error"], kind
+    shown = finish(command("show", path, ended["raises"]["number"]))
+    assert "misbehave" in shown
+    assert "ZeroDivisionError" in shown
+    wait_until(lambda: not left_running(path), 30)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_study_resumes_where_it_was(
+    tiny_study: Study, tmp_path: Path, command: Any, executor: str, number: signal.Signals
+) -> None:
+    path = troubled(tiny_study, tmp_path, ["fine", "raises", "refuses", "oom"])
+    slow = ("--set", "methods.trouble.seconds=1.5")
+    first = command("run", path, "--executor", executor, *slow)
+    results = tmp_path / "run" / "trials"
+    wait_until(lambda: len(list(results.glob("*/result.json"))) >= 2)
+    time.sleep(random.uniform(0, 2))
+    first.send_signal(number)
+    output = first.communicate(timeout=60)[0]
+    if number is not signal.SIGKILL:
+        assert first.returncode == 130, output
+        assert "resumes" in output
+    wait_until(lambda: not left_running(path), 60)
+
+    finish(command("run", path, "--executor", executor, *slow))
+    found = report(path, command)
+    trials = [trial for trial in found["trials"] if trial.get("baseline") is None]
+    done = [trial for trial in trials if trial["state"] != "duplicate"]
+    assert [trial["number"] for trial in found["trials"]] == list(range(len(found["trials"])))
+    assert sorted(trial["recipe"][0]["params"]["kind"] for trial in done) == ["fine", "oom", "raises", "refuses"]
+    assert {trial["state"] for trial in done} == {"complete", "failed"}
+    wait_until(lambda: not left_running(path), 60)
+
+
+def test_a_second_driver_is_refused(tiny_study: Study, tmp_path: Path, command: Any) -> None:
+    path = troubled(tiny_study, tmp_path, ["fine"])
+    first = command("run", path, "--executor", "local", "--set", "methods.trouble.seconds=60")
+    wait_until((tmp_path / "run" / "trials").exists)
+    output = finish(command("run", path, "--executor", "local", "--set", "methods.trouble.seconds=60"), code=3)
+    assert f"process {first.pid}" in output
+
+
+def test_constraints_that_nothing_meets_name_the_closest_recipes(
+    tiny_study: Study, tmp_path: Path, command: Any
+) -> None:
+    path = tiny_study(
+        methods=["structured_pruning", "quantization"],
+        constraints={"size_mb": "<= 0.001"},
+        search={"trials": 2},
+        training=TRAINING,
+    )
+    output = finish(command("run", path, "--executor", "local"), code=4)
+    assert "size_mb" in output
+    assert "0.001" in output
+    assert "structured_pruning" in output
+
+
+def test_a_finished_study_prints_its_front_again_at_once(tiny_study: Study, tmp_path: Path, command: Any) -> None:
+    path = troubled(tiny_study, tmp_path, ["fine"])
+    finish(command("run", path, "--executor", "local"))
+    started = time.monotonic()
+    output = finish(command("run", path, "--executor", "local"))
+    assert "front" in output.lower()
+    assert "started" not in output
+    assert time.monotonic() - started < 60

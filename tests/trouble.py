@@ -1,0 +1,44 @@
+"""A method, as a study's plugin file, that misbehaves in the way one of its parameters names."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subject, TrialError
+
+
+class Trouble(Method):
+    stage = Stage.STRUCTURE
+
+    def search_space(self, teacher: Subject) -> Mapping[str, Dim]:
+        return {
+            "kind": Dim.choice(["fine", "raises", "refuses", "nan", "metric", "oom", "hangs", "dies"], "fine"),
+            "seconds": Dim.real(0.0, 60.0, 0.0, expert=True),
+        }
+
+    def apply(self, candidate: Candidate, params: Params, context: Context) -> Candidate:
+        candidate = candidate.copy()
+        if not context.dry:
+            self.misbehave(str(params["kind"]), candidate.network, float(params["seconds"]), params)
+        return candidate
+
+    def misbehave(self, kind: str, network: Any, seconds: float, params: Params) -> None:
+        time.sleep(seconds)
+        if kind == "raises":
+            raise ZeroDivisionError("a bug of the method")
+        if kind == "refuses":
+            raise TrialError("these parameters do not go together")
+        if kind == "nan":
+            next(network.parameters()).data.fill_(float("nan"))
+        if kind == "oom":
+            raise MemoryError
+        if kind == "hangs":
+            time.sleep(600)
+        if kind == "dies":
+            os._exit(9)
+
+    def evaluate(self, candidate: Candidate, context: Context) -> Mapping[str, float]:
+        return {"value": 1.0}
