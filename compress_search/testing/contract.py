@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
+
 from compress_search.method import Method
-from compress_search.testing.checks import CHECKS
+from compress_search.testing.checks import CHECKS, Check
 from compress_search.testing.rehearsal import ContractBroken, Rehearsal
 
 
@@ -38,7 +40,17 @@ def checks(method: Method) -> Iterator[tuple[str, Callable[[], None]]]:
     """The contract for one method: names, and functions that raise ContractBroken."""
     rehearsal = Rehearsal(method)
     for name, check in CHECKS.items():
-        yield name, partial(check, rehearsal)
+        yield name, partial(_on_one_thread, check, rehearsal)
+
+
+def _on_one_thread(check: Check, rehearsal: Rehearsal) -> None:
+    """Run a check; tiny matrices lose far more by waiting for other threads than they gain by them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        check(rehearsal)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def check_method(method: Method, expected_failures: Mapping[str, str] | None = None) -> list[CheckResult]:
