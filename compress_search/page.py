@@ -184,7 +184,7 @@ class Scale:
     def over(cls, values: Sequence[float], start: float, end: float) -> Scale:
         """An axis that holds all the values, with four to ten ticks at 1, 2 or 5 times a power of ten."""
         low, high = (min(values), max(values)) if values else (0.0, 1.0)
-        span = high - low or abs(high) or 1.0
+        span = high - low if high - low > 1e-6 * abs(high) else abs(high) or 1.0
         power = 10.0 ** math.floor(math.log10(span / 4))
         step = next(power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= 8)
         first, last = math.floor(low / step), math.ceil(high / step)

@@ -254,11 +254,11 @@ def _front_lines(front: Sequence[TrialFinished], directions: Mapping[str, Direct
 
     if not front:
         return []
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", expand=True)
     table.add_column("front", justify="right")
     for name in directions:
-        table.add_column(formats.style(name).heading, justify="right")
-    table.add_column("recipe", no_wrap=True, overflow="ellipsis")
+        table.add_column(formats.style(name).heading, justify="right", no_wrap=True)
+    table.add_column("recipe", no_wrap=True, overflow="ellipsis", ratio=1)  # what is left of the width
     for event in front:
         values = [formats.number(name, event.metrics[name]) for name in directions]
         table.add_row(str(event.number), *values, Text(event.recipe))

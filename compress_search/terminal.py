@@ -74,7 +74,7 @@ def pairs(items: Mapping[str, Any], title: str = "") -> Table:
 
 def report_tables(found: Report, path: Path) -> list[RenderableType]:
     """Teacher, baselines, front; the recommendation in a sentence with its export command; the failures."""
-    parts: list[RenderableType] = [front_table(found), Text()]
+    parts: list[RenderableType] = [*front_tables(found), Text()]
     parts.append(Text(wording.recommendation(found), style="bold"))
     if found.recommended is not None:
         place = shlex.quote(str(path))
@@ -87,26 +87,47 @@ def report_tables(found: Report, path: Path) -> list[RenderableType]:
     return parts
 
 
-def front_table(found: Report) -> Table:
-    """One row for the teacher, each baseline and each member of the front."""
-    metrics = wording.key_metrics(found)
-    tested = sorted({name for entry in found.trials for name in entry.test or {} if name in metrics})
-    heads = ["trial", "", *(formats.style(name).heading for name in metrics)]
-    heads += [f"test {formats.style(name).heading}" for name in tested] + ["recipe", "notes"]
-    rows = []
-    for entry in wording.headliners(found):
-        cells = [cell(entry, name, found.teacher) for name in metrics]
-        tests = [formats.number(name, (entry.test or {}).get(name)) for name in tested]
-        mark = "→" if entry.number == found.recommended else "●" if entry.on_front else ""
-        rows.append((entry.number, mark, *cells, *tests, wording.title(entry), ", ".join(wording.notes(entry))))
-    return grid(f"{found.study}: the front against the teacher", heads, rows, left=("", "recipe", "notes"))
+def front_tables(found: Report) -> list[RenderableType]:
+    """The teacher, each baseline and each member of the front: first their numbers, then their recipes."""
+    metrics, shown = wording.key_metrics(found), wording.headliners(found)
+    final = sorted({name for entry in shown for name in entry.test or {} if name in metrics})
+    heads = [
+        "trial",
+        "",
+        *(_heading(name) for name in metrics),
+        *(_heading(name, final=True) for name in final),
+    ]
+    rows = [
+        (
+            entry.number,
+            "→" if entry.number == found.recommended else "●" if entry.on_front else "",
+            *(cell(entry, name, found.teacher) for name in metrics),
+            *(formats.number(name, (entry.test or {}).get(name)) for name in final),
+        )
+        for entry in shown
+    ]
+    numbers = grid(f"{found.study}: the front against the teacher", heads, rows)
+    recipes = [(entry.number, _recipe(entry, found), "; ".join(wording.notes(entry))) for entry in shown]
+    return [numbers, Text(), grid("", ["trial", "recipe", "notes"], recipes, left=("recipe", "notes"))]
+
+
+def _heading(metric: str, final: bool = False) -> str:
+    """A metric, its unit below, and whether it was measured at the end: scores on test data, costs once more."""
+    how = formats.style(metric)
+    when = "" if not final else "\ntest" if how.scale == 100 else "\nagain"
+    return f"{how.label}\n{how.unit}{when}"
+
+
+def _recipe(entry: Entry, found: Report) -> str:
+    text = wording.short(entry, found)
+    return f"{entry.baseline}: {text}" if entry.baseline and entry.recipe else text
 
 
 def cell(entry: Entry, metric: str, teacher: Mapping[str, float]) -> str:
-    """A value with its interval and, beside a teacher's value, the change against it."""
+    """A value with its interval and, below it, the change against the teacher's."""
     text = formats.with_interval(metric, entry.metrics.get(metric), entry.intervals.get(metric))
     change = wording.change(entry, metric, teacher)
-    return f"{text} ({change})" if change else text
+    return f"{text}\n{change}" if change else text
 
 
 def counts_line(found: Report) -> str:
@@ -129,7 +150,7 @@ def status_tables(found: Report, seconds: float, budget: SearchConfig) -> list[R
         "time spent": formats.duration(seconds),
         "time left": _left(left, finished=done >= budget.trials),
     }
-    return [pairs(facts, found.study), Text(), front_table(found), Text(), Text(wording.recommendation(found))]
+    return [pairs(facts, found.study), Text(), *front_tables(found), Text(), Text(wording.recommendation(found))]
 
 
 def _left(seconds: float | None, finished: bool) -> str:

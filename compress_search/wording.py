@@ -116,12 +116,6 @@ def change(entry: Entry, metric: str, teacher: Mapping[str, float]) -> str:
     return formats.percent(value / base)
 
 
-def title(entry: Entry) -> str:
-    """What a trial is, in few words: the baseline's name and the methods of its recipe."""
-    methods = " + ".join(step.method for step in entry.recipe) or "teacher"
-    return f"{entry.baseline}: {methods}" if entry.baseline and entry.recipe else methods
-
-
 def steps(entry: Entry, report: Report) -> list[str]:
     """The recipe's steps with those parameters that the study searched; with all where that is not known."""
     shown = []

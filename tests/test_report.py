@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from optuna.distributions import distribution_to_json
+from rich.console import Console
 
 from compress_search import formats, page, terminal, wording
 from compress_search.errors import CompressSearchError, NothingFeasible
@@ -366,7 +367,7 @@ def test_the_picture_is_an_svg_with_a_mark_for_every_model(tmp_path: Path) -> No
     assert len(list(circles)) == points + len(chart["traces"])
 
 
-@given(st.lists(st.floats(-1e6, 1e6), min_size=1))
+@given(st.lists(st.floats(-1e6, 1e6, allow_subnormal=False), min_size=1))
 def test_an_axis_holds_its_values_between_few_round_ticks(values: list[float]) -> None:
     scale = page.Scale.over(values, 0, 100)
     assert 2 <= len(scale.ticks) <= 12
@@ -378,10 +379,20 @@ def test_the_terminal_shows_teacher_baseline_and_front_and_marks_doubts() -> Non
     found = sample()
     text = terminal.text(*terminal.report_tables(found, Path("my study.yaml")))
     lines = text.splitlines()
-    assert [line.split()[0] for line in lines[2:4]] == ["0", "1"]
-    assert "noisy, cannot be told apart from 41" in text
+    assert [line.split()[:2] for line in lines[4:6]] == [["0", "●"], ["1", "●"]]
+    assert "noisy; cannot be told apart from 41" in text
     assert f"compress-search export 'my study.yaml' {found.recommended}" in text
     assert re.search(r"2 +nan: the loss is not finite +12, 30", text)
+
+
+def test_a_terminal_of_80_columns_shows_every_number() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    console.print(*terminal.front_tables(sample()))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in text
+    assert "85.8 ± 1.1" in text
+    assert "−73 %" in text
+    assert "quantization(weight_bits=8)" in text
 
 
 def test_the_terminal_shows_brackets_as_they_are() -> None:
