@@ -1,0 +1,36 @@
+# Everything here needs Python 3.11 or newer and nothing else; packages come from whatever index pip is set up for.
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu spares a machine without a GPU torch's CUDA libraries.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DATA := runs/quickstart/data/train.jsonl
+
+.DELETE_ON_ERROR:
+.PHONY: install quickstart test check clean
+
+install: $(INSTALLED)  ## a virtual environment in .venv with the tested versions
+
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+quickstart: $(DATA)  ## a search from nothing to a front, in minutes; the same command resumes
+	$(BIN)/compress-search run studies/quickstart.yaml
+
+$(DATA): $(INSTALLED) studies/quickstart_data.py
+	$(BIN)/python studies/quickstart_data.py $(@D)
+
+test: $(INSTALLED)  ## the whole test suite
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## what the targets above made, except runs/
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
