@@ -6,6 +6,7 @@ that ``--help`` answers at once.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -108,7 +109,7 @@ def run(path: Path, overrides: tuple[str, ...], executor: Literal["ray", "local"
     with progress.display() as on_event:
         driver.run(study, executor=executor, on_event=on_event)
     found = _report(study)
-    terminal.show(*terminal.report_tables(found, path))
+    terminal.show(*terminal.report_tables(found, _named(path, overrides)))
     wording.require_result(found)
 
 
@@ -209,12 +210,12 @@ def report(path: Path, overrides: tuple[str, ...], kind: str, output: Path | Non
     study = load_study(path, overrides)
     found = _report(study)
     if kind == "table" and output is None:
-        terminal.show(*terminal.report_tables(found, path))
+        terminal.show(*terminal.report_tables(found, _named(path, overrides)))
         return
     if kind == "html":
-        text = page.render_html(found, read_facts(_store(study), study.name), str(path))
+        text = page.render_html(found, read_facts(_store(study), study.name), _named(path, overrides))
     elif kind == "table":
-        text = terminal.text(*terminal.report_tables(found, path))
+        text = terminal.text(*terminal.report_tables(found, _named(path, overrides)))
     else:
         text = to_csv(found) if kind == "csv" else found.to_json() + "\n"
     if output is None:
@@ -368,6 +369,11 @@ def bert_base() -> Subject:
         token_types=2,
         labels=2,
     )
+
+
+def _named(path: Path, overrides: tuple[str, ...]) -> str:
+    """The study as a shell names it, for commands to be copied."""
+    return shlex.join([str(path), *(word for override in overrides for word in ("--set", override))])
 
 
 def _store(study: Study) -> Store:

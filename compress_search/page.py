@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from compress_search import __version__, formats, report, wording
 from compress_search.report import Entry, Facts, Report
 
 _TEMPLATES = Environment(
-    loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    loader=PackageLoader("compress_search"),
     autoescape=True,
     undefined=StrictUndefined,
     trim_blocks=True,
@@ -28,8 +28,8 @@ _TEMPLATES = Environment(
 )
 
 
-def render_html(found: Report, facts: Facts, study_file: str) -> str:
-    """The page; ``study_file`` is what its commands call the study."""
+def render_html(found: Report, facts: Facts, study: str) -> str:
+    """The page; ``study`` is how its command lines name the study."""
     from plotly.offline import get_plotlyjs
 
     metrics = report.columns(found)
@@ -44,7 +44,7 @@ def render_html(found: Report, facts: Facts, study_file: str) -> str:
         charts=charts(found),
         environment=list(formats.flatten(found.environment)),
         settings=yaml.safe_dump(facts.settings, sort_keys=False, allow_unicode=True) if facts.settings else "",
-        study_file=study_file,
+        study=study,
         version=__version__,
         formats=formats,
         change=wording.change,

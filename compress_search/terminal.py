@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import io
 import math
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
@@ -72,13 +70,16 @@ def pairs(items: Mapping[str, Any], title: str = "") -> Table:
     return grid(title, ["", " "], items.items(), left=("", " "))
 
 
-def report_tables(found: Report, path: Path) -> list[RenderableType]:
-    """Teacher, baselines, front; the recommendation in a sentence with its export command; the failures."""
+def report_tables(found: Report, study: str) -> list[RenderableType]:
+    """Teacher, baselines, front; the recommendation in a sentence with its export command; the failures.
+
+    ``study`` is how a command line names the study, overrides included.
+    """
     parts: list[RenderableType] = [*front_tables(found), Text()]
     parts.append(Text(wording.recommendation(found), style="bold"))
     if found.recommended is not None:
-        place = shlex.quote(str(path))
-        parts.append(Text(f"  compress-search export {place} {found.recommended} -o trial-{found.recommended}/"))
+        number = found.recommended
+        parts.append(Text(f"  compress-search export {study} {number} -o trial-{number}/"))
     parts.append(Text(counts_line(found), style="dim"))
     failed = wording.failures(found)
     if failed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -240,6 +241,13 @@ def test_report_prints_a_table_with_the_export_command(filled: Path) -> None:
     assert result.exit_code == 0
     assert f"compress-search export {filled} 5 -o trial-5/" in result.output
     assert "1  error: no heads left  3" in result.output
+
+
+def test_the_export_command_can_be_copied_with_the_overrides(filled: Path) -> None:
+    output = call("report", filled, "--set", "constraints={accuracy_drop: '<= 0.03'}").output
+    line = next(line for line in output.splitlines() if "compress-search export" in line)
+    expected = ["export", str(filled), "--set", "constraints={accuracy_drop: '<= 0.03'}", "5", "-o", "trial-5/"]
+    assert shlex.split(line)[1:] == expected
 
 
 def test_report_as_json_holds_what_the_database_does(filled: Path) -> None:

@@ -341,7 +341,7 @@ def test_a_study_without_results_can_be_reported_in_every_format(trials: list[An
     assert "No trial has completed yet." in drawn(found).text
     assert json.loads(found.to_json())["front"] == []
     assert len(to_csv(found).splitlines()) == 1 + len(trials)
-    assert "Nothing has completed yet." in terminal.text(*terminal.report_tables(found, Path("study.yaml")))
+    assert "Nothing has completed yet." in terminal.text(*terminal.report_tables(found, "study.yaml"))
     page.front_picture(found, tmp_path / "front.svg")
     ElementTree.parse(tmp_path / "front.svg")
 
@@ -377,11 +377,11 @@ def test_an_axis_holds_its_values_between_few_round_ticks(values: list[float]) -
 
 def test_the_terminal_shows_teacher_baseline_and_front_and_marks_doubts() -> None:
     found = sample()
-    text = terminal.text(*terminal.report_tables(found, Path("my study.yaml")))
+    text = terminal.text(*terminal.report_tables(found, "study.yaml"))
     lines = text.splitlines()
     assert [line.split()[:2] for line in lines[4:6]] == [["0", "●"], ["1", "●"]]
     assert "noisy; cannot be told apart from 41" in text
-    assert f"compress-search export 'my study.yaml' {found.recommended}" in text
+    assert f"compress-search export study.yaml {found.recommended}" in text
     assert re.search(r"2 +nan: the loss is not finite +12, 30", text)
 
 
