@@ -27,6 +27,7 @@ from optuna.trial import FrozenTrial, TrialState
 from compress_search.aims import Aims
 from compress_search.asktell import AskTell
 from compress_search.early_stop import Entry, Rungs
+from compress_search.errors import StorageError
 from compress_search.identity import identity, refuse_change
 from compress_search.ledger import Baselines, Ledger
 from compress_search.method import Stage
@@ -64,6 +65,9 @@ class Search:
         baselines: recipes to run before the search, by name; the teacher is always the first.
         reference: the teacher's metrics where they are known already; else trial 0 measures them.
         clock: seconds, for the budget of hours.
+
+    Raises:
+        StorageError: there is no such study, or Optuna's part of it is gone.
     """
 
     def __init__(
@@ -86,6 +90,8 @@ class Search:
         self.reference: dict[str, float] = dict(reference or stored.reference.get("metrics", {}))
         self._clock, self._started, self._seconds_before = clock, clock(), stored.seconds
         self._exhausted = self._blocked = False
+        if max(self._ledger().attempts, default=-1) >= len(self._optuna.trials()):
+            raise StorageError(f"{store.safe_url}: Optuna's study {self.name!r} was deleted, its results were not")
         self._rungs = Rungs()
         for row in store.rungs(self.name):
             entry = Entry(self.aims.vector(row.metrics), self.aims.total_violation(row.metrics), row.kept)

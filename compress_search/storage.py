@@ -15,7 +15,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-from sqlalchemy import String, cast, delete, select
+from sqlalchemy import String, cast, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
@@ -119,11 +119,15 @@ class Store(Database):
         """Write down that this process drives the study now, and the given columns of its row.
 
         A new study needs ``definition``, ``identity``, ``space_hash`` and ``subject``.
+
+        Raises:
+            StorageError: the study is new to us, but Optuna has one of this name: somebody else's.
         """
 
         def work(session: Session) -> StudyInfo:
             row = session.scalar(select(StudyRow).filter_by(name=name))
             if row is None:
+                self._refuse_stranger(session, name)
                 row = StudyRow(name=name, seconds=0.0, created=now(), **{"reference": {}, "environment": {}})
                 session.add(row)
             for column, value in columns.items():
@@ -134,6 +138,10 @@ class Store(Database):
 
         return self._run(work)
 
+    def _refuse_stranger(self, session: Session, name: str) -> None:
+        if session.scalar(select(OPTUNA_STUDIES.c.study_id).where(OPTUNA_STUDIES.c.study_name == name)):
+            raise StorageError(f"{self.safe_url}: holds another Optuna study named {name!r}; choose another name")
+
     def update_study(self, name: str, **columns: Any) -> None:
         """Set columns of a study's row: ``seconds``, ``reference``, ``environment``."""
 
@@ -141,17 +149,6 @@ class Store(Database):
             row = _study_row(session, name)
             for column, value in columns.items():
                 setattr(row, column, plain(value))
-
-        self._run(work)
-
-    def delete(self, name: str) -> None:
-        """Forget a study's rows in our tables; Optuna's own are left."""
-
-        def work(session: Session) -> None:
-            key = _study_row(session, name).id
-            for table in (MeasurementRow, ReportRow, AttemptRow):
-                session.execute(delete(table).where(table.study_id == key))
-            session.execute(delete(StudyRow).where(StudyRow.id == key))
 
         self._run(work)
 

@@ -280,6 +280,13 @@ def test_a_full_disk_ends_the_run_and_loses_nothing_that_was_told(
     assert states(search) == ["complete", "complete"]
 
 
+def test_a_study_whose_optuna_part_was_deleted_is_refused(tmp_path: Path) -> None:
+    search = after_teacher(fake_search(tmp_path))
+    optuna.delete_study(study_name="fake", storage=search.store._optuna_storage())
+    with pytest.raises(StorageError, match="Optuna's study 'fake' was deleted, its results were not"):
+        fake_search(tmp_path)
+
+
 # ---- any order of events ----------------------------------------------------------------------------------------
 
 TRIALS = 5

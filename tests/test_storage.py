@@ -220,13 +220,16 @@ def test_the_first_migration_can_be_undone(url: str) -> None:
     assert "trials" in tables
 
 
-def test_optuna_can_delete_its_study_and_we_ours(store: Store) -> None:
-    store.write_measurement("s", 0, "final", {"a": 1})
-    store.write_rung("s", Rung(0, 0, 0, {}), "", kept=True)
+def test_optuna_can_delete_its_study(store: Store) -> None:
     optuna.delete_study(study_name="s", storage=store._optuna_storage())
     assert store.trials("s") == []
-    store.delete("s")
-    assert store.find("s") is None
+    assert store.find("s") is not None
+
+
+def test_an_optuna_study_of_somebody_else_is_left_alone(store: Store) -> None:
+    store.optuna_study("theirs", DIRECTIONS)
+    with pytest.raises(StorageError, match="holds another Optuna study named 'theirs'; choose another name"):
+        begin(store, "theirs")
 
 
 # ---- one driver -------------------------------------------------------------------------------------------------
