@@ -22,7 +22,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TextIO
@@ -74,15 +74,6 @@ def draw(split: Split, batch_size: int, count: int, seed: int) -> list[Inputs]:
     return [inputs_of(split.arrays(row)) for row in rows]
 
 
-def one_per_width(batches: Sequence[Inputs]) -> list[Inputs]:
-    """The first batch of each padded length, so that every shape a runtime specialises on is met once."""
-    return list({_width(batch): batch for batch in reversed(batches)}.values())
-
-
-def _width(batch: Inputs) -> int:
-    return int(batch["input_ids"].shape[1])
-
-
 def interleave(
     runners: Sequence[Runner],
     batches: Iterable[Inputs],
@@ -91,7 +82,9 @@ def interleave(
 ) -> NDArray[np.float64]:
     """Milliseconds (rounds, runners): in each round every runner takes the same batch, in random order.
 
-    A slow minute of the machine then hits all of them alike, and no runner always goes first.
+    A slow minute of the machine then hits all of them alike, and no runner always goes first. An untimed pass
+    goes before each timed one: a model that is deployed finds its weights in the caches, where they fit, and
+    not those of the model that was timed before it, and the buffers for this length are allocated.
     """
     rng = np.random.default_rng(seed)
     rounds = []
@@ -99,6 +92,7 @@ def interleave(
         for batch in batches:
             elapsed = np.empty(len(runners))
             for position in rng.permutation(len(runners)):
+                runners[position](batch)
                 started = clock()
                 runners[position](batch)
                 elapsed[position] = (clock() - started) / 1e6
@@ -106,14 +100,14 @@ def interleave(
     return np.array(rounds).reshape(-1, len(runners))
 
 
-class _without_collector:
+@contextmanager
+def _without_collector() -> Iterator[None]:
     """Keeps the garbage collector from running inside a timed pass."""
-
-    def __enter__(self) -> None:
-        gc.collect()
-        gc.disable()
-
-    def __exit__(self, *_: object) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
         gc.enable()
 
 
@@ -170,14 +164,13 @@ class Station:
         """Milliseconds of candidate, reference and the reference's twin, round by round."""
         batches = draw(Split.open(Path(split)), batch_size, repeats, seed)
         runners = [self.runner(artifact), self.runner(reference), self.runner(reference, copy=1)]
-        shapes = one_per_width(batches)
-        interleave(runners, (shapes[i % len(shapes)] for i in range(max(warmup, len(shapes)))), seed)
+        interleave(runners, batches[:warmup], seed)
         candidate, base, twin = interleave(runners, batches, seed).T.tolist()
         return {
             "candidate_ms": candidate,
             "reference_ms": base,
             "control_ms": twin,
-            "width": [_width(batch) for batch in batches],
+            "width": [batch["input_ids"].shape[1] for batch in batches],
         }
 
     def memory(self, artifact: str, split: str, batch_size: int) -> dict[str, Any]:

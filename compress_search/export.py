@@ -20,11 +20,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from compress_search.candidate import Subject
 from compress_search.data import tokenize_rows
 from compress_search.environment import host_kind
 from compress_search.errors import ExportError
 from compress_search.measure import Bench
 from compress_search.model_card import Card, Contents, render
+from compress_search.recipe import Recipe
 from compress_search.rows import Rows, read
 from compress_search.runtimes import Artifact
 from compress_search.storage import Store, TrialRow
@@ -51,28 +53,28 @@ FOLDERS = {"transformers": "hf", "manifest": "weights", "onnx": "onnx"}
 def export_trial(study: Study, number: int, destination: Path) -> Path:
     """Write a complete trial of a study as a deployable directory, checked on the validation data.
 
+    A model that was deleted to save space is trained again from its recipe and seed.
+
     Raises:
-        ExportError: there is no such trial, it has no model, the destination is taken, or what was written does
-            not score as recorded. Nothing is left at the destination then.
+        ExportError: there is no such trial, it is not complete, the destination is taken, or what was written
+            does not score as recorded. Nothing is left at the destination then.
         StorageError: the study has not been run.
     """
     store = Store(study.storage)
     rows = {row.number: row for row in store.trials(study.name)}
-    row = _complete(rows, number)
+    row, recipe = _complete(rows, number)
+    _refuse_taken(destination)
     artifact = study.output / str(row.artifact)
     if not artifact.is_dir():
-        raise ExportError(
-            f"trial {number}: its model was deleted to save space; the front's models are always kept"
-        )
+        artifact = rebuild(study, recipe, row.seed or 0, Subject.from_dict(store.study(study.name).subject))
     raw, task = read(study)
     measurements = store.measurements(study.name, number).get(number, {})
-    teacher = next((r.metrics for r in rows.values() if r.recipe is not None and not r.recipe.steps), {})
-    assert row.recipe is not None
+    teacher = next((other.metrics for other in rows.values() if other.recipe == Recipe()), {})
     card = Card(
         study=study.name,
         number=number,
         seed=row.seed or 0,
-        recipe=row.recipe,
+        recipe=recipe,
         task=task,
         max_length=study.data.max_length,
         metrics=row.metrics,
@@ -83,23 +85,41 @@ def export_trial(study: Study, number: int, destination: Path) -> Path:
         environment=row.environment,
         command=f"compress-search export {study.name}.yaml {number} -o {destination.name}",
     )
+    measure = study.measure
     return export_artifact(
         artifact,
         destination,
         card=card,
         validation=raw.validation,
-        batch_size=study.measure.batch_size,
-        threads=study.measure.threads,
+        batch_size=measure.batch_size,
+        threads=measure.threads,
     )
 
 
-def _complete(rows: Mapping[int, TrialRow], number: int) -> TrialRow:
+def _complete(rows: Mapping[int, TrialRow], number: int) -> tuple[TrialRow, Recipe]:
     row = rows.get(number)
     if row is None:
         raise ExportError(f"there is no trial {number}: the study has {len(rows)} trials, counted from 0")
-    if row.state != "complete" or row.artifact is None:
+    if row.state != "complete" or row.recipe is None:
         raise ExportError(f"trial {number} is {row.state}: only a complete trial has a model")
-    return row
+    return row, row.recipe
+
+
+def rebuild(study: Study, recipe: Recipe, seed: int, teacher: Subject) -> Path:
+    """The artefact of a recipe, made anew: the same one on the kind of machine that made the first.
+
+    ``teacher`` is the teacher as the study knows it.
+    """
+    from compress_search.driver import prepare
+    from compress_search.pipeline import run_recipe
+    from compress_search.workbench import Workbench
+
+    bench = Workbench(prepare(study, teacher).brief)
+    with tempfile.TemporaryDirectory() as scratch:
+        candidate, _ = run_recipe(recipe, bench.registry, bench.materials, seed=seed, scratch=Path(scratch))
+    artifact = bench.artifact(recipe, seed)
+    bench.lower(candidate, artifact)
+    return artifact
 
 
 def export_artifact(
@@ -127,6 +147,7 @@ def export_artifact(
         ExportError: the destination is taken, or a form of the model does not score as it should.
     """
     engine = Artifact.read(artifact).engine
+    _refuse_taken(destination)
     with _staged(destination) as directory:
         forms = write_forms(artifact, directory, card.task, card.max_length)
         measured = "onnx" if engine == "onnxruntime" else forms[0]
@@ -184,25 +205,31 @@ def check(form: str, found: Mapping[str, float], expected: Mapping[str, float], 
 def write_forms(artifact: Path, directory: Path, task: Task, max_length: int) -> list[str]:
     """Write every form the artefact can take below the directory; their names, the one with the weights first."""
     from compress_search.encoders import load
+    from compress_search.networks import quiet
 
     network, tokenizer = load(artifact / "weights")
     plain = as_pretrained(network)
     if plain is None:
         shutil.copytree(artifact / "weights", directory / FOLDERS["manifest"])
     else:
-        plain.save_pretrained(directory / FOLDERS["transformers"])
+        with quiet():
+            plain.save_pretrained(directory / FOLDERS["transformers"])
         tokenizer.save_pretrained(directory / FOLDERS["transformers"])
     forms = ["manifest" if plain is None else "transformers"]
     if (artifact / "model.onnx").exists():
-        folder = directory / FOLDERS["onnx"]
-        tokenizer.save_pretrained(folder)
-        shutil.copyfile(artifact / "model.onnx", folder / "model.onnx")
-        settings = {"task": task.name, "labels": task.labels, "max_length": max_length}
-        (folder / "settings.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
-        example = files("compress_search").joinpath("templates/run_onnx.py").read_text(encoding="utf-8")
-        (folder / "run.py").write_text(example, encoding="utf-8")
+        tokenizer.save_pretrained(directory / FOLDERS["onnx"])
+        _write_onnx(artifact / "model.onnx", directory / FOLDERS["onnx"], task, max_length)
         forms.append("onnx")
     return forms
+
+
+def _write_onnx(model: Path, folder: Path, task: Task, max_length: int) -> None:
+    """The model with the example that runs it, and what that needs to know, beside the tokenizer."""
+    shutil.copyfile(model, folder / "model.onnx")
+    settings = {"task": task.name, "labels": task.labels, "max_length": max_length}
+    (folder / "settings.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    example = files("compress_search").joinpath("templates/run_onnx.py").read_text(encoding="utf-8")
+    (folder / "run.py").write_text(example, encoding="utf-8")
 
 
 def as_pretrained(network: Any) -> PreTrainedModel | None:
@@ -229,15 +256,14 @@ def as_pretrained(network: Any) -> PreTrainedModel | None:
     return plain
 
 
-@contextmanager
-def _staged(destination: Path) -> Iterator[Path]:
-    """A directory beside the destination that takes its place when the block ends without an error.
-
-    Raises:
-        ExportError: the destination is a file, or a directory with something in it.
-    """
+def _refuse_taken(destination: Path) -> None:
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ExportError(f"{destination} exists already: expected a new or an empty directory")
+
+
+@contextmanager
+def _staged(destination: Path) -> Iterator[Path]:
+    """A directory beside the destination that takes its place when the block ends without an error."""
     destination.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
     try:

@@ -26,7 +26,7 @@ from compress_search.errors import BenchDied, BenchError
 from compress_search.tasks import Task
 
 WARMUP = 5
-"""Untimed passes of each runner before the timed ones, and at least one for every padded length."""
+"""Untimed rounds before the first timed one; besides, an untimed pass goes before every timed one."""
 
 CALM_CONTROL = (0.9, 1.1)
 """Where the median ratio of the reference to its own twin lies on a quiet machine."""
@@ -190,7 +190,8 @@ class Bench:
         """Time against the reference on ``repeats`` random batches of the split, padded to their own longest.
 
         In each round candidate, reference and a second instance of the reference run the same batch in random
-        order. A noisy measurement is repeated up to ``retries`` times; the calmest counts.
+        order, once to fill the caches and once against the clock. A noisy measurement is repeated up to
+        ``retries`` times; the calmest counts.
         """
         protocol = {"batch_size": batch_size, "repeats": repeats, "warmup": WARMUP, "seed": seed}
         request = {"artifact": str(artifact), "reference": str(reference), "split": str(split), **protocol}

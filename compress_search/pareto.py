@@ -6,7 +6,7 @@ whether larger or smaller is better. Knows nothing of trials, metrics' names or 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -111,33 +111,6 @@ def indistinguishable(intervals: ArrayLike) -> NDArray[np.bool_]:
             f"an interval's lower end must not exceed its upper, got {array[~(low <= high)][0].tolist()}"
         )
     return np.asarray(((low[:, None] <= high[None]) & (low[None] <= high[:, None])).all(axis=2))
-
-
-def bands(intervals: ArrayLike) -> list[tuple[int, ...]]:
-    """Groups of two or more candidates that cannot be told apart, as rows in ascending order.
-
-    A group is a largest possible one in which every pair is indistinguishable. Boxes that overlap pairwise
-    share a common point (Helly), so a group is exactly a set whose true values could all be the same. A
-    candidate can belong to several groups.
-    """
-    overlap = indistinguishable(intervals)
-    near = [frozenset(np.flatnonzero(row).tolist()) - {i} for i, row in enumerate(overlap)]
-    groups = (tuple(sorted(g)) for g in _cliques(frozenset(), frozenset(range(len(near))), frozenset(), near))
-    return sorted(group for group in groups if len(group) > 1)
-
-
-Rows = frozenset[int]
-
-
-def _cliques(chosen: Rows, open_: Rows, closed: Rows, near: Sequence[Rows]) -> Iterator[Rows]:
-    """Maximal cliques of the graph with neighbours ``near`` (Bron & Kerbosch 1973, with a pivot)."""
-    if not open_ and not closed:
-        yield chosen
-        return
-    pivot = max(open_ | closed, key=lambda row: len(near[row] & open_))
-    for row in sorted(open_ - near[pivot]):
-        yield from _cliques(chosen | {row}, open_ & near[row], closed & near[row], near)
-        open_, closed = open_ - {row}, closed | {row}
 
 
 def recommend(

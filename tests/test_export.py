@@ -242,6 +242,43 @@ def test_a_study_that_has_not_run_exports_nothing(tiny_study, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
+def test_a_trial_of_a_study_exports_also_after_its_model_was_deleted(tiny_study, tmp_path, monkeypatch):
+    import shutil
+
+    from compress_search import driver
+    from compress_search.export import export_trial
+    from compress_search.storage import Store
+    from compress_search.study import load_study
+
+    monkeypatch.setenv("COMPRESS_SEARCH_CACHE", str(tmp_path / "cache"))
+    study = load_study(tiny_study(methods=["theseus"], search={"trials": 1}))
+    driver.run(study, executor="local")
+    last = Store(study.storage).trials(study.name)[-1]
+    assert last.recipe.methods == ("theseus",)
+    first = export_trial(study, last.number, tmp_path / "first")
+    shutil.rmtree(study.output / last.artifact)
+    again = export_trial(study, last.number, tmp_path / "again")
+    assert (first / "onnx/model.onnx").read_bytes() == (again / "onnx/model.onnx").read_bytes()
+    facts = json.loads((again / "card.json").read_text())
+    assert facts["metrics"]["accuracy"] == last.metrics["accuracy"]
+    assert facts["teacher"]["speedup"] > 0
+    assert str(tmp_path) not in (again / "README.md").read_text() + json.dumps(facts)
+    with pytest.raises(ExportError, match=f"there is no trial 99: the study has {last.number + 1} trials"):
+        export_trial(study, 99, tmp_path / "no")
+
+
+@pytest.mark.parametrize("state", ["failed", "running", "infeasible"])
+def test_only_a_complete_trial_has_a_model(state):
+    from compress_search.export import _complete
+    from compress_search.storage import TrialRow
+
+    with pytest.raises(ExportError, match=f"trial 3 is {state}"):
+        _complete({3: TrialRow(3, state, RECIPE)}, 3)
+    row = TrialRow(3, "complete", RECIPE, artifact="artifacts/x")
+    assert _complete({3: row}, 3) == (row, RECIPE)
+
+
 # the card
 
 LATENCY = {
@@ -302,7 +339,7 @@ def test_a_noisy_latency_is_said_to_be_one():
 
 
 def test_a_card_of_the_teacher_without_test_or_latency_is_whole():
-    text = render(card(recipe=Recipe(), test={}, latency={}, intervals={}), CONTENTS)
+    text = render(card(recipe=Recipe(), test={}, latency={}, intervals={}, environment={}), CONTENTS)
     assert "None: this is the teacher itself." in text
     assert "rounds of batches" not in text
     assert "\n\n\n\n" not in text

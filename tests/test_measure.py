@@ -254,7 +254,7 @@ def test_predictions_come_in_the_splits_order_from_batches_sorted_by_length():
 
 
 def test_drawn_batches_follow_the_splits_lengths_and_the_seed():
-    from compress_search.bench import draw, one_per_width
+    from compress_search.bench import draw
 
     split = FakeSplit([4, 4, 4, 20], [0] * 4)
     batches = draw(split, 1, 400, seed=1)
@@ -262,7 +262,6 @@ def test_drawn_batches_follow_the_splits_lengths_and_the_seed():
     assert np.mean(np.array(widths) == 20) == pytest.approx(0.25, abs=0.08)
     again = [batch["input_ids"].shape[1] for batch in draw(split, 1, 400, seed=1)]
     assert widths == again
-    assert sorted(batch["input_ids"].shape[1] for batch in one_per_width(batches)) == [4, 20]
     assert draw(FakeSplit([3], [0]), 8, 1, seed=0)[0]["input_ids"].shape == (8, 3), "fewer rows than a batch holds"
 
 
@@ -280,12 +279,13 @@ def test_interleaving_shuffles_the_order_and_times_each_runner():
 
     elapsed = interleave([runner("a", 1.0), runner("b", 2.5)], range(40), seed=0, clock=lambda: now[0])
     assert elapsed.tolist() == [[1.0, 2.5]] * 40
-    assert [batch for _, batch in order] == [batch for batch in range(40) for _ in range(2)]
-    firsts = [name for name, _ in order[::2]]
+    assert [batch for _, batch in order] == [batch for batch in range(40) for _ in range(4)]
+    assert order[::2] == order[1::2], "an untimed pass goes before each timed one"
+    firsts = [name for name, _ in order[::4]]
     assert 10 < firsts.count("a") < 30
 
 
-def test_the_latency_operation_warms_every_width_and_keeps_the_reference_loaded(monkeypatch, tmp_path):
+def test_the_latency_operation_warms_up_and_keeps_the_reference_loaded(monkeypatch, tmp_path):
     from compress_search import bench
 
     loads, passes = [], []
@@ -302,9 +302,8 @@ def test_the_latency_operation_warms_every_width_and_keeps_the_reference_loaded(
     options = {"split": "", "batch_size": 1, "repeats": 60, "warmup": 5, "seed": 0}
     found = station.latency(names[0], names[1], **options)
     assert {len(found[name]) for name in found} == {60}
-    warm = {width for _, width in passes[: 3 * 7]}
-    assert warm == set(found["width"]) == set(range(3, 10))
-    assert len(passes) == 3 * (7 + 60)
+    assert set(found["width"]) == set(range(3, 10))
+    assert len(passes) == 3 * 2 * (5 + 60)
     station.latency(names[2], names[1], **options)
     assert loads == ["small", "teacher", "teacher", "smaller"]
 
