@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -117,6 +119,8 @@ def _empty_database() -> bytes:
     """A database with its tables; creating one takes longer than most tests."""
     with TemporaryDirectory() as folder:
         Store(url_of(Path(folder))).create()
+        with closing(sqlite3.connect(Path(folder, "study.db"))) as connection:
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         return Path(folder, "study.db").read_bytes()
 
 

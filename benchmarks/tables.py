@@ -1,0 +1,27 @@
+"""Writes what a benchmark measured as a Markdown page, with the machine it was measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from compress_search.environment import fingerprint
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def write(name: str, title: str, parts: Iterable[str]) -> Path:
+    """The page ``results/<name>.md``."""
+    facts = fingerprint()
+    shown = ("cpu", "cores", "python", "torch", "optuna", "ray", "onnxruntime")
+    machine = ", ".join(f"{key} {facts[key]}" for key in shown if facts.get(key))
+    RESULTS.mkdir(exist_ok=True)
+    page = RESULTS / f"{name}.md"
+    page.write_text("\n\n".join([f"# {title}", f"Machine: {machine}.", *parts]) + "\n", encoding="utf-8")
+    return page
