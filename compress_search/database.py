@@ -130,6 +130,9 @@ class Database:
             self._create()
 
     def _create(self) -> None:
+        if self._file:
+            with self._connected() as connection:  # stays with the file; a reader of any file does not change it
+                connection.exec_driver_sql("PRAGMA journal_mode=WAL")
         self._optuna_storage(create=True)
         try:
             with self._engine.begin() as connection:
@@ -242,14 +245,13 @@ def _tuned(engine: Engine) -> Engine:
     database, and the results that workers left behind are told again.
     """
     if engine.dialect.name == "sqlite":
-        event.listen(engine, "connect", _set_pragmas)
+        event.listen(engine, "connect", _do_not_force)
         engine.dispose()  # what was connected before does not know the pragmas
     return engine
 
 
-def _set_pragmas(connection: Any, _: object) -> None:
+def _do_not_force(connection: Any, _: object) -> None:
     cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode=WAL")
     cursor.execute("PRAGMA synchronous=NORMAL")
     cursor.close()
 

@@ -423,7 +423,7 @@ def test_no_order_of_events_loses_or_doubles_a_trial() -> None:
 
 @pytest.mark.slow
 def test_no_order_of_many_events_loses_or_doubles_a_trial() -> None:
-    live(examples=30, steps=40)
+    live(examples=10, steps=40)
 
 
 # ---- PostgreSQL -------------------------------------------------------------------------------------------------

@@ -86,6 +86,18 @@ def test_reading_a_database_of_something_else_says_so(tmp_path: Path) -> None:
         Store(url_of(tmp_path)).trials("s")
 
 
+def test_readers_leave_a_file_as_it_is_and_drivers_write_ahead(tmp_path: Path) -> None:
+    file = tmp_path / "study.db"
+    sqlite3.connect(file).execute("CREATE TABLE other (x)").connection.close()
+    before = file.read_bytes()
+    assert not Store(url_of(tmp_path)).exists
+    assert file.read_bytes() == before
+    Store(url_of(tmp_path)).create()
+    mode = sqlite3.connect(file).execute("PRAGMA journal_mode")
+    assert mode.fetchone() == ("wal",)
+    mode.connection.close()
+
+
 def test_an_unknown_study_is_named(store: Store) -> None:
     with pytest.raises(StorageError, match="no study named 'other'"):
         store.trials("other")
