@@ -15,7 +15,7 @@ install: $(INSTALLED)  ## a virtual environment in .venv with the tested version
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,postgresql]'
 	touch $@
 
 quickstart: $(DATA)  ## a search from nothing to a front, in minutes; the same command resumes

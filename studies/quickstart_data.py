@@ -1,10 +1,11 @@
-"""Writes the quickstart's data: sentences from docstrings of installed libraries, labelled by their library.
+"""Writes the quickstart's data: sentences of docstrings of installed libraries, labelled by their library.
 
     python studies/quickstart_data.py DIRECTORY
 
 Real text without a download: the sources lie in the environment already. They are parsed, never imported. Names
-of the libraries are masked, a sentence is used once, one that two libraries share not at all, and all sentences
-of a file are in one split. The same versions give the same files, byte for byte.
+of the libraries are masked. A row is one sentence, or a few neighbouring ones where they are short; it is used
+once, one that two libraries share not at all, and all rows of a file are in one split. The same versions give the
+same files, byte for byte.
 Knows nothing of how a model is trained on them.
 """
 
@@ -17,6 +18,7 @@ import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
@@ -26,10 +28,12 @@ from typing import NamedTuple
 LIBRARIES = ("networkx", "plotly", "ray", "sklearn", "sqlalchemy", "sympy", "torch", "transformers")
 MASK = "library"
 """What stands where a library was named."""
-SPLITS = {"train": 750, "validation": 125, "test": 250}
-"""Sentences of each library, or fewer where it has no more."""
-PER_FILE = 10
-"""At most so many sentences of a file: the more files, the more of a library's subjects are heard."""
+SPLITS = {"train": 780, "validation": 130, "test": 260}
+"""Rows of each library, or fewer where it has no more."""
+WORDS = range(25, 61)
+"""How long a row is."""
+PER_FILE = 30
+"""At most so many rows of a file: the more files, the more of a library's subjects are heard."""
 SKIPPED = {"tests", "testing", "test", "_vendor", "thirdparty", "thirdparty_files", "externals", "generated"}
 
 # long names are masked inside other words too (PyTorch, TorchScript); "ray" would be found in "array"
@@ -46,8 +50,8 @@ _PROSE = re.compile(r"[A-Z][^<>{}\[\]|=\\]*[.!?]")
 _END = re.compile(r"(?<=[a-z)][.!?])\s+(?=[A-Z])")
 
 
-class Sentence(NamedTuple):
-    """One sentence and where it stands."""
+class Row(NamedTuple):
+    """A text and where it stands."""
 
     text: str
     label: str
@@ -55,7 +59,7 @@ class Sentence(NamedTuple):
 
     @property
     def key(self) -> str:
-        """What makes it the same sentence as another: its letters."""
+        """What makes it the same as another: its letters."""
         return re.sub(r"[^a-z]+", " ", self.text.lower()).strip()
 
 
@@ -81,63 +85,76 @@ def docstrings(source: str) -> Iterator[str]:
             yield ast.get_docstring(node) or ""
 
 
-def sentences(docstring: str) -> Iterator[str]:
-    """Sentences of twelve to forty words in plain prose: no code, tables, signatures or headings."""
+def passages(docstring: str) -> Iterator[str]:
+    """Neighbouring sentences of a paragraph of plain prose, joined until they are long enough."""
     for paragraph in re.split(r"\n\s*\n", docstring):
-        if _NO_PROSE.search(paragraph):
-            continue
-        plain = _MARKUP.sub(lambda match: next(filter(None, match.groups()), ""), " ".join(paragraph.split()))
-        for sentence in _END.split(plain):
-            if 12 <= len(sentence.split()) <= 40 and _PROSE.fullmatch(sentence):
-                yield sentence
+        passage = ""
+        for sentence in sentences(paragraph):
+            passage = f"{passage} {sentence}".lstrip()
+            if len(passage.split()) >= WORDS.start:
+                if len(passage.split()) in WORDS:
+                    yield passage
+                passage = ""
 
 
-def mask(sentence: str) -> str:
-    """The sentence with the names of all libraries replaced by one neutral word."""
+def sentences(paragraph: str) -> Iterator[str]:
+    """Its sentences of five to forty words; none where it is code, a table, a signature or a list."""
+    if _NO_PROSE.search(paragraph):
+        return
+    plain = _MARKUP.sub(lambda match: next(filter(None, match.groups()), ""), " ".join(paragraph.split()))
+    for sentence in _END.split(plain):
+        if 5 <= len(sentence.split()) <= 40 and _PROSE.fullmatch(sentence):
+            yield sentence
+
+
+def mask(text: str) -> str:
+    """The text with the names of all libraries replaced by one neutral word."""
     for pattern in (_INSIDE, _RAY, _WORD):
-        sentence = pattern.sub(MASK, sentence)
-    return sentence
+        text = pattern.sub(MASK, text)
+    return text
 
 
-def read(library: str) -> Iterator[Sentence]:
-    """Different sentences of a library, a few of each file."""
-    seen: set[str] = set()
+def read(library: str) -> list[Row]:
+    """Different rows of a library, a few of each file, from as many files as it takes to fill the splits."""
+    enough = round(1.2 * sum(SPLITS.values()))  # some are other libraries' too
+    rows: dict[str, Row] = {}
     for name, path in sources(library):
-        texts = chain.from_iterable(map(sentences, docstrings(path.read_text(encoding="utf-8", errors="replace"))))
-        found = {sentence.key: sentence for sentence in (Sentence(mask(text), library, name) for text in texts)}
-        fresh = list(islice((sentence for key, sentence in found.items() if key not in seen), PER_FILE))
-        seen.update(sentence.key for sentence in fresh)
-        yield from fresh
+        texts = chain.from_iterable(map(passages, docstrings(path.read_text(encoding="utf-8", errors="replace"))))
+        found = {row.key: row for row in (Row(mask(text), library, name) for text in texts)}
+        rows.update(islice(((key, row) for key, row in found.items() if key not in rows), PER_FILE))
+        if len(rows) >= enough:
+            break
+    return list(rows.values())
 
 
-def unshared(found: Iterable[Sentence]) -> list[Sentence]:
-    """The sentences that only one library has."""
+def unshared(found: Iterable[Row]) -> list[Row]:
+    """The rows that only one library has."""
     found = list(found)
-    libraries = Counter(sentence.key for sentence in found)
-    return [sentence for sentence in found if libraries[sentence.key] == 1]
+    libraries = Counter(row.key for row in found)
+    return [row for row in found if libraries[row.key] == 1]
 
 
-def split(found: Iterable[Sentence], sizes: Mapping[str, int]) -> dict[str, list[Sentence]]:
-    """Sentences of one library in splits of these sizes, every file in the split that is furthest from full."""
-    files: dict[str, list[Sentence]] = defaultdict(list)
-    for sentence in found:
-        files[sentence.file].append(sentence)
-    parts: dict[str, list[Sentence]] = {name: [] for name in sizes}
+def split(found: Iterable[Row], sizes: Mapping[str, int]) -> dict[str, list[Row]]:
+    """Rows of one library in splits of these sizes, every file in the split that is furthest from full."""
+    files: dict[str, list[Row]] = defaultdict(list)
+    for row in found:
+        files[row.file].append(row)
+    parts: dict[str, list[Row]] = {name: [] for name in sizes}
     for group in files.values():
         emptiest = min(sizes, key=lambda name: len(parts[name]) / sizes[name])
         parts[emptiest] += group
     return {name: part[: sizes[name]] for name, part in parts.items()}
 
 
-def build() -> dict[str, list[Sentence]]:
+def build() -> dict[str, list[Row]]:
     """The three splits, shuffled."""
-    enough = round(1.2 * sum(SPLITS.values()))
-    found = unshared(sentence for library in LIBRARIES for sentence in islice(read(library), enough))
-    parts: dict[str, list[Sentence]] = {name: [] for name in SPLITS}
+    with ProcessPoolExecutor() as pool:
+        found = unshared(chain.from_iterable(pool.map(read, LIBRARIES)))
+    parts: dict[str, list[Row]] = {name: [] for name in SPLITS}
     for library in LIBRARIES:
-        for name, part in split((s for s in found if s.label == library), SPLITS).items():
+        for name, part in split((row for row in found if row.label == library), SPLITS).items():
             parts[name] += part
-    return {name: sorted(part, key=lambda sentence: _shuffle(sentence.text)) for name, part in parts.items()}
+    return {name: sorted(part, key=lambda row: _shuffle(row.text)) for name, part in parts.items()}
 
 
 def _shuffle(text: str) -> str:
@@ -145,13 +162,13 @@ def _shuffle(text: str) -> str:
 
 
 def write(directory: Path) -> dict[str, Counter[str]]:
-    """Write ``<split>.jsonl`` and return how many sentences each library has in each split."""
+    """Write ``<split>.jsonl`` and return how many rows each library has in each split."""
     parts = build()
     directory.mkdir(parents=True, exist_ok=True)
     for name, part in parts.items():
-        rows = (json.dumps(sentence._asdict(), ensure_ascii=False) for sentence in part)
-        (directory / f"{name}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    return {name: Counter(sentence.label for sentence in part) for name, part in parts.items()}
+        lines = (json.dumps(row._asdict(), ensure_ascii=False) for row in part)
+        (directory / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return {name: Counter(row.label for row in part) for name, part in parts.items()}
 
 
 def main(arguments: list[str]) -> None:
@@ -159,9 +176,7 @@ def main(arguments: list[str]) -> None:
     if len(arguments) != 1:
         raise SystemExit(__doc__)
     for name, counts in write(Path(arguments[0])).items():
-        print(
-            f"{name}: {counts.total()} sentences of {len(counts)} libraries, {min(counts.values())} or more of each"
-        )
+        print(f"{name}: {counts.total()} rows, " + ", ".join(f"{label} {counts[label]}" for label in LIBRARIES))
 
 
 if __name__ == "__main__":
