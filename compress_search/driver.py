@@ -24,14 +24,16 @@ from compress_search.environment import fingerprint
 from compress_search.errors import CompressSearchError
 from compress_search.estimate import Estimate, estimate, mean_length
 from compress_search.executor import Executor, Factory, LocalExecutor
+from compress_search.goals import default_objectives
 from compress_search.kernels import kernels
+from compress_search.ledger import Baselines
 from compress_search.pareto import front
 from compress_search.plan import Plan, make_plan
 from compress_search.recipe import Recipe, Step, settle
 from compress_search.records import Assignment, Failure, Result, Rung
 from compress_search.registry import PluginFile, Registry
 from compress_search.rows import Raw, read
-from compress_search.search import TEACHER, Baselines, Search
+from compress_search.search import TEACHER, Search
 from compress_search.space import defaults, fix_experts
 from compress_search.storage import Store, TrialRow
 from compress_search.study import Study
@@ -84,6 +86,8 @@ def prepare(study: Study, subject: Subject | None = None) -> Prepared:
     """
     registry = Registry(tuple(PluginFile.read(path) for path in study.plugins))
     raw, task = read(study)
+    if not study.objectives:  # only now is it known what tags there are, and so which metric comes first
+        study = study.model_copy(update={"objectives": default_objectives(task.primary)})
     subject = subject or _with_engine_traits(study, teacher_subject(study, task))
     plan = make_plan(study, registry, subject)
     files = [(file.name, file.text) for file in registry.files]
@@ -126,6 +130,7 @@ def run(
     store = Store(study.storage, patience=PATIENCE)
     known = store.find(study.name) if store.exists else None
     prepared = prepare(study, Subject.from_dict(known.subject) if known else None)
+    study = prepared.study
     store.create()
     study.output.mkdir(parents=True, exist_ok=True)
     with store.lock(study.name):

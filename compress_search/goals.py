@@ -77,6 +77,11 @@ class Objective(str):
         return str(self), self.direction
 
 
+def default_objectives(primary: str) -> tuple[Objective, ...]:
+    """What a study that names no objectives trades off: the task's first metric and latency."""
+    return tuple(Objective(name, direction(name)) for name in (primary, "latency_ms"))
+
+
 def plain_objective(name: str) -> str | dict[str, str]:
     """As a study file spells it: a method's metric carries its direction."""
     return {str(name): name.direction} if isinstance(name, Objective) and "." in name else str(name)

@@ -17,6 +17,9 @@ Baselines = Sequence[tuple[str, Recipe]]
 REJECTED_PER_TRIAL = 10
 """How many recipes may be rejected by their shapes for each trial of the budget."""
 
+HOPELESS = 50
+"""After so many rejections and nothing else the constraints are taken for impossible."""
+
 
 @dataclass(frozen=True)
 class Ledger:
@@ -55,9 +58,11 @@ class Ledger:
     def seen(self) -> dict[str, int]:
         """Recipes tried or being tried, with their trials.
 
-        Baselines are not among them: samplers have not seen those, and may well propose their recipes.
+        Of the baselines only the teacher is among them: to do nothing is no trial. Samplers have not seen the
+        others, and may well propose their recipes.
         """
-        return {attempt.key: attempt.number for attempt in self.searched}
+        teacher = {a.key: a.number for a in self.attempts.values() if a.baseline and not a.recipe.steps}
+        return teacher | {attempt.key: attempt.number for attempt in self.searched}
 
     @property
     def trailing_duplicates(self) -> int:
@@ -74,7 +79,8 @@ class Ledger:
         rejected = sum(attempt.state == "infeasible" for attempt in self.searched)
         if len(self.searched) - rejected >= trials:
             return f"all {trials} trials are done"
-        if rejected >= REJECTED_PER_TRIAL * trials:
+        hopeless = rejected == len(self.searched) >= HOPELESS
+        if hopeless or rejected >= REJECTED_PER_TRIAL * trials:
             return f"{rejected} recipes were rejected by their shapes"
         return None
 

@@ -16,6 +16,7 @@ from optuna.distributions import distribution_to_json
 from optuna.trial import BaseTrial
 
 from compress_search.candidate import Subject
+from compress_search.errors import PluginError
 from compress_search.method import Method, Stage
 from compress_search.recipe import Recipe, Step, digest
 from compress_search.registry import Registry
@@ -142,15 +143,24 @@ class Plan:
         subject, steps = self.teacher, []
         for slot in self.slots:
             candidates = [name for name in slot.options if name != NONE]
-            if all(self.methods[name].unsupported(subject) for name in candidates):
+            if all(self._hook(name, "unsupported", subject) for name in candidates):
                 continue
             name = choose(slot)
-            if name == NONE or self.methods[name].unsupported(subject):
+            if name == NONE or self._hook(name, "unsupported", subject):
                 continue
-            params = self.methods[name].effective(subject, parameters(name))
-            subject = self.methods[name].after(subject, params)
+            params = self._hook(name, "effective", subject, parameters(name))
+            subject = self._hook(name, "after", subject, params)
             steps.append(Step.of(name, params))
         return Recipe(tuple(steps))
+
+    def _hook(self, name: str, hook: str, *arguments: Any) -> Any:
+        """What a method's pure hook says; one that raises breaks the contract, whatever the recipe."""
+        try:
+            return getattr(self.methods[name], hook)(*arguments)
+        except Exception as error:
+            raise PluginError(
+                f"{hook} must not raise, and raised {type(error).__name__}: {error}", entry_point=name
+            ) from error
 
 
 def make_plan(study: Study, registry: Registry, teacher: Subject) -> Plan:

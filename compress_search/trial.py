@@ -30,7 +30,7 @@ from compress_search.pipeline import (
     is_out_of_memory,
     run_recipe,
 )
-from compress_search.records import Assignment, Failure, Report, Result, Rung
+from compress_search.records import Assignment, Failure, Report, Result, Rung, State
 from compress_search.runtimes import lower
 from compress_search.workbench import Brief, Shape, Workbench, write_atomically
 
@@ -121,9 +121,13 @@ class TrialWorker:
         with watch.time("teacher"):
             self.workbench.prepare()
         overrun = _overrun(output, assignment.number, assignment.attempt)
-        with scratch_folder(folder / f"scratch-{assignment.attempt}") as scratch, watch.time("total"):
-            with time_limit(self.workbench.study.search.trial_minutes, overrun):
-                result = Attempt(self.workbench, assignment, report, scratch, watch).run()
+        (folder / "result.json").unlink(missing_ok=True)  # of an earlier study in the same place
+        with (
+            scratch_folder(folder / f"scratch-{assignment.attempt}") as scratch,
+            watch.time("total"),
+            time_limit(self.workbench.study.search.trial_minutes, overrun),
+        ):
+            result = Attempt(self.workbench, assignment, report, scratch, watch).run()
         result = replace(result, seconds=watch.seconds, environment=fingerprint())
         write_atomically(folder / "result.json", json.dumps(result.to_dict()))
         return result
@@ -206,7 +210,7 @@ class Attempt:
         if recipe.steps and self._shapes_first:
             with self.watch.time("dry"):
                 provisional = self._dry_pass()
-            if self._rejected(provisional):
+            if self.assignment.baseline is None and self._rejected(provisional):
                 return self._result("infeasible", metrics=self._shape_metrics(), provisional=True)
         with self.watch.time("apply"):
             candidate, budget = self._apply(on_rung=self._on_rung)
@@ -283,5 +287,7 @@ class Attempt:
             artifact=directory.relative_to(self.bench.output).as_posix(),
         )
 
-    def _result(self, state: Any, **fields: Any) -> Result:
-        return Result(self.assignment.number, self.assignment.attempt, state, **fields)
+    def _result(self, state: State, **fields: Any) -> Result:
+        """With the recipe's key: a later run tells by it whether a file left behind belongs to its trial."""
+        measurements = {"recipe": self.assignment.recipe.key, **fields.pop("measurements", {})}
+        return Result(self.assignment.number, self.assignment.attempt, state, measurements=measurements, **fields)

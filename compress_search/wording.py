@@ -6,7 +6,7 @@ Knows nothing of terminals or markup.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from compress_search import formats, goals
 from compress_search.errors import CompressSearchError, NothingFeasible
@@ -18,14 +18,34 @@ def require_result(report: Report) -> None:
     """Stop with the exit code for it when a finished study has nothing to show.
 
     Raises:
-        NothingFeasible: trials completed, and none of them meets the constraints.
+        NothingFeasible: trials completed or were rejected by their shapes, and none meets the constraints.
         CompressSearchError: no trial completed.
     """
-    done = [entry for entry in candidates(report.trials, report) if entry.recipe]
-    if not [entry for entry in done if entry.baseline is None]:
+    done = [entry for entry in candidates(report.trials, report) if entry.recipe and entry.baseline is None]
+    rejected = [entry for entry in report.trials if entry.state == "infeasible"]
+    if not done and not rejected:
         raise CompressSearchError("no trial completed: see the failures above")
     if all(violations(entry.metrics, report) for entry in done):
-        raise NothingFeasible(recommendation(report))
+        raise NothingFeasible(closest(report, done or rejected))
+
+
+def closest(report: Report, entries: Sequence[Entry], most: int = 3) -> str:
+    """Which of these come closest to meeting the constraints, and what they miss."""
+
+    def missed(entry: Entry) -> dict[str, float]:
+        # what was not measured, because shapes ruled the recipe out first, says nothing
+        return {name: by for name, by in violations(entry.metrics, report).items() if name in entry.metrics}
+
+    ranked = sorted(entries, key=lambda entry: sum(missed(entry).values()))[:most]
+    each = "; ".join(
+        f"trial {entry.number}, {entry.text}: "
+        + ", ".join(
+            f"{formats.number(name, entry.metrics[name], unit=True)} against {bounds(report, name)}"
+            for name in missed(entry)
+        )
+        for entry in ranked
+    )
+    return f"Nothing meets the constraints; the closest: {each}."
 
 
 def headliners(report: Report) -> list[Entry]:
@@ -61,15 +81,11 @@ def recommendation(report: Report) -> str:
         return f"Choose trial {chosen.number}: {', '.join(_gains(chosen, report)) or chosen.text}."
     done = [entry for entry in candidates(report.trials, report) if entry.recipe]
     if not done:
-        return "Nothing has completed yet."
+        rejected = [entry for entry in report.trials if entry.state == "infeasible"]
+        return closest(report, rejected) if rejected else "Nothing has completed yet."
     if not report.constraints or report.front:
         return "Nothing on the front improves on the teacher."
-    closest = min(done, key=lambda entry: sum(violations(entry.metrics, report).values()))
-    missed = ", ".join(
-        f"{formats.number(name, closest.metrics.get(name), unit=True)} against {bounds(report, name)}"
-        for name in violations(closest.metrics, report)
-    )
-    return f"Nothing meets the constraints; the closest is trial {closest.number} ({missed})."
+    return closest(report, done)
 
 
 def _gains(entry: Entry, report: Report) -> list[str]:

@@ -1,4 +1,4 @@
-"""Both executors keep the same promises: nothing lost, the dead replaced, the stopped stopped, nothing left behind."""
+"""Both executors keep the same promises: nothing lost, the dead replaced, the stopped stopped, nothing left over."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ Make = Callable[..., Executor]
 
 @pytest.fixture(scope="module")
 def ray_session() -> Iterator[None]:
-    import compress_search.ray_executor  # noqa: F401  (sets what Ray reads from the environment)
     import ray
+
+    import compress_search.ray_executor  # noqa: F401  (sets what Ray reads from the environment)
 
     environment = {"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}}
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=environment)

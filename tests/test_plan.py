@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress_search.candidate import Candidate, Subject
-from compress_search.errors import StudyError
+from compress_search.errors import PluginError, StudyError
 from compress_search.method import Context, Method, Stage
 from compress_search.plan import Plan, make_plan
 from compress_search.recipe import Recipe, settle
@@ -199,3 +199,14 @@ def plan_for_all(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     path = tiny_study(tmp_path_factory.mktemp("study"), methods="all")
     return make_plan(load_study(path), Methods(METHODS), TEACHER)  # type: ignore[arg-type]
+
+
+class Raising(Prune):
+    def effective(self, subject: Subject, params: Params) -> Params:
+        raise KeyError("ratio")
+
+
+def test_a_hook_that_raises_names_its_method(tiny_study: Callable[..., Path]) -> None:
+    study = load_study(tiny_study(methods={"prune": {"use": True}}))
+    with pytest.raises(PluginError, match="method 'prune': effective must not raise, and raised KeyError: 'ratio'"):
+        make_plan(study, Methods({"prune": Raising()}), TEACHER).starting_points()  # type: ignore[arg-type]

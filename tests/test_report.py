@@ -124,10 +124,17 @@ def test_the_recommendation_says_what_is_gained_and_lost_with_its_interval() -> 
 
 def test_when_nothing_meets_the_constraints_the_closest_is_named() -> None:
     found = report_of(teacher(), entry(1, 0.70, 3), entry(2, 0.80, 5), constraints={"accuracy": ">= 0.95"})
-    assert wording.recommendation(found) == (
-        "Nothing meets the constraints; the closest is trial 2 (80.0 % against ≥ 95.0 %)."
-    )
+    text = wording.recommendation(found)
+    assert text.startswith("Nothing meets the constraints; the closest: trial 2, theseus(")
+    assert text.index("80.0 % against ≥ 95.0 %") < text.index("trial 1") < text.index("70.0 % against ≥ 95.0 %")
     with pytest.raises(NothingFeasible, match="trial 2"):
+        wording.require_result(found)
+
+
+def test_recipes_rejected_by_their_shapes_are_named_when_nothing_completed() -> None:
+    trials = [teacher(), *(entry(n, 0.0, ms, state="infeasible") for n, ms in ((1, 9), (2, 7)))]
+    found = report_of(*trials, constraints={"latency_ms": "<= 5"})
+    with pytest.raises(NothingFeasible, match=r"closest: trial 2, .* 7.00 ms against ≤ 5.00 ms; trial 1"):
         wording.require_result(found)
 
 

@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 
 from compress_search.early_stop import Rungs
 from compress_search.errors import StudyError
-from compress_search.ledger import REJECTED_PER_TRIAL, Ledger
+from compress_search.ledger import HOPELESS, REJECTED_PER_TRIAL, Ledger
 from compress_search.recipe import Recipe, Step
 from compress_search.records import Assignment, Failure, Result, Rung
 from compress_search.samplers import RANDOM_TRIALS
@@ -131,23 +131,31 @@ def test_the_gaussian_process_proposes_from_what_was_told(tmp_path: Path) -> Non
 
 def test_a_recipe_is_never_tried_twice(tmp_path: Path) -> None:
     search = after_teacher(fake_search(tmp_path, methods=("quantize",), search={"trials": 50}))
-    first, second, third = (given(search.next()) for _ in range(3))  # all at once: nothing has come back
-    assert len({a.recipe.key for a in (first, second, third)}) == 3
-    search.finish(measured(first))
-    search.finish(failed(second))
-    search.finish(Result(third.number, 0, "infeasible", metrics={"size_mb": 99.0}))
+    first, second = (given(search.next()) for _ in range(2))  # both at once: nothing has come back
+    assert {str(a.recipe) for a in (first, second)} == {"quantize(bits=4)", "quantize(bits=8)"}
+    search.finish(failed(first))
+    search.finish(Result(second.number, 0, "infeasible", metrics={"size_mb": 99.0}))
     assert search.next() is None
+
+
+def test_constraints_that_every_recipe_breaks_are_taken_for_impossible(tmp_path: Path) -> None:
+    search = after_teacher(fake_search(tmp_path, search={"trials": 1000}))
+    while assignment := search.next():
+        search.finish(Result(assignment.number, assignment.attempt, "infeasible", metrics={"size_mb": 99.0}))
+    assert search.done
+    assert states(search).count("infeasible") == HOPELESS
 
 
 def test_a_finite_space_is_exhausted_before_the_budget(tmp_path: Path) -> None:
     search = fake_search(tmp_path, methods=("quantize",), search={"trials": 50})
     handed = run(search)
+    assert [str(a.recipe) for a in handed].count("teacher") == 1  # to do nothing is no trial
     assert {str(a.recipe) for a in handed} == {"teacher", "quantize(bits=4)", "quantize(bits=8)"}
     assert search.done
     assert search.reason == "every recipe of the space has been tried"
-    assert states(search).count("complete") == 4
+    assert states(search).count("complete") == 3
     rows = len(states(search))
-    assert rows <= 4 + 3 * REASKS
+    assert rows <= 3 + 3 * REASKS
     # a later session finds that out again without new rows
     again = fake_search(tmp_path, methods=("quantize",), search={"trials": 50})
     again.reconcile(nothing)
