@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -166,13 +166,10 @@ class Workbench:
         if shelf.exists():
             stored = json.loads(shelf.read_text(encoding="utf-8"))
             return Shape(key, stored["size"], Latency.from_dict(stored["latency"]), stored["memory"])
-        measure = self.study.measure
-        shape = Shape(
-            key,
-            size_mb(directory),
-            self.latency(directory, repeats=measure.repeats, seed=self.study.search.seed),
-            self._memory(directory),
-        )
+        latency = self.latency(directory, repeats=self.study.measure.repeats, seed=self.study.search.seed)
+        if not recipe.steps:  # the teacher against itself: what is left of its ratio is noise, kept as the interval
+            latency = replace(latency, ratio=1.0)
+        shape = Shape(key, size_mb(directory), latency, self._memory(directory))
         stored = {"size": shape.size, "latency": shape.latency.to_dict(), "memory": shape.memory}
         write_atomically(shelf, json.dumps(stored))
         return shape

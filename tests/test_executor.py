@@ -1,4 +1,4 @@
-"""Both executors keep the same promises: nothing lost, the dead replaced, the stopped stopped, nothing left over."""
+"""Both executors keep the same promises: nothing lost, the dead replaced, the stopped stopped, no process left."""
 
 from __future__ import annotations
 
