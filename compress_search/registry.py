@@ -143,7 +143,10 @@ def load(source: Source) -> Method:
         raise fault(f"lacks {', '.join(missing)}")
     if not isinstance(getattr(kind, "stage", None), Stage):
         raise fault("lacks a class attribute `stage` of type compress_search.Stage")
-    return kind()
+    try:
+        return kind()
+    except Exception as error:
+        raise fault(f"cannot be created: {type(error).__name__}: {error}") from error
 
 
 def _class_in(source: Source) -> type[Method]:

@@ -186,6 +186,7 @@ def _narrow_range(dim: Dim, bounds: Mapping[str, float]) -> Dim:
     if isinstance(dim.distribution, IntDistribution):
         # a step only makes sense when it still divides the narrowed range
         step = dim.distribution.step if (high - low) % dim.distribution.step == 0 else 1
+        default = low + (default - low) // step * step  # one of the values that the steps lead to
         return replace(
             dim,
             distribution=IntDistribution(int(low), int(high), log=dim.distribution.log, step=step),

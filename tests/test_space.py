@@ -92,6 +92,12 @@ def test_a_range_stays_inside_and_keeps_a_reachable_default(dim: Dim, data: st.D
     assert dim.contains(params["x"])
 
 
+def test_the_default_of_a_range_with_steps_is_one_of_its_values() -> None:
+    narrowed = narrow(Dim.integer(0, 8, 4, step=2), {"low": 1, "high": 5})
+    assert narrowed.default == 3
+    assert reachable(narrowed, narrowed.default)
+
+
 def test_narrowing_ends_an_experts_privilege() -> None:
     dim = Dim.real(0.0, 1.0, 0.5, expert=True)
     assert not narrow(dim, 0.5).expert
