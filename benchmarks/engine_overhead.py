@@ -17,13 +17,13 @@ import yaml
 
 from benchmarks import tables
 from benchmarks.noop import NoopWorker, no_reason
-from compress_search.asktell import AskTell
 from compress_search.candidate import Subject
 from compress_search.executor import Executor, LocalExecutor
 from compress_search.plan import Plan, make_plan
 from compress_search.registry import Registry
-from compress_search.samplers import make_sampler
 from compress_search.search import Search
+from compress_search.search.asktell import AskTell
+from compress_search.search.samplers import make_sampler
 from compress_search.storage import Store
 from compress_search.study import Study, load_study
 

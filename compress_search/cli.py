@@ -103,7 +103,8 @@ def run(path: Path, overrides: tuple[str, ...], executor: Literal["ray", "local"
     Example:
       compress-search run study.yaml --set search.trials=8
     """
-    from compress_search import driver, progress, terminal, wording
+    from compress_search import driver, progress
+    from compress_search.report import terminal, wording
 
     study = load_study(path, overrides)
     with progress.display() as on_event:
@@ -124,7 +125,8 @@ def plan(path: Path, overrides: tuple[str, ...]) -> None:
     Example:
       compress-search plan study.yaml
     """
-    from compress_search import driver, terminal
+    from compress_search import driver
+    from compress_search.report import terminal
 
     prepared = driver.prepare(load_study(path, overrides))
     terminal.show(*terminal.plan_tables(prepared.plan, prepared.estimate()))
@@ -141,8 +143,7 @@ def status(path: Path, overrides: tuple[str, ...]) -> None:
     Example:
       compress-search status study.yaml
     """
-    from compress_search import terminal
-    from compress_search.report import read_facts
+    from compress_search.report import read_facts, terminal
 
     study = load_study(path, overrides)
     facts = read_facts(_store(study), study.name)
@@ -158,7 +159,7 @@ def trials(path: Path, overrides: tuple[str, ...]) -> None:
     Example:
       compress-search trials study.yaml
     """
-    from compress_search import terminal
+    from compress_search.report import terminal
 
     terminal.show(terminal.trials_table(_report(load_study(path, overrides))))
 
@@ -175,7 +176,7 @@ def show(path: Path, overrides: tuple[str, ...], number: int) -> None:
     Example:
       compress-search show study.yaml 37
     """
-    from compress_search import terminal
+    from compress_search.report import terminal
 
     study = load_study(path, overrides)
     store = _store(study)
@@ -204,8 +205,7 @@ def report(path: Path, overrides: tuple[str, ...], kind: str, output: Path | Non
       compress-search report study.yaml
       compress-search report study.yaml --format html -o report.html
     """
-    from compress_search import page, terminal
-    from compress_search.report import read_facts, to_csv
+    from compress_search.report import page, read_facts, terminal, to_csv
 
     study = load_study(path, overrides)
     found = _report(study)
@@ -257,8 +257,8 @@ def plugins_list() -> None:
     Example:
       compress-search plugins list
     """
-    from compress_search import terminal
     from compress_search.registry import Registry
+    from compress_search.report import terminal
 
     terminal.show(terminal.plugins_table(Registry()))
 
@@ -275,8 +275,8 @@ def plugins_show(name: str, path: Path | None) -> None:
     Example:
       compress-search plugins show structured_pruning
     """
-    from compress_search import terminal
     from compress_search.registry import Registry
+    from compress_search.report import terminal
 
     if path is None:
         registry, teacher = Registry(), bert_base()
@@ -299,8 +299,8 @@ def plugins_check(name: str) -> None:
       compress-search plugins check structured_pruning
       compress-search plugins check ./my_method.py
     """
-    from compress_search import terminal
     from compress_search.registry import PluginFile, Registry
+    from compress_search.report import terminal
     from compress_search.testing import check_method
 
     file = PluginFile.read(Path(name)) if name.endswith(".py") else None
@@ -340,7 +340,7 @@ def doctor() -> None:
     Example:
       compress-search doctor
     """
-    from compress_search import terminal
+    from compress_search.report import terminal
 
     terminal.show(*terminal.doctor_tables())
 

@@ -20,23 +20,23 @@ import platformdirs
 
 from compress_search import progress
 from compress_search.candidate import Subject
+from compress_search.data.rows import Raw, read
 from compress_search.environment import fingerprint
 from compress_search.errors import CompressSearchError
 from compress_search.estimate import Estimate, estimate, mean_length
 from compress_search.executor import Executor, Factory, LocalExecutor
-from compress_search.goals import default_objectives
-from compress_search.kernels import kernels
-from compress_search.ledger import Baselines
 from compress_search.pareto import front
 from compress_search.plan import Plan, make_plan
 from compress_search.recipe import Recipe, Step, settle
 from compress_search.records import Assignment, Failure, Result, Rung
 from compress_search.registry import PluginFile, Registry
-from compress_search.rows import Raw, read
+from compress_search.runtimes.probe import kernels
 from compress_search.search import TEACHER, Search
+from compress_search.search.ledger import Baselines
 from compress_search.space import defaults, fix_experts
 from compress_search.storage import Store, TrialRow
 from compress_search.study import Study
+from compress_search.study.goals import default_objectives
 from compress_search.tasks import Task
 from compress_search.teacher import teacher_subject
 from compress_search.trial import TrialWorker, read_death, read_result

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from compress_search.candidate import Subject
-from compress_search.rows import Rows
+from compress_search.data.rows import Rows
 from compress_search.study import Study
 
 TRAINING_FORWARDS = 3

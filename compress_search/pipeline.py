@@ -21,11 +21,11 @@ from compress_search.candidate import Candidate
 from compress_search.data import Split, training_batches
 from compress_search.encoders import bake
 from compress_search.errors import CompressSearchError, TrialError
-from compress_search.logits import LogitCache
 from compress_search.method import Batch, Loss, Method, Stage
 from compress_search.recipe import Recipe, digest
 from compress_search.study import TrainingConfig
 from compress_search.tasks import Task
+from compress_search.teacher.logits import LogitCache
 
 RUNG_FRACTIONS = (1 / 9, 1 / 3)
 """Parts of a trial's planned optimizer steps after which it is compared with the others."""

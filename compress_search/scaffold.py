@@ -18,13 +18,13 @@ from typing import Any, cast
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from compress_search.complaints import unknown
-from compress_search.document import parse
+from compress_search.data.readers import Row, read_source
 from compress_search.errors import PluginError, StudyError
-from compress_search.goals import METRICS, TaskName
-from compress_search.readers import Row, read_source
-from compress_search.sections import DataConfig
-from compress_search.sources import data_source, model_source
+from compress_search.study.complaints import unknown
+from compress_search.study.document import parse
+from compress_search.study.goals import METRICS, TaskName
+from compress_search.study.sections import DataConfig
+from compress_search.study.sources import data_source, model_source
 
 COLUMNS: Mapping[str, Sequence[str]] = {
     "text": ("text", "sentence", "sentence1", "premise", "question1", "question", "review", "content", "query"),

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress_search.errors import NotFinite
-from compress_search.goals import METRICS, TaskName
+from compress_search.study.goals import METRICS, TaskName
 
 if TYPE_CHECKING:
     from torch import Tensor

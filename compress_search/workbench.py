@@ -21,18 +21,18 @@ from filelock import FileLock
 
 from compress_search.candidate import Candidate, Subject
 from compress_search.data import Split, tokenize
+from compress_search.data.rows import read
 from compress_search.encoders import describe, shape_key, subject_of
 from compress_search.environment import host_kind
-from compress_search.logits import teacher_logits
 from compress_search.measure import Bench, Latency, Score
 from compress_search.method import Stage
 from compress_search.pipeline import Materials
 from compress_search.recipe import Recipe, digest
 from compress_search.registry import PluginFile, Registry
-from compress_search.rows import read
 from compress_search.runtimes import lower, size_mb
 from compress_search.study import Study
 from compress_search.teacher import load_teacher, prepare_teacher
+from compress_search.teacher.logits import teacher_logits
 
 SCORING_BATCH = 64
 """Batch size of scoring where the result does not depend on an example's companions."""

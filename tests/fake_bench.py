@@ -1,7 +1,7 @@
 """A bench process without a runtime: what becomes of it is written in the artefact's name.
 
-Stands in for compress_search.bench where the client is under test: standard library only, so that it starts at
-once.
+Stands in for compress_search.measure.bench where the client is under test: standard library only, so that it
+starts at once.
 """
 
 from __future__ import annotations

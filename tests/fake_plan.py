@@ -14,13 +14,13 @@ from typing import Any
 
 from compress_search.candidate import Candidate, Subject
 from compress_search.errors import StudyError
-from compress_search.goals import parse_constraint
 from compress_search.method import Context, Method, Stage
 from compress_search.plan import NONE, Plan, Slot
 from compress_search.records import Assignment, Failure, Result
 from compress_search.search import Search
 from compress_search.space import Dim, Params
 from compress_search.storage import Store
+from compress_search.study.goals import parse_constraint
 
 TEACHER = Subject("bert", "text-classification", 6, 4, 8, 32, 128, 100, 64, 2, 2)
 

@@ -17,7 +17,7 @@ from compress_search.data import (
     tokenizer_digest,
     training_batches,
 )
-from compress_search.rows import Rows
+from compress_search.data.rows import Rows
 from compress_search.study import load_study
 from compress_search.tasks import IGNORED, Task
 from tests import tiny

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optuna.study._multi_objective import _fast_non_domination_rank
 
-from compress_search.early_stop import Rungs, farthest_first, fronts, keep, order
+from compress_search.search.early_stop import Rungs, farthest_first, fronts, keep, order
 
 
 def integer_cases(count: int = 300) -> list[np.ndarray]:

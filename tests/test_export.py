@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from compress_search.data.rows import Rows
 from compress_search.environment import fingerprint
 from compress_search.errors import ExportError, StorageError
 from compress_search.export import as_pretrained, check, export_artifact, tolerance
+from compress_search.export.model_card import Card, Contents, render
 from compress_search.measure import Bench
-from compress_search.model_card import Card, Contents, render
 from compress_search.recipe import Recipe, Step
-from compress_search.rows import Rows
 from compress_search.tasks import Task
 from tests import tiny
 

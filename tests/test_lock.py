@@ -13,13 +13,13 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 
 from compress_search.errors import StorageError
-from compress_search.lock import lock_file, lock_for
+from compress_search.storage.lock import lock_file, lock_for
 from tests.databases import database
 
 HOLDER = """
 import sys, time
 from sqlalchemy.engine import make_url
-from compress_search.lock import lock_for
+from compress_search.storage.lock import lock_for
 lock = lock_for(make_url(sys.argv[1]), sys.argv[2])
 print(lock.acquire(), flush=True)
 time.sleep(60)

@@ -3,11 +3,10 @@ import pickle
 import pytest
 import torch
 
-from compress_search import logits
 from compress_search.data import read, tokenize, training_batches
-from compress_search.logits import teacher_logits
 from compress_search.study import load_study
-from compress_search.teacher import load_teacher, prepare_teacher
+from compress_search.teacher import load_teacher, logits, prepare_teacher
+from compress_search.teacher.logits import teacher_logits
 from compress_search.training import forward
 from tests import tiny
 

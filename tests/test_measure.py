@@ -238,7 +238,7 @@ class FakeSplit:
 
 
 def test_predictions_come_in_the_splits_order_from_batches_sorted_by_length():
-    from compress_search.bench import predict
+    from compress_search.measure.bench import predict
 
     widths = []
 
@@ -254,7 +254,7 @@ def test_predictions_come_in_the_splits_order_from_batches_sorted_by_length():
 
 
 def test_drawn_batches_follow_the_splits_lengths_and_the_seed():
-    from compress_search.bench import draw
+    from compress_search.measure.bench import draw
 
     split = FakeSplit([4, 4, 4, 20], [0] * 4)
     batches = draw(split, 1, 400, seed=1)
@@ -266,7 +266,7 @@ def test_drawn_batches_follow_the_splits_lengths_and_the_seed():
 
 
 def test_interleaving_shuffles_the_order_and_times_each_runner():
-    from compress_search.bench import interleave
+    from compress_search.measure.bench import interleave
 
     now, order = [0], []
 
@@ -286,7 +286,7 @@ def test_interleaving_shuffles_the_order_and_times_each_runner():
 
 
 def test_the_latency_operation_warms_up_and_keeps_the_reference_loaded(monkeypatch, tmp_path):
-    from compress_search import bench
+    from compress_search.measure import bench
 
     loads, passes = [], []
 
@@ -309,7 +309,7 @@ def test_the_latency_operation_warms_up_and_keeps_the_reference_loaded(monkeypat
 
 
 def test_a_rewritten_artefact_is_loaded_again(monkeypatch, tmp_path):
-    from compress_search import bench
+    from compress_search.measure import bench
 
     monkeypatch.setattr(bench, "load_runner", lambda directory, threads, device: object())
     station, file = bench.Station(1, "cpu"), tmp_path / "artifact.json"
@@ -330,14 +330,14 @@ def test_a_rewritten_artefact_is_loaded_again(monkeypatch, tmp_path):
     ],
 )
 def test_kinds_of_failure(error, kind):
-    from compress_search.bench import kind_of
+    from compress_search.measure.bench import kind_of
 
     assert kind_of(error) == kind
 
 
 @pytest.mark.slow
 def test_the_peak_is_this_processes_own_and_not_its_parents():
-    code = "from compress_search.bench import peak_memory; print(peak_memory())"
+    code = "from compress_search.measure.bench import peak_memory; print(peak_memory())"
     alone = peak_in_a_child(code)
     ballast = np.ones(60_000_000)  # 480 MB that a child's ru_maxrss would inherit
     assert peak_in_a_child(code) == pytest.approx(alone, rel=0.1)
@@ -356,8 +356,8 @@ def materials(tmp_path_factory):
     """Artefacts of a tiny and a much larger network, and a tokenised split."""
     from compress_search.candidate import Candidate
     from compress_search.data import tokenize_rows
+    from compress_search.data.rows import Rows
     from compress_search.encoders import subject_of
-    from compress_search.rows import Rows
     from compress_search.runtimes import lower
 
     folder = tmp_path_factory.mktemp("bench")

@@ -4,11 +4,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compress_search import pretrained
 from compress_search.data import read
 from compress_search.errors import StudyError
-from compress_search.pretrained import files_digest, load_pretrained, match_labels, read_config, reorder_logits
 from compress_search.study import load_study
+from compress_search.teacher import pretrained
+from compress_search.teacher.pretrained import (
+    files_digest,
+    load_pretrained,
+    match_labels,
+    read_config,
+    reorder_logits,
+)
 from tests import tiny
 
 

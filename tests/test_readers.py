@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from compress_search.readers import read_source
+from compress_search.data.readers import read_source
 
 ROWS = [{"text": "one, two", "label": "a"}, {"text": "größer", "label": "b"}]
 

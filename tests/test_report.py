@@ -18,9 +18,19 @@ from hypothesis import strategies as st
 from optuna.distributions import distribution_to_json
 from rich.console import Console
 
-from compress_search import formats, page, terminal, wording
 from compress_search.errors import CompressSearchError, NothingFeasible
-from compress_search.report import Report, build_report, hypervolume_history, reference_point, searched, to_csv
+from compress_search.report import (
+    Report,
+    build_report,
+    formats,
+    hypervolume_history,
+    page,
+    reference_point,
+    searched,
+    terminal,
+    to_csv,
+    wording,
+)
 from compress_search.space import Dim
 from tests.sample_report import TEACHER, baseline, entries, entry, facts, sample, teacher
 

@@ -6,8 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from compress_search.data.rows import class_name, read
 from compress_search.errors import StudyError
-from compress_search.rows import class_name, read
 from compress_search.study import load_study
 from tests import tiny
 

@@ -8,7 +8,7 @@ import optuna
 import pytest
 from optuna.samplers import NSGAIISampler, RandomSampler, TPESampler
 
-from compress_search.samplers import GP_TRIALS, RANDOM_TRIALS, GaussianProcess, derive_seed, make_sampler
+from compress_search.search.samplers import GP_TRIALS, RANDOM_TRIALS, GaussianProcess, derive_seed, make_sampler
 
 
 def sample(sampler: Callable[[int], optuna.samplers.BaseSampler], trials: int = 12) -> list[dict[str, Any]]:

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import yaml
 
-from compress_search import study_reference
 from compress_search.errors import PluginError, StudyError
 from compress_search.registry import PluginFile, Registry
 from compress_search.scaffold import guess, method_test_text, method_text, study_text
 from compress_search.study import METRICS, Study, load_study
+from compress_search.study import reference as study_reference
 from tests import tiny
 
 
@@ -45,7 +45,7 @@ def write_study(**arguments: Any) -> Study:
 def test_the_study_runs_as_it_is(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_teacher: Callable[..., Path]
 ) -> None:
-    from compress_search.rows import read
+    from compress_search.data.rows import read
     from compress_search.teacher import teacher_subject
 
     monkeypatch.chdir(tmp_path)
@@ -291,7 +291,7 @@ def test_names_that_a_method_cannot_have(write: Callable[[str], str], name: str,
 
 def test_the_reference_is_what_the_schema_says() -> None:
     page = Path(__file__).parents[1] / "docs/study-reference.md"
-    command = "python -m compress_search.study_reference > docs/study-reference.md"
+    command = "python -m compress_search.study.reference > docs/study-reference.md"
     assert page.read_text(encoding="utf-8") == study_reference.reference(), f"out of date: run {command}"
 
 

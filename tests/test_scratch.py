@@ -3,11 +3,18 @@ import sys
 
 import pytest
 
+from compress_search.data.rows import Rows
 from compress_search.errors import StudyError
-from compress_search.rows import Rows
-from compress_search.scratch import SPECIAL, build_tokenizer, new_config, read_vocabulary, texts_of, train_wordpiece
 from compress_search.study import load_study
 from compress_search.tasks import Task
+from compress_search.teacher.scratch import (
+    SPECIAL,
+    build_tokenizer,
+    new_config,
+    read_vocabulary,
+    texts_of,
+    train_wordpiece,
+)
 from tests import tiny
 
 TASK = Task("text-classification", ("negative", "positive"))
@@ -34,7 +41,8 @@ class TestTrainWordpiece:
     def test_every_process_finds_the_same_pieces(self):
         """The library's own trainer does not: it breaks ties in the order of a hash map, seeded anew each run."""
         code = (
-            "import random, hashlib; from compress_search.scratch import train_wordpiece; rng = random.Random(0);"
+            "import random, hashlib; from compress_search.teacher.scratch import train_wordpiece;"
+            "rng = random.Random(0);"
             "words = [''.join(rng.choices('abcdefghij', k=rng.randint(2, 7))) for _ in range(2000)];"
             "texts = [' '.join(rng.choices(words, k=10)) for _ in range(1000)];"
             "print(hashlib.sha256(repr(train_wordpiece(texts, 600)).encode()).hexdigest())"

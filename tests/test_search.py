@@ -10,13 +10,13 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from compress_search.early_stop import Rungs
 from compress_search.errors import StudyError
-from compress_search.ledger import HOPELESS, REJECTED_PER_TRIAL, Ledger
 from compress_search.recipe import Recipe, Step
 from compress_search.records import Assignment, Failure, Result, Rung
-from compress_search.samplers import RANDOM_TRIALS
 from compress_search.search import REASKS, Search
+from compress_search.search.early_stop import Rungs
+from compress_search.search.ledger import HOPELESS, REJECTED_PER_TRIAL, Ledger
+from compress_search.search.samplers import RANDOM_TRIALS
 from compress_search.storage import LastAttempt
 from tests.fake_plan import (
     DEATH,

@@ -227,7 +227,7 @@ def test_a_crash_while_a_baseline_is_handed_out_leaves_it_trial_0(
 
 def test_a_crash_before_a_duplicate_is_told_is_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     search = after_teacher(fake_search(tmp_path, methods=("quantize",)))
-    for _ in range(3):
+    for _ in range(2):
         search.finish(measured(given(search.next())))
     with killed_at(monkeypatch, search._optuna, "tell"):
         search.next()

@@ -15,12 +15,11 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy import create_engine, inspect, text
 from sqlalchemy.exc import OperationalError
 
-from compress_search import schema
 from compress_search.errors import StorageError, StudyLocked
 from compress_search.recipe import Recipe, Step
 from compress_search.records import Assignment, Failure, Result, Rung
-from compress_search.storage import Store
-from compress_search.tables import Base
+from compress_search.storage import Store, schema
+from compress_search.storage.tables import Base
 from tests.databases import database
 from tests.fake_plan import fake_store, url_of
 

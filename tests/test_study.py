@@ -16,10 +16,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress_search.document import override, parse
 from compress_search.errors import StudyError
-from compress_search.goals import Constraint
 from compress_search.study import METRICS, Study, direction, load_study, objectives_for, safe_url
+from compress_search.study.document import override, parse
+from compress_search.study.goals import Constraint
 
 MINIMAL = """\
 task: text-classification

@@ -1,0 +1,245 @@
+"""The examples of a study as its author wrote them: read, checked and with their labels numbered.
+
+Owns what an example must look like for each task and every complaint about data. Knows nothing of tokenizers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from compress_search.data.readers import Row, read_source
+from compress_search.study import Study
+from compress_search.tasks import Task, is_bio
+
+HELD_OUT = 0.1
+"""The part of the training rows that serves as validation where a study names none."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Examples of one split.
+
+    ``texts`` are strings, or lists of words for token tasks; ``pairs`` the second texts, if any; ``labels``
+    a class or a number each, or a list with one class for each word.
+    """
+
+    texts: Sequence[Any]
+    pairs: Sequence[str] | None
+    labels: Sequence[Any]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all rows in order."""
+        content = hashlib.sha256()
+        for column in (self.texts, self.pairs or (), self.labels):
+            for value in column:
+                content.update(json.dumps(value).encode() + b"\n")
+            content.update(b"\n")
+        return content.hexdigest()
+
+    def take(self, rows: Sequence[int]) -> Rows:
+        """Some of the rows, in the given order."""
+        pairs = self.pairs and [self.pairs[row] for row in rows]
+        return Rows([self.texts[row] for row in rows], pairs, [self.labels[row] for row in rows])
+
+
+@dataclass(frozen=True)
+class Raw:
+    """The splits of a study."""
+
+    train: Rows
+    validation: Rows
+    test: Rows | None = None
+
+    def splits(self) -> dict[str, Rows]:
+        """Those that there are, by name."""
+        both = {"train": self.train, "validation": self.validation}
+        return both if self.test is None else {**both, "test": self.test}
+
+
+def read(study: Study) -> tuple[Raw, Task]:
+    """All rows of a study, checked, and the task with the labels found in the training data.
+
+    Class names are sorted, as numbers where all are integers. Without validation data a tenth of the training
+    rows is held out, the same ones every time.
+
+    Raises:
+        StudyError: the first thing wrong with a row; the text names the key, and the data file with its line.
+    """
+    train = list(_examples(study, "train"))
+    task = _task(study, train)
+    _check_metrics(study, task)
+    rows = _number(study, "train", train, task)
+    test = _split(study, "test", train, task) if study.data.test else None
+    if study.data.validation:
+        return Raw(rows, _split(study, "validation", train, task), test), task
+    if len(rows) < 2:
+        raise study.error("data.train", "one row; expected at least two, of which one is held out for validation")
+    order = np.random.default_rng(0).permutation(len(rows)).tolist()
+    cut = max(1, round(HELD_OUT * len(rows)))
+    return Raw(rows.take(sorted(order[cut:])), rows.take(sorted(order[:cut])), test), task
+
+
+@dataclass(frozen=True)
+class _Example:
+    """A checked row whose label is not yet a number."""
+
+    place: str
+    text: Any
+    pair: str | None
+    label: Any
+
+
+def _split(study: Study, split: str, train: Sequence[_Example], task: Task) -> Rows:
+    paired = train[0].pair is not None
+    return _number(study, split, list(_examples(study, split, paired)), task)
+
+
+def _examples(study: Study, split: str, paired: bool | None = None) -> Iterator[_Example]:
+    """Checked rows of one split; ``paired`` says whether there is a second text, None lets the first row say."""
+    empty = True
+    try:
+        for place, row in read_source(getattr(study.data, split), split):
+            empty = False
+            if paired is None:
+                paired = study.data.text_pair is not None or "text_pair" in row
+            try:
+                yield _example(study, place, row, paired)
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from error
+        if empty:
+            raise ValueError("there are no rows")
+    except ValueError as error:
+        raise study.error(f"data.{split}", str(error)) from error
+
+
+def _example(study: Study, place: str, row: Row, paired: bool) -> _Example:
+    data = study.data
+    if study.task == "token-classification":
+        words, tags = _words(row, data.tokens), _words(row, data.tags)
+        if len(words) != len(tags):
+            raise ValueError(f"{len(words)} {data.tokens} but {len(tags)} {data.tags}; expected one for each")
+        if not words:
+            raise ValueError(f"column {data.tokens!r} is an empty list")
+        return _Example(place, [_text(word) for word in words], None, [class_name(tag) for tag in tags])
+    pair = _text(_column(row, data.text_pair or "text_pair")) if paired else None
+    label = _column(row, data.label)
+    return _Example(
+        place,
+        _text(_column(row, data.text)),
+        pair,
+        _number_of(label) if study.task == "text-regression" else class_name(label),
+    )
+
+
+def _column(row: Row, name: str) -> Any:
+    if name not in row:
+        raise ValueError(f"no column {name!r}; there are: {', '.join(map(str, row)) or 'none'}")
+    value = row[name]
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        raise ValueError(f"column {name!r} holds no value")
+    return value
+
+
+def _words(row: Row, name: str) -> list[Any]:
+    value = _column(row, name)
+    # tables have no lists: there, words are what spaces separate
+    words = value.split() if isinstance(value, str) else value
+    if not isinstance(words, list):
+        raise ValueError(f"column {name!r}: expected a list, got {value!r}")
+    return words
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"expected text, got {value!r}")
+    return value
+
+
+def class_name(value: Any) -> str:
+    """The name of a class: the text itself, or the digits of an integer.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str) and value.strip():
+        return value
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        return str(int(value))
+    if isinstance(value, float) and math.isfinite(value):
+        raise ValueError(f"expected a class, got the number {value}; task: text-regression predicts numbers")
+    raise ValueError(f"expected a class, got {value!r}")
+
+
+def _number_of(value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"expected a number as label, got {value!r}")
+    return number
+
+
+def _task(study: Study, train: Sequence[_Example]) -> Task:
+    if study.task == "text-regression":
+        names, least = {example.label for example in train}, "numbers"
+    elif study.task == "text-classification":
+        names, least = {example.label for example in train}, "classes"
+    else:
+        names, least = {tag for example in train for tag in example.label}, "tags"
+    if len(names) < 2:
+        raise study.error("data.train", f"every label is {next(iter(names))!r}; expected at least two {least}")
+    if study.task == "text-regression":
+        return Task(study.task)
+    labels = tuple(sorted(names, key=int if all(map(_is_integer, names)) else None))
+    return Task(study.task, labels, entities=study.task == "token-classification" and is_bio(labels))
+
+
+def _check_metrics(study: Study, task: Task) -> None:
+    """Refuse an aim that only these data rule out: entity F1 without entities."""
+    aims = [("objectives", name) for name in study.objectives]
+    aims += [(f"constraints.{name}", name) for name in study.constraints]
+    for key, name in aims:
+        if task.tokens and not task.entities and name.removesuffix("_drop") == "f1":
+            raise study.error(key, f"{name} needs entities: tags O, B-… and I-…; the data have {task.labels[0]!r}")
+
+
+def _is_integer(name: str) -> bool:
+    return name.removeprefix("-").isdecimal() and name.isascii()
+
+
+def _number(study: Study, split: str, examples: Sequence[_Example], task: Task) -> Rows:
+    """The examples with each class as its position among the task's labels."""
+    positions = {label: position for position, label in enumerate(task.labels)}
+    try:
+        labels = [_position(example, task, positions) for example in examples]
+    except ValueError as error:
+        raise study.error(f"data.{split}", str(error)) from error
+    pairs = None if examples[0].pair is None else [example.pair or "" for example in examples]
+    return Rows([example.text for example in examples], pairs, labels)
+
+
+def _position(example: _Example, task: Task, positions: Mapping[str, int]) -> Any:
+    if not task.labels:
+        return example.label
+    try:
+        return [positions[tag] for tag in example.label] if task.tokens else positions[example.label]
+    except KeyError as error:
+        known = ", ".join(task.labels[:8]) + (" …" if len(task.labels) > 8 else "")
+        raise ValueError(
+            f"{example.place}: label {error.args[0]!r} does not occur in the training data ({known})"
+        ) from error

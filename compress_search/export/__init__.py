@@ -1,0 +1,274 @@
+"""Export: one trial's model as a directory that can be deployed, loaded and scored again before it is handed over.
+
+Owns the layout of the directory and the check. Knows nothing of how the model came about.
+
+    README.md, card.json   the model card, for people and for programs
+    hf/                    what from_pretrained loads; or, where no configuration can express the shapes,
+    weights/               architecture manifest and safetensors, which compress_search.encoders.load reads
+    onnx/                  what ONNX Runtime runs, and run.py, which needs nothing of ours
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from compress_search.candidate import Subject
+from compress_search.data import tokenize_rows
+from compress_search.data.rows import Rows, read
+from compress_search.environment import host_kind
+from compress_search.errors import ExportError
+from compress_search.export.model_card import Card, Contents, render
+from compress_search.measure import Bench
+from compress_search.recipe import Recipe
+from compress_search.runtimes import Artifact
+from compress_search.storage import Store, TrialRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from compress_search.study import Study
+    from compress_search.tasks import Task
+
+EXACT = 1e-4
+"""How far a score may lie from what it should be on the kind of machine that measured it.
+
+One decision that flips moves an accuracy by more; a correlation of nearly constant predictions moves by a tenth
+of it with the order of summation, which batch size and memory alignment change.
+"""
+
+ELSEWHERE = 0.005
+"""The same on other machines, whose kernels round differently, so that a few close decisions flip."""
+
+FOLDERS = {"transformers": "hf", "manifest": "weights", "onnx": "onnx"}
+
+
+def export_trial(study: Study, number: int, destination: Path) -> Path:
+    """Write a complete trial of a study as a deployable directory, checked on the validation data.
+
+    A model that was deleted to save space is trained again from its recipe and seed.
+
+    Raises:
+        ExportError: there is no such trial, it is not complete, the destination is taken, or what was written
+            does not score as recorded. Nothing is left at the destination then.
+        StorageError: the study has not been run.
+    """
+    store = Store(study.storage)
+    rows = {row.number: row for row in store.trials(study.name)}
+    row, recipe = _complete(rows, number)
+    _refuse_taken(destination)
+    artifact = study.output / str(row.artifact)
+    if not artifact.is_dir():
+        artifact = rebuild(study, recipe, row.seed or 0, Subject.from_dict(store.study(study.name).subject))
+    raw, task = read(study)
+    measurements = store.measurements(study.name, number).get(number, {})
+    teacher = next((other.metrics for other in rows.values() if other.recipe == Recipe()), {})
+    card = Card(
+        study=study.name,
+        number=number,
+        seed=row.seed or 0,
+        recipe=recipe,
+        task=task,
+        max_length=study.data.max_length,
+        metrics=row.metrics,
+        intervals=row.intervals,
+        teacher=teacher,
+        test=measurements.get("final", {}).get("test", {}).get("metrics", {}),
+        latency=measurements.get("latency", {}),
+        environment=row.environment,
+        command=f"compress-search export {study.name}.yaml {number} -o {destination.name}",
+    )
+    measure = study.measure
+    return export_artifact(
+        artifact,
+        destination,
+        card=card,
+        validation=raw.validation,
+        batch_size=measure.batch_size,
+        threads=measure.threads,
+    )
+
+
+def _complete(rows: Mapping[int, TrialRow], number: int) -> tuple[TrialRow, Recipe]:
+    row = rows.get(number)
+    if row is None:
+        raise ExportError(f"there is no trial {number}: the study has {len(rows)} trials, counted from 0")
+    if row.state != "complete" or row.recipe is None:
+        raise ExportError(f"trial {number} is {row.state}: only a complete trial has a model")
+    return row, row.recipe
+
+
+def rebuild(study: Study, recipe: Recipe, seed: int, teacher: Subject) -> Path:
+    """The artefact of a recipe, made anew: the same one on the kind of machine that made the first.
+
+    ``teacher`` is the teacher as the study knows it.
+    """
+    from compress_search.driver import prepare
+    from compress_search.pipeline import run_recipe
+    from compress_search.workbench import Workbench
+
+    bench = Workbench(prepare(study, teacher).brief)
+    with tempfile.TemporaryDirectory() as scratch:
+        candidate, _ = run_recipe(recipe, bench.registry, bench.materials, seed=seed, scratch=Path(scratch))
+    artifact = bench.artifact(recipe, seed)
+    bench.lower(candidate, artifact)
+    return artifact
+
+
+def export_artifact(
+    artifact: Path,
+    destination: Path,
+    *,
+    card: Card,
+    validation: Rows,
+    batch_size: int = 1,
+    threads: int = 1,
+    bench: Bench | None = None,
+) -> Path:
+    """Write an artefact as a deployable directory, which is there checked and whole, or not at all.
+
+    Args:
+        artifact: the directory that was measured.
+        destination: where to; must not exist, or be empty.
+        card: what to say of it; its metrics are what the directory must score again.
+        validation: the rows the metrics are of.
+        batch_size: as deployed, on which dynamic int8 depends.
+        threads: of the process that loads and scores the directory.
+        bench: that process, where the caller has one already; a fresh one by default.
+
+    Raises:
+        ExportError: the destination is taken, or a form of the model does not score as it should.
+    """
+    engine = Artifact.read(artifact).engine
+    _refuse_taken(destination)
+    with _staged(destination) as directory:
+        forms = write_forms(artifact, directory, card.task, card.max_length)
+        measured = "onnx" if engine == "onnxruntime" else forms[0]
+        with tempfile.TemporaryDirectory() as scratch, nullcontext(bench) if bench else Bench(threads) as clean:
+            scorer = _Scorer(clean, card, validation, batch_size, Path(scratch))
+            scores = {form: scorer.score(directory / FOLDERS[form], form) for form in forms}
+            check(measured, scores[measured], card.metrics, tolerance(card.environment))
+            if "transformers" in forms:
+                weights = scorer.score(artifact / "weights", "manifest")
+                check("transformers", scores["transformers"], weights, EXACT)
+        contents = Contents({form: FOLDERS[form] for form in forms}, measured, scores)
+        (directory / "README.md").write_text(render(card, contents), encoding="utf-8")
+        (directory / "card.json").write_text(json.dumps(card.to_dict(), indent=1), encoding="utf-8")
+    return destination
+
+
+class _Scorer:
+    """Scores directories on the validation rows, cut into tokens by each directory's own tokenizer."""
+
+    def __init__(self, bench: Bench, card: Card, validation: Rows, batch_size: int, scratch: Path) -> None:
+        self.bench, self.card, self.validation = bench, card, validation
+        self.batch_size, self.scratch = batch_size, scratch
+
+    def score(self, directory: Path, form: str) -> dict[str, float]:
+        """Every metric of one form."""
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        task = self.card.task
+        split = tokenize_rows(self.validation, tokenizer, self.card.max_length, task, self.scratch)
+        return dict(self.bench.score(directory, split.path, task, self.batch_size, form=form).metrics)
+
+
+def tolerance(environment: Mapping[str, Any]) -> float:
+    """How exactly a score recorded in this environment must be met here."""
+    return EXACT if environment and host_kind(environment) == host_kind() else ELSEWHERE
+
+
+def check(form: str, found: Mapping[str, float], expected: Mapping[str, float], allowed: float) -> None:
+    """Compare the metrics of an exported form with what they should be.
+
+    Raises:
+        ExportError: one differs by more than ``allowed``; the text gives both values.
+    """
+    for name, value in found.items():
+        if name not in expected:
+            raise ExportError(f"the exported {form} model scores {name} {value:.6f}, of which nothing is recorded")
+        if not abs(value - expected[name]) <= allowed:
+            raise ExportError(
+                f"the exported {form} model scores {name} {value:.6f} where {expected[name]:.6f} is expected: "
+                f"they may differ by {allowed:g}"
+            )
+
+
+def write_forms(artifact: Path, directory: Path, task: Task, max_length: int) -> list[str]:
+    """Write every form the artefact can take below the directory; their names, the one with the weights first."""
+    from compress_search.encoders import load
+    from compress_search.teacher.networks import quiet
+
+    network, tokenizer = load(artifact / "weights")
+    plain = as_pretrained(network)
+    if plain is None:
+        shutil.copytree(artifact / "weights", directory / FOLDERS["manifest"])
+    else:
+        with quiet():
+            plain.save_pretrained(directory / FOLDERS["transformers"])
+        tokenizer.save_pretrained(directory / FOLDERS["transformers"])
+    forms = ["manifest" if plain is None else "transformers"]
+    if (artifact / "model.onnx").exists():
+        tokenizer.save_pretrained(directory / FOLDERS["onnx"])
+        _write_onnx(artifact / "model.onnx", directory / FOLDERS["onnx"], task, max_length)
+        forms.append("onnx")
+    return forms
+
+
+def _write_onnx(model: Path, folder: Path, task: Task, max_length: int) -> None:
+    """The model with the example that runs it, and what that needs to know, beside the tokenizer."""
+    shutil.copyfile(model, folder / "model.onnx")
+    settings = {"task": task.name, "labels": task.labels, "max_length": max_length}
+    (folder / "settings.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    example = files("compress_search").joinpath("templates/run_onnx.py").read_text(encoding="utf-8")
+    (folder / "run.py").write_text(example, encoding="utf-8")
+
+
+def as_pretrained(network: Any) -> PreTrainedModel | None:
+    """The network as its transformers class builds it from a configuration; None when none can express it.
+
+    That is so when layers differ in width, lost heads, share weights or were factorized: a network built from
+    the configuration would have other tensors.
+    """
+    from transformers.initialization import no_init_weights
+
+    from compress_search.encoders import describe
+
+    manifest = describe(network)
+    if manifest["shared"] or manifest["tied"] or len({layer["ffn"] for layer in manifest["layers"]}) != 1:
+        return None
+    config, width = deepcopy(network.config), manifest["layers"][0]["ffn"]
+    config.update({name: width for name in ("intermediate_size", "hidden_dim") if hasattr(config, name)})
+    with no_init_weights():
+        plain = cast("PreTrainedModel", type(network)(config).to(network.dtype).eval())
+    tensors = network.state_dict()
+    if {n: t.shape for n, t in plain.state_dict().items()} != {n: t.shape for n, t in tensors.items()}:
+        return None
+    plain.load_state_dict(tensors)
+    return plain
+
+
+def _refuse_taken(destination: Path) -> None:
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise ExportError(f"{destination} exists already: expected a new or an empty directory")
+
+
+@contextmanager
+def _staged(destination: Path) -> Iterator[Path]:
+    """A directory beside the destination that takes its place when the block ends without an error."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+    try:
+        yield staging
+        staging.chmod(0o755)  # mkdtemp's is for the owner alone
+        staging.rename(destination)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

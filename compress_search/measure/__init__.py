@@ -1,0 +1,334 @@
+"""Measuring: the client of the bench process, and the statistics made of what it timed.
+
+Owns what a score and a latency are, their intervals, when a measurement counts as noisy, and the life of the
+bench process (:mod:`compress_search.measure.bench`). Loads no model and imports no torch: what is measured has only
+ever seen the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from compress_search.errors import BenchDied, BenchError
+from compress_search.tasks import Task
+
+WARMUP = 5
+"""Untimed rounds before the first timed one; besides, an untimed pass goes before every timed one."""
+
+CALM_CONTROL = (0.9, 1.1)
+"""Where the median ratio of the reference to its own twin lies on a quiet machine."""
+
+CALM_SPREAD = 1.5
+"""How far the twin's median ratio may lie above its 10th percentile on a quiet machine."""
+
+RESAMPLES = 2000
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Metrics of an artefact on a split, with 95 % bootstrap intervals over examples."""
+
+    metrics: Mapping[str, float]
+    intervals: Mapping[str, Interval]
+    examples: int
+    batch_size: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, the inverse of :meth:`from_dict`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Score:
+        """Rebuild a score from :meth:`to_dict`'s output."""
+        intervals = {name: (low, high) for name, (low, high) in data["intervals"].items()}
+        return cls(**{**data, "intervals": intervals})
+
+
+@dataclass(frozen=True)
+class Latency:
+    """An artefact timed against a reference, round by round on the same batches.
+
+    ``ratio`` is the median over rounds of candidate time to reference time, [``low``, ``high``] its 95 %
+    bootstrap interval. Times are per batch, over the lengths drawn from the split: ``p50_ms`` and ``p95_ms`` of
+    the candidate, ``reference_ms`` the reference's median. ``throughput`` is in examples a second.
+    ``control`` is the A/A check, the median ratio of a second instance of the reference to the first, and
+    ``spread`` that ratio's median over its 10th percentile. A ``noisy`` measurement failed either.
+    """
+
+    ratio: float
+    low: float
+    high: float
+    p50_ms: float
+    p95_ms: float
+    reference_ms: float
+    throughput: float
+    control: float
+    spread: float
+    noisy: bool
+    protocol: Mapping[str, Any] = field(default_factory=dict)
+    samples: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, the inverse of :meth:`from_dict`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Latency:
+        """Rebuild a latency from :meth:`to_dict`'s output."""
+        return cls(**data)
+
+
+def summarize(samples: Mapping[str, Sequence[float]], protocol: Mapping[str, Any]) -> Latency:
+    """What a series of rounds says.
+
+    Args:
+        samples: ``candidate_ms``, ``reference_ms`` and ``control_ms``, one value per round each.
+        protocol: how they were taken; ``batch_size`` and ``seed`` are read here.
+    """
+    candidate, reference, twin = (
+        np.asarray(samples[name], dtype=np.float64) for name in ("candidate_ms", "reference_ms", "control_ms")
+    )
+    ratios, controls = candidate / reference, twin / reference
+    low, high = median_interval(ratios, seed=protocol["seed"])
+    control = float(np.median(controls))
+    spread = control / float(np.quantile(controls, 0.1))
+    return Latency(
+        ratio=float(np.median(ratios)),
+        low=low,
+        high=high,
+        p50_ms=float(np.median(candidate)),
+        p95_ms=float(np.quantile(candidate, 0.95)),
+        reference_ms=float(np.median(reference)),
+        throughput=float(1000 * protocol["batch_size"] * len(candidate) / candidate.sum()),
+        control=control,
+        spread=spread,
+        noisy=not CALM_CONTROL[0] <= control <= CALM_CONTROL[1] or spread > CALM_SPREAD,
+        protocol=dict(protocol),
+        samples={name: list(values) for name, values in samples.items()},
+    )
+
+
+def median_interval(values: ArrayLike, *, seed: int = 0, level: float = 0.95) -> Interval:
+    """Percentile bootstrap interval of the median of independent values, (n,) with n ≥ 1.
+
+    Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
+    """
+    array: NDArray[np.float64] = np.asarray(values, dtype=np.float64)
+    rows = np.random.default_rng(seed).integers(len(array), size=(RESAMPLES, len(array)))
+    tails = ((1 - level) / 2, (1 + level) / 2)
+    low, high = np.quantile(np.median(array[rows], axis=1), tails)
+    return float(low), float(high)
+
+
+class Bench:
+    """The client of one long-lived bench process, started when first needed and again after it died.
+
+    The process dies with this one, whatever ends it. Calls are answered one at a time and may come from several
+    threads. Every call raises BenchError when the artefact cannot be loaded or run, and BenchDied when the
+    process ends before it answers: it crashed, was killed, or took longer than ``timeout`` seconds.
+    """
+
+    module = "compress_search.measure.bench"
+
+    def __init__(self, threads: int = 1, device: str = "cpu") -> None:
+        self.threads, self.device = threads, device
+        self._process: _Process | None = None
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def score(
+        self,
+        artifact: Path,
+        split: Path,
+        task: Task,
+        batch_size: int,
+        *,
+        form: str | None = None,
+        timeout: float | None = None,
+    ) -> Score:
+        """Metrics over the whole split; with a ``form`` (see runtimes.deployed) those of an exported model.
+
+        Arithmetic with one scale per batch (dynamic int8) depends on an example's companions: score such an
+        artefact at the batch size it will be deployed with.
+        """
+        request = {"artifact": str(artifact), "split": str(split), "batch_size": batch_size, "form": form}
+        return Score.from_dict(self._ask("score", {**request, "task": task.to_dict()}, timeout))
+
+    def latency(
+        self,
+        artifact: Path,
+        reference: Path,
+        split: Path,
+        *,
+        batch_size: int = 1,
+        repeats: int = 50,
+        seed: int = 0,
+        retries: int = 1,
+        timeout: float | None = None,
+    ) -> Latency:
+        """Time against the reference on ``repeats`` random batches of the split, padded to their own longest.
+
+        In each round candidate, reference and a second instance of the reference run the same batch in random
+        order, once to fill the caches and once against the clock. A noisy measurement is repeated up to
+        ``retries`` times; the calmest counts.
+        """
+        protocol = {"batch_size": batch_size, "repeats": repeats, "warmup": WARMUP, "seed": seed}
+        request = {"artifact": str(artifact), "reference": str(reference), "split": str(split), **protocol}
+        described = {**protocol, "threads": self.threads, "device": self.device}
+        taken: list[Latency] = []
+        while len(taken) <= retries and (not taken or taken[-1].noisy):
+            taken.append(summarize(self._ask("latency", request, timeout), described))
+        return min(taken, key=lambda latency: (latency.noisy, latency.spread))
+
+    def memory(self, artifact: Path, split: Path, batch_size: int = 1, *, timeout: float | None = None) -> float:
+        """MB of 10⁶ bytes by which loading the artefact and running the longest batch raise the peak resident set.
+
+        Two fresh processes tell, as a peak never falls: one with the artefact, and an empty one that imports
+        the same modules, so that no model is charged for the library that runs it.
+        """
+        request = {"artifact": str(artifact), "split": str(split), "batch_size": batch_size}
+        loaded = self._ask_fresh("memory", request, timeout)
+        empty = self._ask_fresh("empty", {"modules": loaded["modules"]}, timeout)
+        return max(0.0, float(loaded["peak"] - empty["peak"]) / 1e6)
+
+    def close(self) -> None:
+        """End the process; the next call starts another."""
+        with self._lock:
+            self._end()
+
+    def _ask(self, operation: str, request: Mapping[str, Any], timeout: float | None) -> Any:
+        with self._lock:
+            if self._process is None or not self._process.alive:
+                self._end()
+                self._process = self._start()
+            return _result(self._process.ask({"operation": operation, **request}, timeout))
+
+    def _ask_fresh(self, operation: str, request: Mapping[str, Any], timeout: float | None) -> Any:
+        process = self._start()
+        try:
+            return _result(process.ask({"operation": operation, **request}, timeout))
+        finally:
+            process.end()
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.end()
+            self._process = None
+
+    def _start(self) -> _Process:
+        # -P: a module in the current directory must not shadow an installed one
+        options = ["--threads", str(self.threads), "--device", self.device]
+        return _Process([sys.executable, "-P", "-m", self.module, *options], self.threads)
+
+
+def _result(reply: Mapping[str, Any]) -> Any:
+    if "error" in reply:
+        raise BenchError(reply["error"], details=reply["details"], kind=reply["kind"])
+    return reply["result"]
+
+
+def pinned(threads: int) -> dict[str, str]:
+    """Environment variables that hold every numeric library to a number of threads, and all hubs off line."""
+    pools = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    return {
+        **dict.fromkeys(pools, str(threads)),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+class _Process:
+    """A child that answers one line of JSON with another."""
+
+    def __init__(self, command: Sequence[str], threads: int) -> None:
+        # append mode: the child's writes and this process's reads of the same file do not move each other
+        self._log = tempfile.TemporaryFile("a+b")  # noqa: SIM115  (closed by end)
+        self._child = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env={**os.environ, **pinned(threads)},
+            encoding="utf-8",
+        )
+
+    @property
+    def alive(self) -> bool:
+        return self._child.poll() is None
+
+    def ask(self, request: Mapping[str, Any], timeout: float | None) -> dict[str, Any]:
+        """The reply to a request.
+
+        Raises:
+            BenchDied: there is none, because the child ended or was ended at the time limit.
+        """
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
+        with self._limit(timeout) as expired:
+            with suppress(BrokenPipeError):  # the empty reply below says as much
+                self._child.stdin.write(json.dumps(request) + "\n")
+                self._child.stdin.flush()
+            line = self._child.stdout.readline()
+        if line:
+            reply: dict[str, Any] = json.loads(line)
+            return reply
+        code = self._child.wait()
+        doing = " of ".join(request[part] for part in ("operation", "artifact") if part in request)
+        if expired.is_set():
+            raise BenchDied(f"{doing} took longer than {timeout:g} s", details=self._said(), kind="timeout")
+        cause = [f"signal {-code}" if code < 0 else f"exit status {code}", *self._said().strip().splitlines()[-1:]]
+        raise BenchDied(f"the bench died during {doing}: {'; '.join(cause)}", details=self._said(), kind="died")
+
+    @contextmanager
+    def _limit(self, seconds: float | None) -> Iterator[threading.Event]:
+        """Kill the child when the block outlasts its time; the event tells."""
+        expired = threading.Event()
+
+        def expire() -> None:
+            expired.set()
+            self._child.kill()
+
+        timer = threading.Timer(seconds or 0, expire)
+        timer.daemon = True
+        if seconds is not None:
+            timer.start()
+        try:
+            yield expired
+        finally:
+            timer.cancel()
+
+    def _said(self, characters: int = 4000) -> str:
+        """The end of what the child wrote to standard error."""
+        self._log.seek(0)
+        return self._log.read().decode("utf-8", errors="replace")[-characters:]
+
+    def end(self) -> None:
+        """Kill the child and free what belongs to it."""
+        self._child.kill()
+        self._child.wait()
+        for pipe in (self._child.stdin, self._child.stdout):
+            assert pipe is not None
+            with suppress(BrokenPipeError):  # a request that the child never read
+                pipe.close()
+        self._log.close()

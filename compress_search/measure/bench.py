@@ -1,0 +1,280 @@
+"""The bench process: loads artefacts from disk, scores them and times them against each other.
+
+Owns what is run, in which order, and the clock. Knows nothing of studies or trials, and makes no statistics of
+what it timed. Run as ``python -m compress_search.measure.bench``, it answers one JSON request per line of standard
+input on standard output, and ends when its standard input does or its parent is gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import gc
+import importlib
+import json
+import os
+import queue
+import resource
+import select
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from compress_search.data import Split
+from compress_search.errors import CompressSearchError
+from compress_search.runtimes import load_runner
+from compress_search.runtimes.deployed import Form, load_deployed
+from compress_search.tasks import Task
+
+Inputs = Mapping[str, NDArray[Any]]
+Runner = Callable[[Inputs], NDArray[Any]]
+"""Model inputs of shape (B, S) -> logits (B, C) or (B, S, C), in host memory."""
+
+LOADED_RUNNERS = 4
+"""Runners kept between requests: the reference, its twin for the A/A check, and the latest candidates."""
+
+
+# what the bench computes
+
+
+def predict(runner: Runner, split: Split, task: Task, batch_size: int) -> tuple[list[Any], list[Any]]:
+    """Logits and labels of every example in the split's order, as :meth:`Task.score` takes them.
+
+    Examples are batched by length, so that little is padded.
+    """
+    order = np.argsort(split.lengths, kind="stable")
+    found: list[tuple[int, Any, Any]] = []
+    for start in range(0, len(order), batch_size):
+        batch = split.arrays(order[start : start + batch_size])
+        logits, labels = task.unpad(runner(inputs_of(batch)), batch["labels"])
+        found += zip(batch["index"].tolist(), logits, labels, strict=True)
+    found.sort(key=lambda example: example[0])
+    return [logits for _, logits, _ in found], [labels for _, _, labels in found]
+
+
+def inputs_of(batch: Inputs) -> Inputs:
+    """What the model reads of a batch."""
+    return {name: array for name, array in batch.items() if name not in ("labels", "index")}
+
+
+def draw(split: Split, batch_size: int, count: int, seed: int) -> list[Inputs]:
+    """Batches of random examples, each padded to its own longest: lengths as they come in practice."""
+    rows = np.random.default_rng(seed).integers(len(split), size=(count, batch_size))
+    return [inputs_of(split.arrays(row)) for row in rows]
+
+
+def interleave(
+    runners: Sequence[Runner],
+    batches: Iterable[Inputs],
+    seed: int,
+    clock: Callable[[], int] = time.perf_counter_ns,
+) -> NDArray[np.float64]:
+    """Milliseconds (rounds, runners): in each round every runner takes the same batch, in random order.
+
+    A slow minute of the machine then hits all of them alike, and no runner always goes first. An untimed pass
+    goes before each timed one: a model that is deployed finds its weights in the caches, where they fit, and
+    not those of the model that was timed before it, and the buffers for this length are allocated.
+    """
+    rng = np.random.default_rng(seed)
+    rounds = []
+    with _without_collector():
+        for batch in batches:
+            elapsed = np.empty(len(runners))
+            for position in rng.permutation(len(runners)):
+                runners[position](batch)
+                started = clock()
+                runners[position](batch)
+                elapsed[position] = (clock() - started) / 1e6
+            rounds.append(elapsed)
+    return np.array(rounds).reshape(-1, len(runners))
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Keeps the garbage collector from running inside a timed pass."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def peak_memory() -> int:
+    """Bytes of this process's peak resident set.
+
+    Linux carries ``ru_maxrss`` over from the process that started this one, so it is no use there.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+# what the bench is asked
+
+
+class Station:
+    """The operations of one bench process, and the runners it keeps loaded between them."""
+
+    def __init__(self, threads: int, device: str) -> None:
+        self.threads, self.device = threads, device
+        self._runner = lru_cache(LOADED_RUNNERS)(self._load)
+
+    def _load(self, artifact: str, written: int, copy: int) -> Runner:
+        return load_runner(Path(artifact), self.threads, self.device)
+
+    def runner(self, artifact: str, copy: int = 0) -> Runner:
+        """The artefact's runner; another ``copy`` is another instance, and a rewritten artefact another one."""
+        written = max((p.stat().st_mtime_ns for p in Path(artifact).rglob("*")), default=0)
+        return self._runner(artifact, written, copy)
+
+    def score(
+        self, artifact: str, split: str, task: Mapping[str, Any], batch_size: int, form: Form | None = None
+    ) -> dict[str, Any]:
+        """Metrics and their bootstrap intervals over a whole split, of an artefact or of an exported form."""
+        rows, judge = Split.open(Path(split)), Task.from_dict(task)
+        runner = load_deployed(Path(artifact), form, judge, self.threads) if form else self.runner(artifact)
+        started = time.perf_counter()
+        logits, labels = predict(runner, rows, judge, batch_size)
+        return {
+            "metrics": judge.score(logits, labels),
+            "intervals": judge.intervals(logits, labels),
+            "examples": len(rows),
+            "batch_size": batch_size,
+            "seconds": time.perf_counter() - started,
+        }
+
+    def latency(
+        self, artifact: str, reference: str, split: str, batch_size: int, repeats: int, warmup: int, seed: int
+    ) -> dict[str, Any]:
+        """Milliseconds of candidate, reference and the reference's twin, round by round."""
+        batches = draw(Split.open(Path(split)), batch_size, repeats, seed)
+        runners = [self.runner(artifact), self.runner(reference), self.runner(reference, copy=1)]
+        interleave(runners, batches[:warmup], seed)
+        candidate, base, twin = interleave(runners, batches, seed).T.tolist()
+        return {
+            "candidate_ms": candidate,
+            "reference_ms": base,
+            "control_ms": twin,
+            "width": [batch["input_ids"].shape[1] for batch in batches],
+        }
+
+    def memory(self, artifact: str, split: str, batch_size: int) -> dict[str, Any]:
+        """Peak bytes after loading the artefact and running the longest batch, and the modules that took.
+
+        Asked of a fresh process, as a peak never falls.
+        """
+        rows = Split.open(Path(split))
+        longest = np.argsort(-rows.lengths, kind="stable")[:batch_size]
+        batch, runner = inputs_of(rows.arrays(longest)), self.runner(artifact)
+        for _ in range(3):
+            runner(batch)
+        return {"peak": peak_memory(), "modules": sorted(sys.modules)}
+
+    def empty(self, modules: Sequence[str]) -> dict[str, Any]:
+        """Peak bytes of a fresh process that has imported these modules and done nothing else."""
+        for name in modules:
+            with suppress(ImportError):  # a name that some package made up as it ran
+                importlib.import_module(name)
+        return {"peak": peak_memory()}
+
+    def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The reply to one request: a result, or what went wrong."""
+        arguments = dict(request)
+        operations: Mapping[str, Callable[..., Any]] = {
+            "score": self.score,
+            "latency": self.latency,
+            "memory": self.memory,
+            "empty": self.empty,
+        }
+        try:
+            return {"result": operations[arguments.pop("operation")](**arguments)}
+        except Exception as error:  # a broken artefact makes a runtime raise anything; the client says so
+            return {"error": in_one_line(error), "kind": kind_of(error), "details": traceback.format_exc()}
+
+
+def in_one_line(error: Exception) -> str:
+    """An exception's text on one line, with its type unless it is one of ours."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, CompressSearchError) else f"{type(error).__name__}: {text}"
+
+
+def kind_of(error: Exception) -> str:
+    """A trial's kind of failure: ``oom`` when memory ran out, the error's own if it has one, else ``error``."""
+    words = ("can't allocate memory", "failed to allocate memory", "out of memory")
+    if isinstance(error, MemoryError) or any(word in str(error).lower() for word in words):
+        return "oom"
+    return str(getattr(error, "kind", "error"))
+
+
+# the process
+
+
+def requests() -> Iterator[dict[str, Any]]:
+    """Requests from standard input, until the client is gone."""
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(lines, os.getppid()), daemon=True).start()
+    while True:
+        yield json.loads(lines.get())
+
+
+def _listen(lines: queue.SimpleQueue[str], parent: int) -> None:
+    """Pass lines on; end the process at once, even in the middle of a pass, when the client is gone.
+
+    A process that the client forked can keep the pipe open after the client's death, so its number is watched
+    too. Linux's PR_SET_PDEATHSIG would not do: it fires when the *thread* that started this process ends.
+    """
+    pending = b""
+    while os.getppid() == parent:
+        if not select.select([0], [], [], 2.0)[0]:
+            continue
+        received = os.read(0, 1 << 16)
+        if not received:
+            break
+        *whole, pending = (pending + received).split(b"\n")
+        for line in whole:
+            lines.put(line.decode())
+    os._exit(0)
+
+
+def private_stdout() -> TextIO:
+    """The pipe to the client; whatever a library prints goes to standard error from now on."""
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return replies
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Serve requests until the client is gone."""
+    parser = argparse.ArgumentParser(prog="python -m compress_search.measure.bench")
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--device", required=True)
+    options = parser.parse_args(arguments)
+    replies = private_stdout()
+    faulthandler.enable()
+    # the terminal's Ctrl-C reaches the whole group: what it means is for the driver to say
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(options.threads)
+    torch.set_num_interop_threads(1)
+    station = Station(options.threads, options.device)
+    for request in requests():
+        replies.write(json.dumps(station.answer(request)) + "\n")
+        replies.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""A report in words: the sentences, names and marks that the terminal's tables and the page share.
+
+Knows nothing of terminals or markup.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from compress_search import formats
+from compress_search.errors import CompressSearchError, NothingFeasible
+from compress_search.recipe import Step
+from compress_search.report import Aims, Entry, Report, candidates, violations
+from compress_search.study import goals
+
+
+def require_result(report: Report) -> None:
+    """Stop with the exit code for it when a finished study has nothing to show.
+
+    Raises:
+        NothingFeasible: trials completed or were rejected by their shapes, and none meets the constraints.
+        CompressSearchError: no trial completed.
+    """
+    done = [entry for entry in candidates(report.trials, report) if entry.recipe and entry.baseline is None]
+    rejected = [entry for entry in report.trials if entry.state == "infeasible"]
+    if not done and not rejected:
+        raise CompressSearchError("no trial completed: see the failures above")
+    if all(violations(entry.metrics, report) for entry in done):
+        raise NothingFeasible(closest(report, done or rejected))
+
+
+def closest(report: Report, entries: Sequence[Entry], most: int = 3) -> str:
+    """Which of these come closest to meeting the constraints, and what they miss."""
+
+    def missed(entry: Entry) -> dict[str, float]:
+        # what was not measured, because shapes ruled the recipe out first, says nothing
+        return {name: by for name, by in violations(entry.metrics, report).items() if name in entry.metrics}
+
+    ranked = sorted(entries, key=lambda entry: sum(missed(entry).values()))[:most]
+    each = "; ".join(
+        f"trial {entry.number}, {entry.text}: "
+        + ", ".join(
+            f"{formats.number(name, entry.metrics[name], unit=True)} against {bounds(report, name)}"
+            for name in missed(entry)
+        )
+        for entry in ranked
+    )
+    return f"Nothing meets the constraints; the closest: {each}."
+
+
+def headliners(report: Report) -> list[Entry]:
+    """The trials a reader compares: the teacher, the baselines, then the rest of the front in its order."""
+    complete = [entry for entry in report.trials if entry.state == "complete"]
+    references = sorted((e for e in complete if e.baseline), key=lambda e: (bool(e.recipe), e.number))
+    return references + [entry for entry in report.members if entry not in references]
+
+
+def failures(report: Report) -> list[tuple[str, list[int]]]:
+    """(reason, numbers) of the failed trials, most frequent first; parameters are no part of a reason."""
+    groups: dict[str, list[int]] = {}
+    for entry in report.trials:
+        if entry.state == "failed":
+            reason = re.sub(r" \{[^{}]*\}", "", entry.error or "unknown")
+            groups.setdefault(reason, []).append(entry.number)
+    return sorted(groups.items(), key=lambda item: (-len(item[1]), item[1]))
+
+
+def counts(report: Report) -> dict[str, int]:
+    """How many trials are in each state, baselines aside."""
+    found: dict[str, int] = {}
+    for entry in report.trials:
+        if entry.baseline is None:
+            found[entry.state] = found.get(entry.state, 0) + 1
+    return found
+
+
+def recommendation(report: Report) -> str:
+    """The recommendation in one sentence, or why there is none."""
+    if report.recommended is not None:
+        chosen = report.trial(report.recommended)
+        return f"Choose trial {chosen.number}: {', '.join(_gains(chosen, report)) or chosen.text}."
+    done = [entry for entry in candidates(report.trials, report) if entry.recipe]
+    if not done:
+        rejected = [entry for entry in report.trials if entry.state == "infeasible"]
+        return closest(report, rejected) if rejected else "Nothing has completed yet."
+    if not report.constraints or report.front:
+        return "Nothing on the front improves on the teacher."
+    return closest(report, done)
+
+
+def _gains(entry: Entry, report: Report) -> list[str]:
+    """What a trial gains and loses against the teacher, in words."""
+    words, teacher = [], report.teacher
+    speedup = entry.metrics.get("speedup")
+    if speedup:
+        words.append(f"{speedup:.1f}× faster" if speedup >= 1 else f"{1 / speedup:.1f}× slower")
+    score = next((name for name, way in report.objectives.items() if way == "maximize" and name in teacher), None)
+    if score in entry.metrics and formats.style(score).scale == 100:
+        low_high = entry.intervals.get(score)
+        words.append(f"{formats.points(entry.metrics[score] - teacher[score])} {formats.style(score).label}")
+        if low_high:
+            low, high = (formats.points(bound - teacher[score]).split()[0] for bound in low_high)
+            words[-1] += f" (95 % CI {low} … {high})"
+    if "size_mb" in entry.metrics and teacher.get("size_mb"):
+        words.append(
+            f"{formats.number('size_mb', entry.metrics['size_mb'])} MB instead of "
+            f"{formats.number('size_mb', teacher['size_mb'])} MB"
+        )
+    return words
+
+
+def key_metrics(report: Report) -> list[str]:
+    """Objectives first, then latency, speed-up and size where they were measured, then what is constrained.
+
+    A loss against the teacher is left out where its score is there: it is shown as that score's change.
+    """
+    measured = {name for entry in report.trials for name in entry.metrics}
+    usual = [name for name in ("latency_ms", "speedup", "size_mb") if name in measured]
+    wanted = dict.fromkeys([*report.objectives, *usual, *report.constraints])
+    told = {f"{name}_drop" for name in wanted} - set(report.objectives)
+    return [name for name in wanted if name not in told]
+
+
+def change(entry: Entry, metric: str, teacher: Mapping[str, float]) -> str:
+    """The change against the teacher: points for scores, percent for costs; empty where it says nothing."""
+    value, base = entry.metrics.get(metric), teacher.get(metric)
+    unit = formats.style(metric).unit
+    if value is None or not base or not entry.recipe or unit in ("", "×", "points"):
+        return ""
+    if unit in ("%", "×100"):
+        return formats.points(value - base).split()[0]
+    return formats.percent(value / base)
+
+
+def steps(entry: Entry, report: Report) -> list[str]:
+    """The recipe's steps with those parameters that the study searched; with all where that is not known."""
+    shown = []
+    for step in entry.steps:
+        params = {
+            k: v for k, v in step.params.items() if not report.searched or f"{step.method}.{k}" in report.searched
+        }
+        shown.append(str(Step.of(step.method, params)).removesuffix("()"))
+    return shown
+
+
+def short(entry: Entry, report: Report) -> str:
+    """The same on one line."""
+    return " + ".join(steps(entry, report)) or "teacher"
+
+
+def notes(entry: Entry) -> list[str]:
+    """Marks of the measurement, and the trials that this one cannot be told apart from."""
+    same = ", ".join(map(str, entry.alike))
+    return [*entry.marks, *([f"cannot be told apart from {same}"] if same else [])]
+
+
+def bounds(aims: Aims, metric: str) -> str:
+    """A constraint's bounds in the metric's unit, for example ``≤ 3.0 points``."""
+    limit = goals.parse_constraint(metric, aims.constraints[metric], aims.task)
+    limits = [limit, *([limit.also] if limit.also else [])]
+    return " and ".join(
+        f"{'≤' if one.op == '<=' else '≥'} {formats.number(metric, one.bound, unit=True)}" for one in limits
+    )

@@ -1,0 +1,404 @@
+"""The search: what to try next, what to make of what came back, and when to stop.
+
+Owns proposals, duplicates, retries, budgets and the order of writes that makes a crash harmless: rows first,
+``tell`` last. Knows nothing of processes, of Ray or of how a recipe is carried out.
+
+A trial's states, as Optuna knows them, and what they mean here:
+
+* COMPLETE: measured, its objectives told.
+* PRUNED: stopped, failed, infeasible or a duplicate; the attempt's row says which. Told so, samplers that learn
+  from pruned trials stay away; told FAIL, they would propose a crashing recipe for ever.
+* FAIL: a baseline, well measured. Samplers do not see failed trials, and must not see baselines: a complete trial
+  without parameters leaves nothing of the intersection of spaces that Gaussian processes are fitted on.
+* WAITING: taken back from a process that died or was interrupted; handed out again under the same number.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from compress_search.errors import StorageError
+from compress_search.method import Stage
+from compress_search.plan import Plan
+from compress_search.recipe import Recipe
+from compress_search.records import FINISHED, Assignment, Failure, Result, Rung
+from compress_search.search.aims import Aims
+from compress_search.search.asktell import AskTell
+from compress_search.search.early_stop import Entry, Rungs
+from compress_search.search.identity import identity, refuse_change
+from compress_search.search.ledger import Baselines, Ledger
+from compress_search.search.samplers import derive_seed, make_sampler
+from compress_search.storage import LastAttempt, Store
+
+TEACHER = "teacher"
+REASKS = 10
+"""Duplicates in a row after which the sampler is no longer asked."""
+DRAWS = 1000
+"""Random recipes that must all be known before the space counts as exhausted."""
+MAX_LOST = 3
+"""Driver deaths that a trial may be running at before it is taken for their cause."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What :meth:`Search.reconcile` found: results told late, trials put back, trials given up."""
+
+    told: int = 0
+    requeued: int = 0
+    given_up: int = 0
+
+
+class Search:
+    """One study's search, driven by one process.
+
+    Args:
+        plan: the study and its space.
+        store: the database; it must hold the study's row, which :meth:`open` writes.
+        optuna_study: the Optuna study in the same database.
+        baselines: recipes to run before the search, by name; the teacher is always the first.
+        reference: the teacher's metrics where they are known already; else trial 0 measures them.
+        clock: seconds, for the budget of hours.
+
+    Raises:
+        StorageError: there is no such study, or Optuna's part of it is gone.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        store: Store,
+        optuna_study: optuna.Study,
+        *,
+        baselines: Baselines = (),
+        reference: Mapping[str, float] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.plan, self.store = plan, store
+        self.name, self.settings = plan.study.name, plan.study.search
+        self.aims = Aims(plan.study.directions, plan.study.constraints)
+        first = [] if any(not recipe.steps for _, recipe in baselines) else [(TEACHER, Recipe())]
+        self.baselines = [*first, *baselines]
+        self._optuna = AskTell(optuna_study, store.patiently)
+        stored = store.study(self.name)
+        self.reference: dict[str, float] = dict(reference or stored.reference.get("metrics", {}))
+        self._clock, self._started, self._seconds_before = clock, clock(), stored.seconds
+        self._exhausted = self._blocked = False
+        if max(self._ledger().attempts, default=-1) >= len(self._optuna.trials()):
+            raise StorageError(f"{store.safe_url}: Optuna's study {self.name!r} was deleted, its results were not")
+        self._rungs = Rungs()
+        for row in store.rungs(self.name):
+            entry = Entry(self.aims.vector(row.metrics), self.aims.total_violation(row.metrics), row.kept)
+            self._rungs.record(row.group, row.index, row.trial, entry)
+
+    @classmethod
+    def open(
+        cls, plan: Plan, store: Store, *, environment: Mapping[str, Any] | None = None, **options: Any
+    ) -> Search:
+        """Begin the study in a created database, or continue it.
+
+        Raises:
+            StudyError: the database holds a study of this name that is another one.
+        """
+        new, stored = identity(plan), store.find(plan.study.name)
+        if stored:
+            refuse_change(plan, stored.identity, new)
+        columns = {"definition": plan.study.to_dict(), "identity": new, "space_hash": plan.space_hash}
+        if environment is not None:
+            columns["environment"] = environment
+        store.begin(plan.study.name, subject=plan.teacher.to_dict(), **columns)
+        return cls(plan, store, store.optuna_study(plan.study.name, plan.study.directions), **options)
+
+    # ---- handing out --------------------------------------------------------------------------------------------
+
+    def next(self) -> Assignment | None:
+        """What to run next; None when there is nothing to hand out now.
+
+        First what was taken back, then baselines, then, once those are done, proposals within the budget.
+        """
+        if self._blocked:  # an executor may ask many times a second
+            return None
+        assignment = self._next()
+        if assignment is None:
+            self._blocked = self._ledger().running
+        return assignment
+
+    def _next(self) -> Assignment | None:
+        self._keep_time()
+        if self._out_of_time:
+            return None
+        trials, ledger = self._optuna.trials(), self._ledger()
+        if self._put_back_unclaimed(trials, ledger) or _any(trials, TrialState.WAITING):
+            if assignment := self._hand_out(self._ask(trials), ledger):
+                return assignment
+            return self._next()
+        if missing := ledger.missing(self.baselines):
+            name, recipe = missing[0]
+            self._optuna.enqueue({}, baseline=name, recipe=recipe.to_list())
+            return self._hand_out(self._ask(trials), ledger)
+        if ledger.baseline_running or self._spent(ledger):
+            return None
+        return self._propose(trials, ledger)
+
+    @property
+    def done(self) -> bool:
+        """Whether the budget is spent and nothing is outstanding."""
+        if self._blocked:
+            return False
+        ledger = self._ledger()
+        if ledger.running:
+            return False
+        if self._out_of_time:
+            return True
+        if _any(self._optuna.trials(), TrialState.WAITING) or ledger.missing(self.baselines):
+            return False
+        return self._spent(ledger) is not None
+
+    @property
+    def reason(self) -> str | None:
+        """Why nothing more is proposed; None while something is."""
+        if self._out_of_time:
+            return f"the budget of {self.settings.hours:g} hours is spent"
+        return self._spent(self._ledger())
+
+    def _propose(self, trials: Sequence[FrozenTrial], ledger: Ledger) -> Assignment | None:
+        """A recipe not tried before: from the sampler, or, when it repeats itself, drawn at random."""
+        for _ in range(REASKS - ledger.trailing_duplicates):
+            if assignment := self._hand_out(self._ask(trials, starting=True), ledger):
+                return assignment
+            trials, ledger = self._optuna.trials(), self._ledger()
+        point = self._unseen_point(len(trials), ledger.seen)
+        if point is None:
+            self._exhausted = True
+            return None
+        self._optuna.enqueue(point, drawn=True)
+        return self._hand_out(self._ask(trials), ledger)
+
+    def _ask(self, trials: Sequence[FrozenTrial], starting: bool = False) -> optuna.Trial:
+        """A running trial of Optuna's; ``starting`` lets the next starting point go first."""
+        marks = [trial.user_attrs for trial in trials]
+        started = sum("start" in mark for mark in marks)
+        if starting and self.settings.sampler == "auto":
+            for point in self.plan.starting_points()[started : started + 1]:
+                self._optuna.enqueue(point, start=started)
+        other = sum("baseline" in mark or mark.get("state") == "duplicate" for mark in marks)
+        seed = derive_seed(self.settings.seed, "sampler", len(trials))
+        return self._optuna.ask(make_sampler(self.settings.sampler, seed, len(trials) - started - other))
+
+    def _hand_out(self, trial: optuna.Trial, ledger: Ledger) -> Assignment | None:
+        """Write down the next attempt at the trial; None when its recipe is a duplicate, which is told."""
+        number, marks = trial.number, trial.user_attrs
+        if before := ledger.get(number):
+            return self._begin(number, before.attempt + 1, before.recipe, before.baseline)
+        if "baseline" in marks:
+            return self._begin(number, 0, Recipe.from_list(marks["recipe"]), marks["baseline"])
+        recipe = self.plan.propose(trial)
+        if (twin := ledger.seen.get(recipe.key)) is None:
+            return self._begin(number, 0, recipe)
+        self._begin(number, 0, recipe, state="duplicate")
+        self._optuna.tell(number, TrialState.PRUNED, attributes={"state": "duplicate", "duplicate_of": twin})
+        return None
+
+    def _begin(
+        self, number: int, attempt: int, recipe: Recipe, baseline: str | None = None, state: str = "running"
+    ) -> Assignment:
+        seed = derive_seed(self.settings.seed, "trial", number)
+        assignment = Assignment(number, attempt, recipe, seed, baseline, dict(self.reference))
+        self.store.begin_attempt(self.name, assignment, state)
+        return assignment
+
+    def _unseen_point(self, rows: int, seen: Mapping[str, int]) -> dict[str, Any] | None:
+        """Parameters of a random recipe that is new; drawn in memory, so that they leave no rows."""
+        seed = derive_seed(self.settings.seed, "draw", rows)
+        draws = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+        for _ in range(DRAWS):
+            trial = draws.ask()
+            if self.plan.propose(trial).key not in seen:
+                return trial.params
+        return None
+
+    def _put_back_unclaimed(self, trials: Sequence[FrozenTrial], ledger: Ledger) -> bool:
+        """Requeue trials whose ask reached the database but never came back from it."""
+        unclaimed = [t.number for t in trials if t.state is TrialState.RUNNING and t.number not in ledger]
+        for number in unclaimed:
+            self._optuna.requeue(number)
+        return bool(unclaimed)
+
+    # ---- budget -------------------------------------------------------------------------------------------------
+
+    def _ledger(self) -> Ledger:
+        return Ledger(self.store.last_attempts(self.name))
+
+    def _spent(self, ledger: Ledger) -> str | None:
+        """Which part of the budget is used up, time aside."""
+        exhausted = "every recipe of the space has been tried" if self._exhausted else None
+        return ledger.spent(self.settings.trials) or exhausted
+
+    @property
+    def seconds(self) -> float:
+        """How long the study has been driven, over all sessions."""
+        return self._seconds_before + self._clock() - self._started
+
+    @property
+    def _out_of_time(self) -> bool:
+        hours = self.settings.hours
+        return hours is not None and self.seconds >= 3600 * hours
+
+    def _keep_time(self) -> None:
+        self.store.update_study(self.name, seconds=self.seconds)
+
+    # ---- coming back --------------------------------------------------------------------------------------------
+
+    def report(self, rung: Rung) -> bool:
+        """Whether the trial may go on. The first decision on a rung stands; only the newest attempt is heard."""
+        attempt = self._ledger().get(rung.number)
+        if attempt is None or attempt.state != "running" or attempt.attempt != rung.attempt:
+            return False
+        if attempt.baseline:
+            return True
+        group = self._group(attempt.recipe)
+        vector, violation = self.aims.vector(rung.metrics), self.aims.total_violation(rung.metrics)
+        entry = self._rungs.judge(group, rung.index, rung.number, vector, violation)
+        if self.settings.early_stop == "none":
+            entry = replace(entry, kept=True)
+        elif self.aims.hopeless(rung.metrics):
+            entry = replace(entry, kept=False)
+        self.store.write_rung(self.name, rung, group, entry.kept)
+        self._rungs.record(group, rung.index, rung.number, entry)
+        return entry.kept
+
+    def finish(self, result: Result) -> None:
+        """Take in what an attempt came to; whatever comes after the first such result is ignored.
+
+        A late result of an older attempt is as good as one of the newest: the recipe is the same.
+
+        Raises:
+            ValueError: the attempt was never handed out.
+        """
+        attempt = self._ledger().get(result.number)
+        if attempt is None or result.attempt > attempt.attempt:
+            raise ValueError(f"attempt {result.attempt} of trial {result.number} was never handed out")
+        if self._optuna.state(result.number).is_finished():
+            return
+        self._blocked = False
+        self._keep_time()
+        result = self.aims.checked(replace(result, attempt=attempt.attempt))
+        self.store.write_result(self.name, result)
+        self._tell(result, attempt)
+
+    def died(self, number: int, attempt: int, failure: Failure) -> bool:
+        """Take back an attempt whose process died or overran; whether :meth:`next` will hand out another one.
+
+        A trial is tried again ``search.retries`` times, after a timeout once at most, and then failed.
+        """
+        last = self._ledger().get(number)
+        if last is None or last.attempt != attempt or last.state != "running":
+            return False
+        retries = min(self.settings.retries, 1) if failure.kind == "timeout" else self.settings.retries
+        if last.history.count("died") < retries:
+            self._blocked = False
+            self.store.end_attempt(self.name, number, attempt, "died", failure)
+            self._optuna.requeue(number)
+            return True
+        self.finish(Result(number, attempt, "failed", failure=failure))
+        return False
+
+    def release(self) -> None:
+        """Take back everything that runs: it waits for the next session, and nothing is held against it."""
+        self._keep_time()
+        ledger = self._ledger()
+        for trial in self._optuna.trials():
+            if trial.state is TrialState.RUNNING:
+                if (attempt := ledger.get(trial.number)) and attempt.state == "running":
+                    self.store.end_attempt(self.name, trial.number, attempt.attempt, "released")
+                self._optuna.requeue(trial.number)
+
+    def reconcile(self, read_result: Callable[[int], Result | None]) -> Counts:
+        """Bring the database to where it would be had the last driver not died; call it before anything else.
+
+        Args:
+            read_result: what the workers of a trial left behind, by its number.
+        """
+        counts, ledger = Counts(), self._ledger()
+        for trial in self._optuna.trials():
+            running, attempt = trial.state is TrialState.RUNNING, ledger.get(trial.number)
+            if trial.state.is_finished() or (attempt is None and not running):
+                continue
+            if attempt is None:
+                self._optuna.requeue(trial.number)
+                counts = replace(counts, requeued=counts.requeued + 1)
+            elif result := self._left_behind(attempt, read_result):
+                self._tell(result, attempt)
+                counts = replace(counts, told=counts.told + 1)
+            elif running:
+                given_up = self._take_back(attempt)
+                name = "given_up" if given_up else "requeued"
+                counts = replace(counts, **{name: getattr(counts, name) + 1})
+        return counts
+
+    def _left_behind(self, attempt: LastAttempt, read_result: Callable[[int], Result | None]) -> Result | None:
+        """The result of a trial that was not told: from its rows, or from what a worker wrote."""
+        if attempt.state in (*FINISHED, "duplicate"):
+            return self.store.result(self.name, attempt.number, attempt.attempt)
+        result = read_result(attempt.number)
+        # a file of a former study in the same place is none of ours
+        if result is None or result.attempt > attempt.attempt:
+            return None
+        if result.measurements.get("recipe", attempt.key) != attempt.key:
+            return None
+        result = self.aims.checked(replace(result, attempt=attempt.attempt))
+        self.store.write_result(self.name, result)
+        return result
+
+    def _take_back(self, attempt: LastAttempt) -> bool:
+        """Requeue a trial whose driver died, or give it up as the likely cause; whether it was given up."""
+        lost = attempt.history.count("lost")
+        if attempt.state == "running":
+            if lost + 1 >= MAX_LOST:
+                message = f"the driver died {MAX_LOST} times while this trial ran"
+                self.finish(Result(attempt.number, attempt.attempt, "failed", failure=Failure("died", message)))
+                return True
+            self.store.end_attempt(self.name, attempt.number, attempt.attempt, "lost")
+        self._optuna.requeue(attempt.number)
+        return False
+
+    # ---- telling ------------------------------------------------------------------------------------------------
+
+    def _tell(self, result: Result, attempt: LastAttempt) -> None:
+        """The commit: attributes and constraints, then the end of the trial."""
+        attributes = {"state": result.state, "recipe": str(attempt.recipe), "attempts": result.attempt + 1}
+        attributes |= {name: value for name, value in result.metrics.items() if math.isfinite(value)}
+        if result.failure:
+            attributes["error"] = result.failure.message.partition("\n")[0]
+        if attempt.baseline:
+            self._freeze_reference(result, attempt.recipe)
+            self._optuna.tell(result.number, TrialState.FAIL, attributes=attributes)
+            return
+        constraints = {**self.aims.violations(result.metrics), "ran": 1.0 if result.state == "failed" else -1.0}
+        complete = result.state == "complete"
+        values = [result.metrics[name] for name in self.aims.objectives] if complete else None
+        state = TrialState.COMPLETE if complete else TrialState.PRUNED
+        self._optuna.tell(result.number, state, values, constraints, attributes)
+
+    def _freeze_reference(self, result: Result, recipe: Recipe) -> None:
+        """The first complete teacher's metrics stand for the whole study."""
+        if recipe.steps or result.state != "complete" or self.reference:
+            return
+        self.reference = dict(result.metrics)
+        kept = self.store.study(self.name).reference
+        self.store.update_study(self.name, reference={**kept, "metrics": self.reference})
+
+    def _group(self, recipe: Recipe) -> str:
+        """Whom a trial is compared with: those that make their student in the same way."""
+        students = [name for name in recipe.methods if self.plan.methods[name].stage is Stage.STUDENT]
+        return students[0] if students else ""
+
+
+def _any(trials: Sequence[FrozenTrial], state: TrialState) -> bool:
+    return any(trial.state is state for trial in trials)

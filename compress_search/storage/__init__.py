@@ -1,0 +1,366 @@
+"""The study's rows beside Optuna's: what a driver writes, and all that can be read back without a search.
+
+Owns the queries on the ``cs_*`` tables. Knows nothing of what the rows mean for a search. One driver writes;
+anyone may read. Every write is an upsert keyed by (study, trial, …), so that a replay after a crash changes
+nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+from sqlalchemy import String, cast, select
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from compress_search.errors import StorageError, StudyLocked
+from compress_search.recipe import Recipe
+from compress_search.records import Assignment, Failure, Result, Rung
+from compress_search.storage.database import Database
+from compress_search.storage.lock import StudyLock, lock_for
+from compress_search.storage.stored import (
+    LastAttempt,
+    RungRow,
+    StudyInfo,
+    TrialRow,
+    attempt_result,
+    plain,
+    rung_row,
+    study_info,
+    trial_row,
+)
+from compress_search.storage.tables import (
+    OPTUNA_STUDIES,
+    OPTUNA_TRIALS,
+    AttemptRow,
+    Base,
+    MeasurementRow,
+    ReportRow,
+    StudyRow,
+    now,
+)
+
+__all__ = ["LastAttempt", "RungRow", "Store", "StudyInfo", "TrialRow"]
+
+Row = TypeVar("Row", bound=Base)
+
+
+class Store(Database):
+    """The studies in a database; see :class:`compress_search.storage.database.Database` for its arguments."""
+
+    _lock: StudyLock | None = None
+
+    # ---- one driver ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """Be the study's only driver inside the block.
+
+        Raises:
+            StudyLocked: there is another one; the text names it.
+        """
+        lock = lock_for(self._url, name)
+        if not self._acquire(lock):
+            raise StudyLocked(f"study {name!r} is already being run by {self._holder(name)}")
+        self._lock = lock
+        try:
+            yield
+        finally:
+            self._lock = None
+            lock.release()
+
+    def _acquire(self, lock: StudyLock) -> bool:
+        try:
+            return lock.acquire()
+        except SQLAlchemyError as error:
+            raise self._fault(error) from error
+
+    def _renew_lock(self, name: str) -> None:
+        """Take the lock again if its connection broke, and stop if another driver was faster."""
+        if self._lock and not self._lock.held() and not self.patiently(self._lock.acquire):
+            raise StudyLocked(f"study {name!r} was taken over by {self._holder(name)}")
+
+    def _holder(self, name: str) -> str:
+        study = self.find(name) if self.exists else None
+        if study is None or not study.driver:
+            return "another process"
+        return "process {pid} on {host} since {since}".format(**study.driver)
+
+    # ---- the study ----------------------------------------------------------------------------------------------
+
+    def find(self, name: str) -> StudyInfo | None:
+        """What is stored of a study; None when there is none of this name."""
+
+        def work(session: Session) -> StudyInfo | None:
+            row = session.scalar(select(StudyRow).filter_by(name=name))
+            return None if row is None else study_info(row)
+
+        return self._run(work)
+
+    def study(self, name: str) -> StudyInfo:
+        """What is stored of a study.
+
+        Raises:
+            StorageError: there is no database, or no study of this name in it.
+        """
+        self.check()
+        found = self.find(name)
+        if found is None:
+            raise StorageError(f"no study named {name!r} in {self.safe_url}: it has not been run yet")
+        return found
+
+    def begin(self, name: str, **columns: Any) -> StudyInfo:
+        """Write down that this process drives the study now, and the given columns of its row.
+
+        A new study needs ``definition``, ``identity``, ``space_hash`` and ``subject``.
+
+        Raises:
+            StorageError: the study is new to us, but Optuna has one of this name: somebody else's.
+        """
+
+        def work(session: Session) -> StudyInfo:
+            row = session.scalar(select(StudyRow).filter_by(name=name))
+            if row is None:
+                self._refuse_stranger(session, name)
+                row = StudyRow(name=name, seconds=0.0, created=now(), **{"reference": {}, "environment": {}})
+                session.add(row)
+            for column, value in columns.items():
+                setattr(row, column, plain(value))
+            row.driver = _myself()
+            session.flush()
+            return study_info(row)
+
+        return self._run(work)
+
+    def _refuse_stranger(self, session: Session, name: str) -> None:
+        if session.scalar(select(OPTUNA_STUDIES.c.study_id).where(OPTUNA_STUDIES.c.study_name == name)):
+            raise StorageError(f"{self.safe_url}: holds another Optuna study named {name!r}; choose another name")
+
+    def update_study(self, name: str, **columns: Any) -> None:
+        """Set columns of a study's row: ``seconds``, ``reference``, ``environment``."""
+
+        def work(session: Session) -> None:
+            row = _study_row(session, name)
+            for column, value in columns.items():
+                setattr(row, column, plain(value))
+
+        self._run(work)
+
+    # ---- attempts -----------------------------------------------------------------------------------------------
+
+    def begin_attempt(self, name: str, assignment: Assignment, state: str = "running") -> None:
+        """Write down what is about to be handed out, or, in the state "duplicate", was not."""
+        self._renew_lock(name)
+
+        def work(session: Session) -> None:
+            row = _upsert(
+                session,
+                AttemptRow,
+                study_id=_study_row(session, name).id,
+                trial=assignment.number,
+                attempt=assignment.attempt,
+            )
+            row.state, row.baseline, row.seed = state, assignment.baseline, assignment.seed
+            row.recipe, row.recipe_key = assignment.recipe.to_list(), assignment.recipe.key
+            row.metrics, row.intervals, row.seconds, row.environment = {}, {}, {}, {}
+            row.artifact, row.failure, row.provisional, row.ended = None, None, False, None
+            row.started = now()
+
+        self._run(work)
+
+    def end_attempt(self, name: str, number: int, attempt: int, state: str, failure: Failure | None = None) -> None:
+        """Write down that an attempt ended without a result."""
+
+        def work(session: Session) -> None:
+            row = _attempt_row(session, name, number, attempt)
+            row.state, row.ended = state, now()
+            row.failure = asdict(failure) if failure else None
+
+        self._run(work)
+
+    def write_result(self, name: str, result: Result) -> None:
+        """Write down what an attempt came to, its raw measurements included."""
+        self._renew_lock(name)
+
+        def work(session: Session) -> None:
+            row = _attempt_row(session, name, result.number, result.attempt)
+            row.state, row.ended = result.state, now()
+            row.metrics, row.intervals = plain(result.metrics), plain(result.intervals)
+            row.seconds, row.artifact = plain(result.seconds), result.artifact
+            row.failure = asdict(result.failure) if result.failure else None
+            row.environment, row.provisional = plain(result.environment), result.provisional
+            for kind, data in result.measurements.items():
+                _measure(session, row.study_id, result.number, result.attempt, kind, data)
+
+        self._run(work)
+
+    def last_attempts(self, name: str) -> dict[int, LastAttempt]:
+        """The newest attempt of every trial that has one."""
+        columns = (
+            AttemptRow.trial,
+            AttemptRow.attempt,
+            AttemptRow.state,
+            AttemptRow.recipe,
+            AttemptRow.recipe_key,
+            AttemptRow.baseline,
+        )
+
+        def work(session: Session) -> dict[int, LastAttempt]:
+            mine = AttemptRow.study_id == _study_row(session, name).id
+            found: dict[int, LastAttempt] = {}
+            query = select(*columns).where(mine).order_by(AttemptRow.trial, AttemptRow.attempt)
+            for number, attempt, state, recipe, key, baseline in session.execute(query):
+                before = found.get(number)
+                history = (*before.history, before.state) if before else ()
+                found[number] = LastAttempt(
+                    number, attempt, state, Recipe.from_list(recipe), key, baseline, history
+                )
+            return found
+
+        return self._run(work)
+
+    def result(self, name: str, number: int, attempt: int) -> Result:
+        """What is written down of an attempt, measurements aside."""
+
+        def work(session: Session) -> Result:
+            return attempt_result(_attempt_row(session, name, number, attempt))
+
+        return self._run(work)
+
+    # ---- rungs and measurements ---------------------------------------------------------------------------------
+
+    def write_rung(self, name: str, rung: Rung, group: str, kept: bool) -> None:
+        """Write down a trial's metrics at a rung and what was decided; the first decision stands."""
+
+        def work(session: Session) -> None:
+            row = _upsert(
+                session, ReportRow, study_id=_study_row(session, name).id, trial=rung.number, rung=rung.index
+            )
+            if row.attempt is None:
+                row.attempt, row.peer_group, row.kept = rung.attempt, group, kept
+                row.metrics, row.at = plain(rung.metrics), now()
+
+        self._run(work)
+
+    def rungs(self, name: str) -> list[RungRow]:
+        """Every report of a study, in the order of their arrival."""
+
+        def work(session: Session) -> list[RungRow]:
+            mine = ReportRow.study_id == _study_row(session, name).id
+            rows = session.scalars(select(ReportRow).where(mine).order_by(ReportRow.id))
+            return [rung_row(row) for row in rows]
+
+        return self._run(work)
+
+    def write_measurement(self, name: str, number: int, kind: str, data: Any, attempt: int = 0) -> None:
+        """Write down raw samples, for example those of the final measurement; the last of a kind stands."""
+
+        def work(session: Session) -> None:
+            _measure(session, _study_row(session, name).id, number, attempt, kind, data)
+
+        self._run(work)
+
+    def measurements(
+        self, name: str, number: int | None = None, kind: str | None = None
+    ) -> dict[int, dict[str, Any]]:
+        """Raw measurements by trial and kind, of one trial or one kind if given."""
+
+        def work(session: Session) -> dict[int, dict[str, Any]]:
+            query = select(MeasurementRow).where(MeasurementRow.study_id == _study_row(session, name).id)
+            if number is not None:
+                query = query.where(MeasurementRow.trial == number)
+            if kind is not None:
+                query = query.where(MeasurementRow.kind == kind)
+            found: dict[int, dict[str, Any]] = {}
+            for row in session.scalars(query.order_by(MeasurementRow.id)):
+                found.setdefault(row.trial, {})[row.kind] = row.data
+            return found
+
+        return self._run(work)
+
+    # ---- reading ------------------------------------------------------------------------------------------------
+
+    def trials(self, name: str) -> list[TrialRow]:
+        """Every trial of a study in the order of their numbers, from the database alone.
+
+        Raises:
+            StorageError: there is no database, or no study of this name in it.
+        """
+        self.study(name)
+        rungs: dict[int, list[RungRow]] = {}
+        for rung in self.rungs(name):
+            rungs.setdefault(rung.trial, []).append(rung)
+
+        def work(session: Session) -> list[TrialRow]:
+            newest: dict[int, AttemptRow] = {}
+            counts: dict[int, int] = {}
+            query = select(AttemptRow).where(AttemptRow.study_id == _study_row(session, name).id)
+            for row in session.scalars(query.order_by(AttemptRow.trial, AttemptRow.attempt)):
+                newest[row.trial] = row
+                counts[row.trial] = counts.get(row.trial, 0) + 1
+            return [
+                trial_row(number, state, newest.get(number), counts.get(number, 0), rungs.get(number, ()))
+                for number, state in session.execute(_optuna_states(name))
+            ]
+
+        return self._run(work)
+
+    def trial(self, name: str, number: int) -> TrialRow:
+        """One trial of a study.
+
+        Raises:
+            StorageError: there is no database, no such study, or no such trial in it.
+        """
+        rows = self.trials(name)
+        if not 0 <= number < len(rows):
+            raise StorageError(f"no trial {number} in study {name!r}: it has {len(rows)}")
+        return rows[number]
+
+
+def _myself() -> dict[str, Any]:
+    since = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
+
+
+def _study_row(session: Session, name: str) -> StudyRow:
+    row = session.scalar(select(StudyRow).filter_by(name=name))
+    if row is None:
+        raise StorageError(f"no study named {name!r}: it has not been run yet")
+    return row
+
+
+def _attempt_row(session: Session, name: str, number: int, attempt: int) -> AttemptRow:
+    key = {"study_id": _study_row(session, name).id, "trial": number, "attempt": attempt}
+    return session.scalars(select(AttemptRow).filter_by(**key)).one()
+
+
+def _upsert(session: Session, table: type[Row], **key: Any) -> Row:
+    """The row of this key, added when it is new. One driver writes, so nobody can come in between."""
+    row = session.scalar(select(table).filter_by(**key))
+    if row is None:
+        row = table(**key)
+        session.add(row)
+    return row
+
+
+def _measure(session: Session, study_id: int, number: int, attempt: int, kind: str, data: Any) -> None:
+    row = _upsert(session, MeasurementRow, study_id=study_id, trial=number, kind=kind)
+    row.attempt, row.data, row.at = attempt, plain(data), now()
+
+
+def _optuna_states(name: str) -> Any:
+    """Number and state of every trial of a study, straight from Optuna's tables."""
+    state = cast(OPTUNA_TRIALS.c.state, String)  # an enumeration on PostgreSQL
+    of_study = OPTUNA_TRIALS.c.study_id == OPTUNA_STUDIES.c.study_id
+    return (
+        select(OPTUNA_TRIALS.c.number, state)
+        .join(OPTUNA_STUDIES, of_study)
+        .where(OPTUNA_STUDIES.c.study_name == name)
+        .order_by(OPTUNA_TRIALS.c.number)
+    )

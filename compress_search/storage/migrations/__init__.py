@@ -1,0 +1,1 @@
+"""The schema's history; run by :mod:`compress_search.storage.schema`, or by hand with ``alembic``."""

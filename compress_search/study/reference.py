@@ -1,0 +1,125 @@
+"""docs/study-reference.md, written from the schema so that it cannot drift.
+
+``python -m compress_search.study.reference`` prints it. Owns how the schema is shown, and knows nothing of how a
+study is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from compress_search.study import Study
+from compress_search.study.goals import COSTS, METRICS, direction
+
+Schema = Mapping[str, Any]
+"""A JSON schema, or a part of one."""
+
+COST_MEANINGS = {
+    "latency_ms": "median milliseconds of a batch: the ratio to the teacher, measured side by side, × its latency",
+    "speedup": "the teacher's latency over the candidate's",
+    "throughput": "examples a second",
+    "size_mb": "MB (10⁶ bytes) of the files the runtime loads",
+    "memory_mb": "peak resident MB of the measuring process above its empty self",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One key of a section as the reference shows it."""
+
+    key: str
+    value: str
+    default: str
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A mapping within the study file; the file itself has no key."""
+
+    key: str
+    meaning: str
+    rows: tuple[Row, ...]
+
+
+def sections(schema: Schema, definitions: Mapping[str, Schema], key: str = "") -> Iterator[Section]:
+    """The section of a schema and all below it, in the order of the file."""
+    required = schema.get("required", ())
+    rows = (_row(name, part, name in required) for name, part in schema["properties"].items())
+    yield Section(key, schema["description"], tuple(rows))
+    for name, part in schema["properties"].items():
+        if below := _reference(part):
+            yield from sections(definitions[below], definitions, f"{key}.{name}".lstrip("."))
+
+
+def reference() -> str:
+    """The page as Markdown."""
+    schema = Study.model_json_schema()
+    environment = Environment(
+        loader=PackageLoader("compress_search"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    costs = {name: COST_MEANINGS[name] for name in COSTS}
+    return environment.get_template("study-reference.md.j2").render(
+        sections=list(sections(schema, schema["$defs"])), metrics=METRICS, costs=costs, direction=direction
+    )
+
+
+def _reference(part: Schema) -> str | None:
+    """The name of the section a key holds, if it holds one."""
+    return next((option["$ref"].rpartition("/")[2] for option in _options(part) if "$ref" in option), None)
+
+
+def _row(name: str, part: Schema, required: bool) -> Row:
+    return Row(name, _values(part), _escape(_default(part, required)), _escape(part["description"]))
+
+
+def _default(part: Schema, required: bool) -> str:
+    if "derived" in part:
+        return str(part["derived"])
+    default = part.get("default")
+    if isinstance(default, str | int | float):
+        return f"`{default}`"
+    return "required" if required else ""
+
+
+def _values(part: Schema) -> str:
+    """What may be written, in words."""
+    return " or ".join(filter(None, (_value(option) for option in _options(part))))
+
+
+def _options(part: Schema) -> list[Schema]:
+    """The alternatives of a key but for null, which only stands for leaving it out."""
+    return [option for option in part.get("anyOf", [part]) if option.get("type") != "null"]
+
+
+def _value(option: Schema) -> str:
+    if "$ref" in option:
+        return "mapping, see below"
+    if "const" in option or "enum" in option:
+        return ", ".join(f"`{value}`" for value in option.get("enum", [option.get("const")]))
+    kind = str(option["type"])
+    names = {"array": "list", "string": "text", "object": "mapping"}
+    return f"{names.get(kind, kind)} {', '.join(_bounds(option))}".rstrip()
+
+
+def _bounds(option: Schema) -> Iterator[str]:
+    signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    for name, sign in signs.items():
+        if name in option:
+            yield f"{sign} {option[name]}"
+
+
+def _escape(text: str) -> str:
+    """Text that stays in its cell, with every <placeholder> visible."""
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

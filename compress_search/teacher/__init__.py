@@ -1,0 +1,132 @@
+"""The teacher: found or made, trained on the task if need be, and put away in one form for every worker.
+
+Owns the directory it is kept in and when that is made. Knows nothing of recipes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
+
+import compress_search
+from compress_search.cache import content_addressed
+from compress_search.candidate import Subject
+from compress_search.data import tokenize_rows, training_batches
+from compress_search.data.rows import Raw
+from compress_search.encoders import subject_of
+from compress_search.recipe import digest
+from compress_search.study import Study
+from compress_search.tasks import Task
+from compress_search.teacher import pretrained, scratch
+from compress_search.teacher.networks import HEADS, auto_class, quiet
+from compress_search.training import fit, planned_steps, task_loss
+
+
+def teacher_subject(study: Study, task: Task) -> Subject:
+    """The teacher's shapes, from its configuration alone: no weights are read and nothing is created.
+
+    Raises:
+        StudyError: the model cannot be found or read, its family is not supported, or it does not fit the task,
+            the data's labels or ``data.max_length``.
+    """
+    with no_init_weights(), torch.device("meta"), quiet():
+        network = auto_class(task.tokens).from_config(_config(study, task))
+    return subject_of(network, task.name, _device(study))
+
+
+def prepare_teacher(
+    study: Study, raw: Raw, task: Task, cache: Path, *, on_progress: Callable[[int], None] | None = None
+) -> Path:
+    """The directory of the task's teacher, made on the first call: ``save_pretrained``'s files and a tokenizer.
+
+    A fine-tuned model is kept as it is, with its labels in the task's order; otherwise it is trained here, from
+    a pretrained model or from scratch. The directory's name hashes all that decides its content.
+
+    Args:
+        study: names the teacher.
+        raw: its training rows are the teacher's.
+        task: gives the labels and their order.
+        cache: holds the directory.
+        on_progress: called with the number of steps done while a teacher is trained.
+
+    Raises:
+        StudyError: see :func:`teacher_subject`; or the weights are damaged or not there.
+        NotFinite: the training diverged.
+    """
+    config = _config(study, task)
+    source = None if study.teacher.architecture else pretrained.directory_of(study)
+
+    def build(directory: Path) -> None:
+        if source:
+            network, tokenizer = pretrained.load_pretrained(study, source, config, task)
+        else:
+            network, tokenizer = scratch.new_network(study, raw.train, config, task)
+        if study.teacher.fine_tune:
+            _fine_tune(network, tokenizer, study, raw, task, cache, on_progress)
+        with quiet():
+            network.cpu().save_pretrained(directory)
+            tokenizer.save_pretrained(directory)
+
+    origin = pretrained.files_digest(source) if source else scratch.fingerprint(study)
+    trained = _training_fingerprint(study, raw) if study.teacher.fine_tune else None
+    key = digest(["teacher", compress_search.__version__, origin, task.to_dict(), trained])
+    return content_addressed(cache, key, build)
+
+
+def load_teacher(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The teacher and its tokenizer from :func:`prepare_teacher`'s directory: frozen, in evaluation mode."""
+    with quiet():
+        kind: str = AutoConfig.from_pretrained(path).architectures[0]
+        auto = auto_class(tokens=kind.endswith(HEADS[True]))
+        network = auto.from_pretrained(path, attn_implementation="sdpa", dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    return network.to(device).eval().requires_grad_(False), tokenizer
+
+
+def _config(study: Study, task: Task) -> Any:
+    """The teacher's configuration; every complaint that needs no weights comes from here."""
+    return scratch.new_config(study, task) if study.teacher.architecture else pretrained.read_config(study, task)
+
+
+def _training_fingerprint(study: Study, raw: Raw) -> list[Any]:
+    assert study.teacher.fine_tune
+    settings = study.teacher.fine_tune.model_dump(mode="json")
+    shared = [study.training.warmup, study.training.weight_decay, study.data.max_length, study.search.seed]
+    return [settings, shared, raw.train.digest]
+
+
+def _fine_tune(
+    network: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    study: Study,
+    raw: Raw,
+    task: Task,
+    cache: Path,
+    on_progress: Callable[[int], None] | None,
+) -> None:
+    settings = study.teacher.fine_tune
+    assert settings
+    train = tokenize_rows(raw.train, tokenizer, study.data.max_length, task, cache)
+    device = _device(study)
+    fit(
+        network.to(device),
+        training_batches(train, settings.batch_size, study.search.seed),
+        planned_steps(len(train), settings.batch_size, settings.epochs),
+        task_loss(task),
+        learning_rate=settings.learning_rate,
+        warmup=study.training.warmup,
+        weight_decay=study.training.weight_decay,
+        device=device,
+        seed=study.search.seed,
+        on_progress=on_progress,
+    )
+
+
+def _device(study: Study) -> str:
+    return "cuda" if study.cluster.gpus_per_trial > 0 else "cpu"

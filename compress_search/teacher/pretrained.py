@@ -1,0 +1,226 @@
+"""A model that is there already: found, fetched, checked against task and data, and loaded.
+
+Owns every complaint about a model and the order of its labels. Knows nothing of training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from compress_search.encoders import FAMILIES, head, inputs
+from compress_search.study import Study
+from compress_search.tasks import Task
+from compress_search.teacher.networks import HEADS, auto_class, quiet, seeded, with_labels
+
+_DESCRIPTION = ("*.json", "*.txt", "*.model")
+_SAFE, _LEGACY = "*.safetensors", "pytorch_model*.bin"
+_TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
+
+
+def read_config(study: Study, task: Task) -> PreTrainedConfig:
+    """The model's configuration, after every check that needs nothing else; a head to be trained is relabelled.
+
+    Raises:
+        StudyError: see :func:`compress_search.teacher.teacher_subject`.
+    """
+    config = _read(study)
+    _check_family(study, config)
+    _check_positions(study, config)
+    if study.teacher.fine_tune:
+        return with_labels(config, task)
+    _check_head(study, config, task)
+    _label_order(study, config, task)
+    return config
+
+
+def _read(study: Study) -> PreTrainedConfig:
+    model = str(study.teacher.model)
+    try:
+        with quiet():
+            config: PreTrainedConfig = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError, KeyError) as error:
+        raise study.error(
+            "teacher.model", f"cannot read the model's configuration: {_first_line(error)}"
+        ) from error
+    if Path(model).is_dir() and not any((Path(model) / name).is_file() for name in _TOKENIZERS):
+        # without one the library would quietly make up a tokenizer of five pieces
+        raise study.error("teacher.model", f"no tokenizer beside the model: expected {' or '.join(_TOKENIZERS)}")
+    return config
+
+
+def _check_family(study: Study, config: PreTrainedConfig) -> None:
+    if config.model_type not in FAMILIES:
+        raise study.error(
+            "teacher.model",
+            f"models of the family {config.model_type!r} are not supported: expected {_either(FAMILIES)}",
+        )
+
+
+def _check_positions(study: Study, config: PreTrainedConfig) -> None:
+    # RoBERTa numbers its positions from just after the padding's number
+    reserved = config.pad_token_id + 1 if "roberta" in config.model_type else 0
+    longest = config.max_position_embeddings - reserved
+    if study.data.max_length > longest:
+        raise study.error(
+            "data.max_length", f"the teacher reads at most {longest} tokens, got {study.data.max_length}"
+        )
+
+
+def _check_head(study: Study, config: PreTrainedConfig, task: Task) -> None:
+    kind = (config.architectures or ["a model of unknown kind"])[0]
+    if not kind.endswith(HEADS[task.tokens]):
+        raise study.error(
+            "teacher.model",
+            f"{kind} has no head for {task.name}: name a fine-tuned model, or give teacher.fine_tune to train one",
+        )
+    if getattr(config, "problem_type", None) == "multi_label_classification":
+        raise study.error("teacher.model", "the model predicts several labels at once, which is not supported")
+
+
+def _label_order(study: Study, config: PreTrainedConfig, task: Task) -> list[int]:
+    """Which of the teacher's logits belongs to each label of the task."""
+    names = [str(name) for _, name in sorted((config.id2label or {}).items())]
+    try:
+        return match_labels(task.labels, names)
+    except ValueError as error:
+        raise study.error("teacher.model", str(error)) from error
+
+
+def match_labels(labels: Sequence[str], names: Sequence[str]) -> list[int]:
+    """For each label the position of the same name; case is ignored where that leaves no doubt.
+
+    Labels that are the numbers 0 … C-1 are positions themselves, whatever the names. No labels: a regression,
+    of one output.
+
+    Raises:
+        ValueError: the names are not those of the labels.
+    """
+    if len(names) != (len(labels) or 1):
+        wanted = f"{len(labels)} classes ({_some(labels)})" if labels else "a number to predict"
+        raise ValueError(f"the model has {len(names)} outputs ({_some(names)}), the data have {wanted}")
+    if not labels or list(labels) == [str(i) for i in range(len(labels))]:
+        return list(range(len(names)))
+    for fold in (str, str.casefold):
+        folded = [fold(name) for name in names]
+        if len(set(folded)) == len(folded) and set(folded) == set(map(fold, labels)):
+            return [folded.index(fold(label)) for label in labels]
+    raise ValueError(
+        f"the model's labels ({_some(names)}) are not those of the data ({_some(labels)}): "
+        "name them in id2label of its config.json"
+    )
+
+
+def directory_of(study: Study) -> Path:
+    """The model's files on this machine, fetched from the hub if need be."""
+    model = str(study.teacher.model)
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    try:
+        with quiet():
+            fetched = Path(snapshot_download(model, allow_patterns=[*_DESCRIPTION, _SAFE], ignore_patterns="*/*"))
+            if not any(fetched.glob(_SAFE)):
+                snapshot_download(model, allow_patterns=[_LEGACY], ignore_patterns="*/*")
+    except (OSError, ValueError) as error:
+        raise study.error("teacher.model", f"cannot fetch {model} from the hub: {_first_line(error)}") from error
+    return fetched
+
+
+def files_digest(directory: Path) -> str:
+    """SHA-256 over the names and bytes of a model's files."""
+    content = hashlib.sha256()
+    for path in sorted(path for pattern in (*_DESCRIPTION, _SAFE, _LEGACY) for path in directory.glob(pattern)):
+        with path.open("rb") as file:
+            content.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return content.hexdigest()
+
+
+def load_pretrained(
+    study: Study, source: Path, config: PreTrainedConfig, task: Task
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The model's network and tokenizer, its logits in the order of the task's labels.
+
+    Raises:
+        StudyError: files are missing, damaged or do not belong together.
+    """
+    trained = study.teacher.fine_tune is not None
+    order = None if trained else _label_order(study, config, task)
+    try:
+        with quiet(), seeded(study.search.seed):
+            network, info = auto_class(task.tokens).from_pretrained(
+                source,
+                config=config,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=trained,
+                output_loading_info=True,
+            )
+    except Exception as error:  # damaged files fail in as many ways as there are formats
+        raise study.error("teacher.model", f"cannot load the weights: {_first_line(error)}") from error
+    _check_weights(
+        study, network, [key for key in info["missing_keys"] if not (trained and _is_head(key, network))]
+    )
+    if order and order != sorted(order):
+        reorder_logits(network, order)
+        with_labels(network.config, task)
+    return network, _tokenizer(study, source, network, task)
+
+
+def _check_weights(study: Study, network: nn.Module, missing: Sequence[str]) -> None:
+    if missing:
+        raise study.error("teacher.model", f"the weights lack {len(missing)} tensors, such as {min(missing)}")
+    for name, tensor in network.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise study.error("teacher.model", f"the weights are damaged: {name} holds infinities or no numbers")
+
+
+def _is_head(name: str, network: Any) -> bool:
+    """Whether a tensor belongs to what fine-tuning may start anew: the classifier and the pooler before it."""
+    return not name.startswith(f"{network.base_model_prefix}.") or ".pooler." in name
+
+
+def reorder_logits(network: nn.Module, order: Sequence[int]) -> None:
+    """Permute the classifier in place: logit i becomes what logit ``order[i]`` was."""
+    classifier = [m for module in head(network) for m in module.modules() if isinstance(m, nn.Linear)][-1]
+    with torch.no_grad():
+        classifier.weight.copy_(classifier.weight[list(order)])
+        classifier.bias.copy_(classifier.bias[list(order)])
+
+
+def _tokenizer(study: Study, source: Path, network: Any, task: Task) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, told which inputs the network takes."""
+    # byte-level BPE writes the space into a word's first piece; words that come one by one bring none
+    prefix = {"add_prefix_space": True} if task.tokens and network.config.model_type == "roberta" else {}
+    names = list(inputs(network))
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(source, model_input_names=names, **prefix)
+    except Exception as error:  # damaged files fail in as many ways as there are formats
+        raise study.error("teacher.model", f"cannot load the tokenizer: {_first_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise study.error("teacher.model", f"{type(tokenizer).__name__} cannot tell which word a token came from")
+    if len(tokenizer) > network.config.vocab_size:
+        raise study.error(
+            "teacher.model",
+            f"the tokenizer has {len(tokenizer)} pieces, the model embeds only {network.config.vocab_size}",
+        )
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _some(names: Sequence[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (" …" if len(names) > most else "")
+
+
+def _either(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"

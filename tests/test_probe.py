@@ -1,0 +1,78 @@
+"""The probe tells slow kernels from fast ones and from those that do not run; its answer is kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from compress_search.runtimes import probe
+from compress_search.runtimes.probe import Kernel
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda _: tmp_path)
+    probe.describe_kernels.cache_clear()
+    yield tmp_path
+    probe.describe_kernels.cache_clear()
+
+
+def test_the_probe_covers_three_kernels_and_is_short(cache: Path) -> None:
+    probe._measure("cpu")  # the first call also imports the engines
+    start = time.perf_counter()
+    found = {kernel.name: kernel for kernel in probe._measure("cpu")}
+    assert time.perf_counter() - start < 2
+    assert found.keys() == {"int8", "weight-only", "bf16"}
+    for kernel in found.values():
+        assert kernel.ratio is not None, f"{kernel.name} runs on every x86 and ARM build: {kernel.note}"
+        assert kernel.real == (kernel.ratio <= probe._LIMITS[kernel.name])
+
+
+def test_the_answer_is_the_same_for_later_processes(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = probe.describe_kernels()
+    probe.describe_kernels.cache_clear()
+    monkeypatch.setattr(probe, "_measure", lambda device: pytest.fail("measured twice"))
+    assert probe.describe_kernels() == first
+    assert probe.kernels() == {kernel.name for kernel in first if kernel.real}
+
+
+def test_a_spoilt_cache_is_measured_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = (Kernel("int8", True, 0.5, "fast"),)
+    monkeypatch.setattr(probe, "_measure", lambda device: known)
+    probe._store("cpu").write_text('[{"name": "int8"')
+    assert probe.describe_kernels() == known
+    assert probe._read(probe._store("cpu")) == known
+
+
+def test_an_unwritable_cache_only_costs_time(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cache / "file").write_text("")
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda _: cache / "file" / "below")
+    known = (Kernel("int8", True, 0.5, "fast"),)
+    monkeypatch.setattr(probe, "_measure", lambda device: known)
+    assert probe.describe_kernels() == known
+
+
+def test_what_raises_is_not_real() -> None:
+    def broken() -> None:
+        raise NotImplementedError("no such operator\nat line 3")
+
+    verdict = probe._verdict("int8", lambda: (broken, broken))
+    assert verdict == Kernel("int8", False, None, "does not run: no such operator")
+
+
+@pytest.mark.parametrize(("name", "slowdown", "real"), [("int8", 2.0, False), ("int8", 0.5, True)])
+def test_slow_kernels_are_not_real(name: str, slowdown: float, real: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {"ours": slowdown, "theirs": 1.0}
+    monkeypatch.setattr(probe, "_seconds", lambda run: seconds[run()])
+    verdict = probe._verdict(name, lambda: (lambda: "ours", lambda: "theirs"))
+    assert (verdict.real, verdict.ratio) == (real, slowdown)
+
+
+def test_integer_kernels_are_not_offered_on_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "_torch_pair", lambda device: (lambda: None, lambda: None))
+    found = {kernel.name: kernel for kernel in probe._measure("cuda")}
+    assert not found["int8"].real
+    assert found["int8"].note == "no kernel on cuda"
