@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from optuna.distributions import distribution_to_json
 from rich.console import Console
 
+from compress_search import formats
 from compress_search.errors import CompressSearchError, NothingFeasible
 from compress_search.report import (
     Report,
     build_report,
-    formats,
     hypervolume_history,
     page,
     reference_point,
