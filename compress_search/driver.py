@@ -228,7 +228,7 @@ class Announced:
         if assignment:
             self.running[assignment.number] = assignment
             event = progress.TrialStarted(
-                assignment.number, str(assignment.recipe), assignment.attempt, assignment.baseline
+                assignment.number, self._shown(assignment.recipe), assignment.attempt, assignment.baseline
             )
             self.on_event(event)
         return assignment
@@ -259,10 +259,16 @@ class Announced:
         self.running.pop(number, None)
         self.on_event(self._finished(row))
 
+    def _shown(self, recipe: Recipe) -> str:
+        """The recipe with the parameters that this study searches; the others are the same in every trial."""
+        spaces = self.search.plan.spaces
+        searched = {(name, key) for name, space in spaces.items() for key, dim in space.items() if not dim.fixed}
+        return str(recipe.only(searched))
+
     def _finished(self, row: TrialRow) -> progress.TrialFinished:
         return progress.TrialFinished(
             row.number,
-            row.baseline or str(row.recipe),
+            row.baseline or self._shown(row.recipe or Recipe()),
             row.state,
             row.metrics,
             row.seconds.get("total", 0.0),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,15 @@ class Recipe:
     def methods(self) -> tuple[str, ...]:
         """Names of the methods, in order."""
         return tuple(step.method for step in self.steps)
+
+    def only(self, shown: Collection[tuple[str, str]]) -> Recipe:
+        """The steps with only those parameters, as (method, name), for display; no recipe to run."""
+        return Recipe(
+            tuple(
+                Step(step.method, tuple(item for item in step.items if (step.method, item[0]) in shown))
+                for step in self.steps
+            )
+        )
 
     def to_list(self) -> list[dict[str, Any]]:
         """Plain data: ``[{"method": …, "params": {…}}, …]``."""
