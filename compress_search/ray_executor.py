@@ -24,6 +24,7 @@ os.environ.update(
     RAY_AIR_NEW_OUTPUT="0",
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
     RAY_USAGE_STATS_ENABLED="0",
+    RAY_worker_niceness="0",  # by default Ray lets whatever else runs on the machine go before a trial
 )
 
 import ray
