@@ -102,10 +102,20 @@ class Registry(Mapping[str, Method]):
         return None
 
     def fingerprint(self, name: str) -> str:
-        """Version and hash of the method's module: what makes cached artefacts of it stale."""
-        module = sys.modules.get(type(self[name]).__module__)
-        text = self.source(name).text or (inspect.getsource(module) if module else "")
-        return f"{self.source(name).origin}:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        """Version and hash of the method's file or whole package: what makes cached artefacts of it stale."""
+        method, source = self[name], self.source(name)
+        text = _package_text(type(method).__module__) if source.text is None else source.text
+        return f"{source.origin}:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _package_text(module: str) -> str:
+    """Every module beside a method's own, up to its top-level package: it may take help from any of them."""
+    top = sys.modules[module.partition(".")[0]]
+    folders = [Path(folder) for folder in getattr(top, "__path__", ())]
+    files = [(path.relative_to(folder), path) for folder in folders for path in folder.rglob("*.py")]
+    if not files:
+        return inspect.getsource(top)
+    return "".join(f"# {name.as_posix()}\n{path.read_text(encoding='utf-8')}" for name, path in sorted(files))
 
 
 def _installed() -> dict[str, Source]:

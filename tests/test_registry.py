@@ -166,6 +166,31 @@ def test_a_fingerprint_names_version_and_source_of_an_installed_method() -> None
     assert Registry().fingerprint("theseus").startswith("compress-search 0.")
 
 
+def test_a_fingerprint_changes_with_any_module_of_the_methods_package(
+    install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install("packed-plugin", None, packed="packed_plugin.methods.sound:Sound")
+    package = tmp_path / "packed-plugin" / "packed_plugin"
+    (package / "methods").mkdir(parents=True)
+    (package / "methods" / "sound.py").write_text(SOUND)
+    helper = package / "helper.py"
+    found = []
+    for text in ("FACTOR = 1\n", "FACTOR = 1\n", "FACTOR = 2\n"):
+        helper.write_text(text)
+        found.append(Registry().fingerprint("packed"))
+    helper.rename(package / "methods" / "helper.py")
+    found.append(Registry().fingerprint("packed"))
+    assert found[0] == found[1]
+    assert len(set(found)) == 3
+
+
+def test_a_fingerprint_changes_with_a_method_in_a_module_of_its_own(install: Install, tmp_path: Path) -> None:
+    install("alone-plugin", SOUND, alone="alone_plugin:Sound")
+    first = Registry().fingerprint("alone")
+    (tmp_path / "alone-plugin" / "alone_plugin.py").write_text(SOUND + "# changed since\n")
+    assert Registry().fingerprint("alone") != first
+
+
 def test_listing_imports_no_plugin() -> None:
     code = (
         "import sys; from compress_search.registry import Registry; assert list(Registry()); "
