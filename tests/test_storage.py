@@ -15,10 +15,12 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy import create_engine, inspect, text
 from sqlalchemy.exc import OperationalError
 
+from compress_search import storage
 from compress_search.errors import StorageError, StudyLocked
 from compress_search.recipe import Recipe, Step
 from compress_search.records import Assignment, Failure, Result, Rung
 from compress_search.storage import Store, schema
+from compress_search.storage.stored import trial_row
 from compress_search.storage.tables import Base
 from tests.databases import database
 from tests.fake_plan import fake_store, url_of
@@ -438,6 +440,20 @@ def test_what_is_not_told_has_not_happened(store: Store) -> None:
 def test_a_trial_without_an_attempt_has_no_recipe(store: Store) -> None:
     row = store.trial("s", 1)
     assert (row.recipe, row.attempts, row.metrics, row.error) == (None, 0, {}, None)
+
+
+def test_one_trial_is_read_without_the_others(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.write_rung("s", Rung(0, 0, 0, {"accuracy": 0.5}), "", kept=True)
+    store.write_rung("s", Rung(1, 0, 0, {"accuracy": 0.1}), "", kept=False)
+    every, built = store.trials("s"), []
+
+    def counted(*arguments: Any) -> Any:
+        built.append(arguments)
+        return trial_row(*arguments)
+
+    monkeypatch.setattr(storage, "trial_row", counted)
+    assert [store.trial("s", number) for number in range(3)] == every
+    assert len(built) == 3
 
 
 def test_the_newest_attempt_speaks_for_the_trial(store: Store) -> None:

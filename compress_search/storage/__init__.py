@@ -293,34 +293,20 @@ class Store(Database):
             StorageError: there is no database, or no study of this name in it.
         """
         self.study(name)
-        rungs: dict[int, list[RungRow]] = {}
-        for rung in self.rungs(name):
-            rungs.setdefault(rung.trial, []).append(rung)
-
-        def work(session: Session) -> list[TrialRow]:
-            newest: dict[int, AttemptRow] = {}
-            counts: dict[int, int] = {}
-            query = select(AttemptRow).where(AttemptRow.study_id == _study_row(session, name).id)
-            for row in session.scalars(query.order_by(AttemptRow.trial, AttemptRow.attempt)):
-                newest[row.trial] = row
-                counts[row.trial] = counts.get(row.trial, 0) + 1
-            return [
-                trial_row(number, state, newest.get(number), counts.get(number, 0), rungs.get(number, ()))
-                for number, state in session.execute(_optuna_states(name))
-            ]
-
-        return self._run(work)
+        return self._run(lambda session: _trial_rows(session, name))
 
     def trial(self, name: str, number: int) -> TrialRow:
-        """One trial of a study.
+        """One trial of a study; the others are not read.
 
         Raises:
             StorageError: there is no database, no such study, or no such trial in it.
         """
-        rows = self.trials(name)
-        if not 0 <= number < len(rows):
-            raise StorageError(f"no trial {number} in study {name!r}: it has {len(rows)}")
-        return rows[number]
+        self.study(name)
+        found = self._run(lambda session: _trial_rows(session, name, number))
+        if not found:
+            count = self._run(lambda session: _count(session, name))
+            raise StorageError(f"no trial {number} in study {name!r}: it has {count}")
+        return found[0]
 
 
 def _myself() -> dict[str, Any]:
@@ -352,6 +338,33 @@ def _upsert(session: Session, table: type[Row], **key: Any) -> Row:
 def _measure(session: Session, study_id: int, number: int, attempt: int, kind: str, data: Any) -> None:
     row = _upsert(session, MeasurementRow, study_id=study_id, trial=number, kind=kind)
     row.attempt, row.data, row.at = attempt, plain(data), now()
+
+
+def _trial_rows(session: Session, name: str, number: int | None = None) -> list[TrialRow]:
+    """Every trial of a study by number, or the one of this number."""
+    study = _study_row(session, name).id
+    states = _optuna_states(name)
+    attempts = select(AttemptRow).filter_by(study_id=study).order_by(AttemptRow.trial, AttemptRow.attempt)
+    reports = select(ReportRow).filter_by(study_id=study).order_by(ReportRow.id)
+    if number is not None:
+        states = states.where(OPTUNA_TRIALS.c.number == number)
+        attempts, reports = attempts.filter_by(trial=number), reports.filter_by(trial=number)
+    rungs: dict[int, list[RungRow]] = {}
+    for report in session.scalars(reports):
+        rungs.setdefault(report.trial, []).append(rung_row(report))
+    newest: dict[int, AttemptRow] = {}
+    counts: dict[int, int] = {}
+    for row in session.scalars(attempts):
+        newest[row.trial] = row
+        counts[row.trial] = counts.get(row.trial, 0) + 1
+    return [
+        trial_row(trial, state, newest.get(trial), counts.get(trial, 0), rungs.get(trial, ()))
+        for trial, state in session.execute(states)
+    ]
+
+
+def _count(session: Session, name: str) -> int:
+    return len(session.execute(_optuna_states(name)).all())
 
 
 def _optuna_states(name: str) -> Any:
