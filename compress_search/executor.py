@@ -12,6 +12,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -84,6 +85,9 @@ class LocalExecutor:
         except (EOFError, OSError) as error:
             process.kill()
             raise CompressSearchError(f"the worker process died during {job}") from error
+        except BaseException:  # an interrupt: the process is neither idle nor busy, so nobody else would end it
+            process.kill()
+            raise
         self.idle.append(process)
         if kind != "value":
             raise _raised(value)
@@ -101,8 +105,8 @@ class LocalExecutor:
 
     def _start(self, assignment: Assignment) -> None:
         process = self._process()
-        process.pipe.send(("run", assignment))
         self.busy[process] = assignment
+        process.send(("run", assignment))
 
     def _attend(self, process: _Process, search: Search) -> None:
         """Answer one message of a busy process, or its death."""
@@ -117,7 +121,7 @@ class LocalExecutor:
             )
             return
         if kind == "rung":
-            process.pipe.send(search.report(value))
+            process.send(search.report(value))
             return
         self.idle.append(process)
         del self.busy[process]
@@ -144,6 +148,11 @@ class _Process:
         self.process: BaseProcess = context.Process(target=serve, args=(theirs, factory, brief), daemon=False)
         self.process.start()
         theirs.close()
+
+    def send(self, message: Any) -> None:
+        """Tell the worker something; one that died meanwhile is noticed when it is listened to."""
+        with suppress(OSError):
+            self.pipe.send(message)
 
     def kill(self) -> None:
         """Close the pipe, which ends an idle worker, and kill one that does not end."""

@@ -16,6 +16,7 @@ import pytest
 
 from compress_search.errors import CompressSearchError
 from compress_search.executor import Executor, LocalExecutor
+from compress_search.records import Rung
 from compress_search.study import load_study
 from tests.workers import ScriptedSearch, ScriptedWorker, no_reason
 
@@ -84,6 +85,54 @@ def test_a_dead_worker_is_replaced_and_its_trial_repeated(make: Make) -> None:
     make().run(search)  # type: ignore[arg-type]
     assert [(number, attempt) for number, attempt, _ in search.deaths] == [(0, 1), (2, 1), (2, 2)]
     assert {n: r.state for n, r in search.results.items()} == {0: "complete", 1: "complete", 2: "failed"}
+
+
+class SlowToAnswer(ScriptedSearch):
+    """Decides on a rung only once the worker that reported it is dead."""
+
+    def report(self, rung: Rung) -> bool:
+        time.sleep(1.0)
+        return super().report(rung)
+
+
+def test_a_worker_that_dies_while_it_waits_for_an_answer_costs_its_attempt_only(make: Make) -> None:
+    search = SlowToAnswer(["reports_and_dies", "fine"])
+    make().run(search)  # type: ignore[arg-type]
+    assert [(number, attempt) for number, attempt, _ in search.deaths] == [(0, 1), (0, 2)]
+    assert {n: r.state for n, r in search.results.items()} == {0: "failed", 1: "complete"}
+
+
+def test_a_worker_that_died_while_it_was_idle_costs_an_attempt_only(tmp_path: Path) -> None:
+    executor, search = LocalExecutor(ScriptedWorker, str(tmp_path), no_reason), ScriptedSearch(["fine"])
+    try:
+        executor.call("double", 1)
+        executor.idle[0].process.kill()
+        executor.idle[0].process.join()
+        executor.run(search)  # type: ignore[arg-type]
+    finally:
+        executor.close()
+    assert search.results[0].attempt == 2
+    assert search.results[0].state == "complete"
+
+
+def test_an_interrupted_job_leaves_no_worker_behind(tmp_path: Path) -> None:
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    executor = LocalExecutor(ScriptedWorker, str(tmp_path), no_reason)
+    executor.call("double", 1)
+    worker = psutil.Process(executor.idle[0].process.pid)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            executor.call("wait")
+        executor.close()
+        assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        if worker.is_running():
+            worker.kill()
 
 
 def test_a_fault_of_the_engine_is_told_with_its_traceback(make: Make) -> None:
