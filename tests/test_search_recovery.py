@@ -152,6 +152,22 @@ def test_a_trial_that_keeps_killing_drivers_is_given_up(tmp_path: Path) -> None:
     assert given(search.next()).number != trial.number
 
 
+def test_a_teacher_that_failed_is_tried_again_before_anything_else(tmp_path: Path) -> None:
+    search = fake_search(tmp_path)
+    search.finish(failed(given(search.next())))
+    for _ in range(2):  # a driver that dies at once changes nothing
+        search = fake_search(tmp_path)
+        search.reconcile(nothing)
+    assert not search.done
+    teacher = given(search.next())
+    assert (teacher.number, teacher.baseline) == (1, "teacher")
+    search.finish(measured(teacher))
+    search = fake_search(tmp_path)
+    search.reconcile(nothing)
+    first = given(search.next())
+    assert (first.number, first.baseline, first.reference) == (2, None, metrics_of(teacher))
+
+
 class DriverKilled(Exception):
     """Stands for a SIGKILL at this point."""
 

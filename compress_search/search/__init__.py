@@ -134,6 +134,8 @@ class Search:
         if self._out_of_time:
             return None
         trials, ledger = self._optuna.trials(), self._ledger()
+        if ledger.baseline_running and not self.reference:  # whatever comes next is compared with the teacher
+            return None
         if self._put_back_unclaimed(trials, ledger) or _any(trials, TrialState.WAITING):
             if assignment := self._hand_out(self._ask(trials), ledger):
                 return assignment
@@ -340,7 +342,17 @@ class Search:
                 given_up = self._take_back(attempt)
                 name = "given_up" if given_up else "requeued"
                 counts = replace(counts, **{name: getattr(counts, name) + 1})
+        self._try_teacher_again()
         return counts
+
+    def _try_teacher_again(self) -> None:
+        """Put in another teacher where the last one failed: without one there is nothing to compare with."""
+        name = next(name for name, recipe in self.baselines if not recipe.steps)
+        tried = [attempt.state for attempt in self._ledger().attempts.values() if attempt.baseline == name]
+        waiting = [trial for trial in self._optuna.trials() if trial.state is TrialState.WAITING]
+        again = any(trial.user_attrs.get("baseline") == name for trial in waiting)
+        if not self.reference and "failed" in tried and not again:
+            self._optuna.enqueue({}, baseline=name, recipe=[])
 
     def _left_behind(self, attempt: LastAttempt, read_result: Callable[[int], Result | None]) -> Result | None:
         """The result of a trial that was not told: from its rows, or from what a worker wrote."""
