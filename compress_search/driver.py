@@ -39,7 +39,7 @@ from compress_search.study import Study
 from compress_search.study.goals import default_objectives
 from compress_search.tasks import Task
 from compress_search.teacher import teacher_subject
-from compress_search.trial import TrialWorker, read_death, read_result
+from compress_search.trial import TrialWorker, clear_scratch, read_death, read_result
 from compress_search.workbench import Brief
 
 ExecutorName = Literal["ray", "local"]
@@ -137,6 +137,7 @@ def run(
         search = Search.open(prepared.plan, store, environment=fingerprint(), baselines=baselines(prepared.plan))
         freeze_constant(store, prepared)
         search.reconcile(partial(read_result, study.output))
+        clear_scratch(study.output)
         announced = Announced(search, on_event)
         announced.started()
         if search.done and _finalized(store, study):
@@ -144,6 +145,7 @@ def run(
         pool = make_executor(executor, factory, prepared)
         with interrupts():  # set after Ray has started, which sets handlers of its own
             _drive(announced, pool, store)
+        clear_scratch(study.output)
     if fault := announced.teacher_fault:
         raise CompressSearchError(f"the teacher could not be measured: {fault.message}")
 
@@ -253,7 +255,7 @@ class Announced:
 
     def _tell(self, number: int) -> None:
         """What the database now says of a trial, which may differ from what a worker said."""
-        row = self.search.store.trials(self.search.name)[number]
+        row = self.search.store.trial(self.search.name, number)
         if row.baseline == TEACHER and row.state != "complete":
             self.teacher_fault = row.error or Failure("error", f"it is {row.state}")
         self.running.pop(number, None)

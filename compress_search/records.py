@@ -19,7 +19,8 @@ FINISHED: tuple[State, ...] = ("complete", "stopped", "failed", "infeasible")
 class Assignment:
     """One attempt at one trial, handed to a worker.
 
-    ``reference`` holds the teacher's metrics, frozen for the study once its first trial measured them.
+    ``reference`` holds the teacher's metrics, frozen for the study once its first trial measured them. ``study``
+    tells the study from others of the same name, begun anew in the same place.
     """
 
     number: int
@@ -28,6 +29,7 @@ class Assignment:
     seed: int
     baseline: str | None = None
     reference: Mapping[str, float] = field(default_factory=dict)
+    study: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""

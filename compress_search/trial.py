@@ -118,10 +118,11 @@ class TrialWorker:
         """Run one attempt to its end, whatever its methods do, and leave ``result.json`` behind."""
         output, watch = self.workbench.output, Stopwatch()
         folder = trial_folder(output, assignment.number)
+        overrun = _overrun(output, assignment.number, assignment.attempt)
+        for stale in (folder / "result.json", overrun):  # of an earlier study in the same place
+            stale.unlink(missing_ok=True)
         with watch.time("teacher"):
             self.workbench.prepare()
-        overrun = _overrun(output, assignment.number, assignment.attempt)
-        (folder / "result.json").unlink(missing_ok=True)  # of an earlier study in the same place
         with (
             scratch_folder(folder / f"scratch-{assignment.attempt}") as scratch,
             watch.time("total"),
@@ -158,6 +159,12 @@ def scratch_folder(path: Path) -> Iterator[Path]:
     try:
         yield path
     finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def clear_scratch(output: Path) -> None:
+    """Remove what attempts whose processes were killed left behind; only while no attempt runs."""
+    for path in (output / "trials").glob("*/scratch-*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -288,6 +295,6 @@ class Attempt:
         )
 
     def _result(self, state: State, **fields: Any) -> Result:
-        """With the recipe's key: a later run tells by it whether a file left behind belongs to its trial."""
-        measurements = {"recipe": self.assignment.recipe.key, **fields.pop("measurements", {})}
+        """With the study's mark: a later run tells by it whether a file left behind belongs to its trial."""
+        measurements = {"study": self.assignment.study, **fields.pop("measurements", {})}
         return Result(self.assignment.number, self.assignment.attempt, state, measurements=measurements, **fields)

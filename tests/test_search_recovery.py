@@ -129,10 +129,22 @@ def test_a_result_left_behind_by_an_interrupted_trial_is_told(tmp_path: Path) ->
     assert search.store.trial("fake", trial.number).state == "complete"
 
 
-def test_a_result_of_another_recipe_is_not_taken_for_ours(tmp_path: Path) -> None:
+def test_a_result_of_a_study_begun_before_in_the_same_place_is_not_taken_for_ours(tmp_path: Path) -> None:
+    former = given(fake_search(tmp_path).next())
+    for path in tmp_path.glob("study.db*"):
+        path.unlink()
+    ours = given(fake_search(tmp_path).next())  # the same recipe under the same number
+    assert replace(ours, study=former.study) == former
+    left = replace(measured(former), measurements={"study": former.study})
+    assert fake_search(tmp_path).reconcile({0: left}.get) == Counts(requeued=1)
+    left = replace(measured(ours), measurements={"study": ours.study})
+    assert fake_search(tmp_path).reconcile({0: left}.get) == Counts(told=1)
+
+
+def test_a_result_of_an_attempt_that_never_was_is_not_taken_for_ours(tmp_path: Path) -> None:
     trial = given(after_teacher(fake_search(tmp_path)).next())
     search = fake_search(tmp_path)
-    stray = replace(measured(trial), measurements={"recipe": "0" * 64})
+    stray = replace(measured(trial), measurements={"study": "another"})
     future = replace(measured(trial), attempt=5)
     assert search.reconcile({trial.number: stray}.get) == Counts(requeued=1)
     assert search.reconcile({trial.number: future}.get) == Counts()

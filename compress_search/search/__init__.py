@@ -87,6 +87,7 @@ class Search:
         self.baselines = [*first, *baselines]
         self._optuna = AskTell(optuna_study, store.patiently)
         stored = store.study(self.name)
+        self._token = stored.created.isoformat()
         self.reference: dict[str, float] = dict(reference or stored.reference.get("metrics", {}))
         self._clock, self._started, self._seconds_before = clock, clock(), stored.seconds
         self._exhausted = self._blocked = False
@@ -211,7 +212,7 @@ class Search:
         self, number: int, attempt: int, recipe: Recipe, baseline: str | None = None, state: str = "running"
     ) -> Assignment:
         seed = derive_seed(self.settings.seed, "trial", number)
-        assignment = Assignment(number, attempt, recipe, seed, baseline, dict(self.reference))
+        assignment = Assignment(number, attempt, recipe, seed, baseline, dict(self.reference), self._token)
         self.store.begin_attempt(self.name, assignment, state)
         return assignment
 
@@ -362,7 +363,7 @@ class Search:
         # a file of a former study in the same place is none of ours
         if result is None or result.attempt > attempt.attempt:
             return None
-        if result.measurements.get("recipe", attempt.key) != attempt.key:
+        if result.measurements.get("study", self._token) != self._token:
             return None
         result = self.aims.checked(replace(result, attempt=attempt.attempt))
         self.store.write_result(self.name, result)

@@ -1,0 +1,45 @@
+"""What a trial leaves on the disk, and what it must not take for its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from compress_search.recipe import Recipe
+from compress_search.records import Assignment, Failure
+from compress_search.trial import TrialWorker, clear_scratch, read_death, read_result, trial_folder
+
+
+def worker_that_dies_while_it_prepares(output: Path) -> TrialWorker:
+    def die() -> None:
+        raise KeyboardInterrupt
+
+    worker = TrialWorker.__new__(TrialWorker)
+    bench: Any = SimpleNamespace(output=output, prepare=die)
+    worker.workbench = bench
+    return worker
+
+
+def test_what_an_earlier_study_left_in_the_place_goes_before_anything_can_die(tmp_path: Path) -> None:
+    folder = trial_folder(tmp_path, 0)
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text('{"number": 0, "attempt": 0, "state": "complete"}')
+    (folder / "overrun-0.txt").write_text("Timeout (0:01:00)!")
+    assert read_result(tmp_path, 0) is not None
+    assert read_death(tmp_path, 0, 0).kind == "timeout"
+    with pytest.raises(KeyboardInterrupt):
+        worker_that_dies_while_it_prepares(tmp_path).run(Assignment(0, 0, Recipe(), seed=1), lambda rung: True)
+    assert read_result(tmp_path, 0) is None
+    assert read_death(tmp_path, 0, 0) == Failure("died", "the worker process died")
+
+
+def test_scratch_of_killed_attempts_is_cleared_and_results_stay(tmp_path: Path) -> None:
+    folder = trial_folder(tmp_path, 3)
+    (folder / "scratch-1" / "dry").mkdir(parents=True)
+    (folder / "scratch-1" / "dry" / "model.onnx").touch()
+    (folder / "result.json").write_text("{}")
+    clear_scratch(tmp_path)
+    assert [path.name for path in folder.iterdir()] == ["result.json"]
