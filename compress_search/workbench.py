@@ -163,30 +163,44 @@ class Workbench:
         """Size, latency and memory, measured once for all candidates of equal shapes, precision and runtime."""
         key = self._shape_key(candidate, recipe)
         shelf = self.output / "shapes" / f"{key}.json"
-        if shelf.exists():
-            stored = json.loads(shelf.read_text(encoding="utf-8"))
-            return Shape(key, stored["size"], Latency.from_dict(stored["latency"]), stored["memory"])
+        shelf.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{shelf}.lock"):  # whoever comes second waits for what the first measures
+            if shelf.exists():
+                stored = json.loads(shelf.read_text(encoding="utf-8"))
+                return Shape(key, stored["size"], Latency.from_dict(stored["latency"]), stored["memory"])
+            shape = self._measure(key, directory, recipe)
+            stored = {"size": shape.size, "latency": shape.latency.to_dict(), "memory": shape.memory}
+            write_atomically(shelf, json.dumps(stored))
+        return shape
+
+    def _measure(self, key: str, directory: Path, recipe: Recipe) -> Shape:
         latency = self.latency(directory, repeats=self.study.measure.repeats, seed=self.study.search.seed)
         if not recipe.steps:  # the teacher against itself: what is left of its ratio is noise, kept as the interval
             latency = replace(latency, ratio=1.0)
-        shape = Shape(key, size_mb(directory), latency, self._memory(directory))
-        stored = {"size": shape.size, "latency": shape.latency.to_dict(), "memory": shape.memory}
-        write_atomically(shelf, json.dumps(stored))
-        return shape
+        return Shape(key, size_mb(directory), latency, self._memory(directory))
+
+    @property
+    def _memory_counts(self) -> bool:
+        return "memory_mb" in {*self.study.objectives, *self.study.constraints}
 
     def _memory(self, directory: Path) -> float | None:
         """Peak memory, which takes two more processes, where the study asks for it."""
-        if "memory_mb" not in {*self.study.objectives, *self.study.constraints}:
+        if not self._memory_counts:
             return None
         return self.bench.memory(directory, self.materials.validation.path, self.study.measure.batch_size)
 
     def _shape_key(self, candidate: Candidate, recipe: Recipe) -> str:
-        late = [step for step in recipe.to_list() if self.registry[step["method"]].stage >= Stage.PRECISION]
-        measure = self.study.measure.model_dump(mode="json")
-        shape = shape_key(describe(candidate.network))
-        return digest([self.teacher_directory.name, shape, late, dict(candidate.runtime), measure, host_kind()])[
-            :20
+        late = [
+            [step.method, step.params, self.registry.fingerprint(step.method)]
+            for step in recipe.steps
+            if self.registry[step.method].stage >= Stage.PRECISION
         ]
+        shape = shape_key(describe(candidate.network))
+        what = [self.teacher_directory.name, shape, late, dict(candidate.runtime), self._memory_counts]
+        # the lengths that are timed are drawn from the validation data
+        drawn = [self.materials.validation.path.name, self.study.search.seed]
+        where = [self.device.type, host_kind()]
+        return digest([what, self.study.measure.model_dump(mode="json"), drawn, where])[:20]
 
     def close(self) -> None:
         """End the bench process."""
