@@ -1,15 +1,23 @@
 """Content-addressed directories: made once, whole or not at all, shared by every process on the host.
 
-Owns the lock and the atomic rename. Knows nothing of what is inside.
+Owns where they are, the lock and the atomic rename. Knows nothing of what is inside.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import platformdirs
 from filelock import FileLock
+
+
+def cache_folder() -> Path:
+    """Where teachers, tokenised data and what is known of this machine are kept between studies."""
+    chosen = os.environ.get("COMPRESS_SEARCH_CACHE")
+    return Path(chosen).expanduser().resolve() if chosen else platformdirs.user_cache_path("compress-search")
 
 
 def content_addressed(cache: Path, key: str, build: Callable[[Path], None]) -> Path:

@@ -128,7 +128,8 @@ def plan(path: Path, overrides: tuple[str, ...]) -> None:
     from compress_search import driver
     from compress_search.report import terminal
 
-    prepared = driver.prepare(load_study(path, overrides))
+    study = load_study(path, overrides)
+    prepared = driver.prepare(study, driver.stored_subject(study, _store(study)))
     terminal.show(*terminal.plan_tables(prepared.plan, prepared.estimate()))
 
 

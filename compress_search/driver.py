@@ -6,7 +6,6 @@ nothing. Knows neither how trials are proposed nor how they are run.
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 from collections.abc import Iterator, Mapping
@@ -16,13 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import platformdirs
-
 from compress_search import progress
+from compress_search.cache import cache_folder
 from compress_search.candidate import Subject
 from compress_search.data.rows import Raw, read
 from compress_search.environment import fingerprint
-from compress_search.errors import CompressSearchError
+from compress_search.errors import CompressSearchError, PluginError, StorageError
 from compress_search.estimate import Estimate, estimate, mean_length
 from compress_search.executor import Executor, Factory, LocalExecutor
 from compress_search.pareto import front
@@ -30,7 +28,7 @@ from compress_search.plan import Plan, make_plan
 from compress_search.recipe import Recipe, Step, settle
 from compress_search.records import Assignment, Failure, Result, Rung
 from compress_search.registry import PluginFile, Registry
-from compress_search.runtimes.probe import kernels
+from compress_search.runtimes.probe import keep_kernels, kernels
 from compress_search.search import TEACHER, Search
 from compress_search.search.ledger import Baselines
 from compress_search.space import defaults, fix_experts
@@ -69,12 +67,6 @@ class Prepared:
         return estimate(self.study, self.plan.teacher, len(self.raw.train), mean_length(self.study, self.raw.train))
 
 
-def cache_folder() -> Path:
-    """Where teachers, tokenised data and teacher outputs are kept between studies."""
-    chosen = os.environ.get("COMPRESS_SEARCH_CACHE")
-    return Path(chosen).expanduser().resolve() if chosen else platformdirs.user_cache_path("compress-search")
-
-
 def prepare(study: Study, subject: Subject | None = None) -> Prepared:
     """Check everything that can be checked without creating anything.
 
@@ -84,7 +76,7 @@ def prepare(study: Study, subject: Subject | None = None) -> Prepared:
     Raises:
         StudyError, PluginError: what is wrong, with the place of it.
     """
-    registry = Registry(tuple(PluginFile.read(path) for path in study.plugins))
+    registry = load_plugins(study)
     raw, task = read(study)
     if not study.objectives:  # only now is it known what tags there are, and so which metric comes first
         study = study.model_copy(update={"objectives": default_objectives(task.primary)})
@@ -94,11 +86,48 @@ def prepare(study: Study, subject: Subject | None = None) -> Prepared:
     return Prepared(study, plan, task, raw, Brief(study.to_dict(), files, subject.to_dict(), str(cache_folder())))
 
 
+def load_plugins(study: Study) -> Registry:
+    """The installed methods and those of the study's own files, which are imported here: a study that names a
+    file wants it, whether or not it names its method.
+
+    Raises:
+        StudyError: a file cannot be read or imported, holds no method, or has an installed method's name.
+    """
+    try:
+        registry = Registry(tuple(PluginFile.read(path) for path in study.plugins))
+        for file in registry.files:
+            _ = registry[file.name]
+    except PluginError as error:
+        names = [path.stem for path in study.plugins]
+        if error.entry_point not in names:  # two installed distributions claim one name
+            raise
+        raise study.error(f"plugins.{names.index(error.entry_point)}", str(error)) from error
+    return registry
+
+
+def stored_subject(study: Study, store: Store) -> Subject | None:
+    """The teacher as an earlier run of the study saw it; None for a new study. Nothing is created.
+
+    Raises:
+        StudyError: the database cannot be reached or read.
+    """
+    try:
+        known = store.find(study.name) if store.exists else None
+    except StorageError as error:
+        raise study.error("storage", str(error)) from error
+    return Subject.from_dict(known.subject) if known else None
+
+
 def _with_engine_traits(study: Study, teacher: Subject) -> Subject:
     """What the engine itself tells methods of a teacher: whether time counts, and which kernels are real."""
-    device = "cuda" if study.cluster.gpus_per_trial > 0 else "cpu"
+    device = device_of(study)
     traits = {f"kernel:{name}" for name in kernels(device)} | ({"timed"} if study.timed else set())
     return teacher.having(*traits, device=device)
+
+
+def device_of(study: Study) -> str:
+    """Where trials train."""
+    return "cuda" if study.cluster.gpus_per_trial > 0 else "cpu"
 
 
 def baselines(plan: Plan) -> Baselines:
@@ -123,15 +152,20 @@ def run(
     """Start a study or resume it; a finished one is only looked at again.
 
     Raises:
-        StudyError, PluginError, StorageError, StudyLocked: before anything is created, except the lock.
+        StudyError, PluginError: before anything is created.
+        StudyLocked: another driver is running the study.
+        StorageError: the database is lost on the way.
         CompressSearchError: the study cannot go on, for example since its teacher cannot be measured.
         KeyboardInterrupt: SIGINT or SIGTERM; whatever ran waits for the next run.
     """
     store = Store(study.storage, patience=PATIENCE)
-    known = store.find(study.name) if store.exists else None
-    prepared = prepare(study, Subject.from_dict(known.subject) if known else None)
+    known = stored_subject(study, store)
+    prepared = prepare(study, known)
     study = prepared.study
+    if known is None:  # a finished study is shown wherever it is
+        require_resources(study, executor)
     store.create()
+    keep_kernels(device_of(study))
     study.output.mkdir(parents=True, exist_ok=True)
     with store.lock(study.name):
         search = Search.open(prepared.plan, store, environment=fingerprint(), baselines=baselines(prepared.plan))
@@ -177,10 +211,29 @@ def make_executor(name: ExecutorName, factory: Factory, prepared: Prepared) -> E
     study = prepared.study
     death = partial(read_death, study.output)
     if name == "local":
+        require_resources(study, name)
         return LocalExecutor(factory, prepared.brief, death, study.search.concurrency)
     from compress_search.ray_executor import RayExecutor
 
     return RayExecutor(factory, prepared.brief, death, study)
+
+
+def require_resources(study: Study, executor: ExecutorName) -> None:
+    """Refuse a study whose trials find no place to run in; creates nothing but a connection to the cluster.
+
+    Raises:
+        StudyError: this machine or the cluster has not what one trial asks for, or cannot be reached.
+    """
+    if executor == "ray" and study.cluster.address != "local":
+        from compress_search.ray_executor import connect
+
+        connect(study)
+        return
+    import torch
+
+    wanted, there = study.cluster.gpus_per_trial, torch.cuda.device_count()
+    if wanted > there:
+        raise study.error("cluster.gpus_per_trial", f"a trial asks for {wanted:g} GPUs, this machine has {there}")
 
 
 @contextmanager

@@ -14,10 +14,10 @@ from compress_search.runtimes.probe import Kernel
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setattr("platformdirs.user_cache_path", lambda _: tmp_path)
-    probe.describe_kernels.cache_clear()
+    monkeypatch.setenv("COMPRESS_SEARCH_CACHE", str(tmp_path))
+    probe._found.cache_clear()
     yield tmp_path
-    probe.describe_kernels.cache_clear()
+    probe._found.cache_clear()
 
 
 def test_the_probe_covers_three_kernels_and_is_short(cache: Path) -> None:
@@ -33,7 +33,9 @@ def test_the_probe_covers_three_kernels_and_is_short(cache: Path) -> None:
 
 def test_the_answer_is_the_same_for_later_processes(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = probe.describe_kernels()
-    probe.describe_kernels.cache_clear()
+    assert not list(cache.iterdir()), "asking writes nothing"
+    probe.keep_kernels()
+    probe._found.cache_clear()
     monkeypatch.setattr(probe, "_measure", lambda device: pytest.fail("measured twice"))
     assert probe.describe_kernels() == first
     assert probe.kernels() == {kernel.name for kernel in first if kernel.real}
@@ -44,15 +46,22 @@ def test_a_spoilt_cache_is_measured_again(cache: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(probe, "_measure", lambda device: known)
     probe._store("cpu").write_text('[{"name": "int8"')
     assert probe.describe_kernels() == known
+    probe.keep_kernels()
     assert probe._read(probe._store("cpu")) == known
 
 
 def test_an_unwritable_cache_only_costs_time(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (cache / "file").write_text("")
-    monkeypatch.setattr("platformdirs.user_cache_path", lambda _: cache / "file" / "below")
+    monkeypatch.setenv("COMPRESS_SEARCH_CACHE", str(cache / "file" / "below"))
     known = (Kernel("int8", True, 0.5, "fast"),)
     monkeypatch.setattr(probe, "_measure", lambda device: known)
+    probe.keep_kernels()
     assert probe.describe_kernels() == known
+
+
+def test_a_device_that_is_not_here_has_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert probe.kernels("cuda") == frozenset()
 
 
 def test_what_raises_is_not_real() -> None:

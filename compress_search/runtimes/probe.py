@@ -45,14 +45,22 @@ def kernels(device: str = "cpu") -> frozenset[str]:
     return frozenset(kernel.name for kernel in describe_kernels(device) if kernel.real)
 
 
-@cache
 def describe_kernels(device: str = "cpu") -> tuple[Kernel, ...]:
-    """Every kernel with its verdict; measured once per machine and set of versions, in about half a second."""
+    """Every kernel with its verdict, as :func:`keep_kernels` wrote it down; else measured in half a second."""
+    return _found(device)
+
+
+@cache
+def _found(device: str) -> tuple[Kernel, ...]:
+    known = _read(_store(device))
+    return _measure(device) if known is None else known
+
+
+def keep_kernels(device: str = "cpu") -> None:
+    """Write the verdicts down, so that every later process with these versions on this machine finds the same."""
     store = _store(device)
-    if (known := _read(store)) is None:
-        known = _measure(device)
-        _write(store, known)
-    return known
+    if _read(store) is None:
+        _write(store, describe_kernels(device))
 
 
 def _measure(device: str) -> tuple[Kernel, ...]:
@@ -175,15 +183,15 @@ def _store(device: str) -> Path:
     """The cache file of this machine, device and set of versions."""
     from importlib.metadata import version
 
-    import platformdirs
+    from compress_search.cache import cache_folder
 
     facts = [device, _processor(), version("torch"), version("onnxruntime"), TOKENS, WIDTH, _LIMITS]
     if device != "cpu":
         import torch
 
-        facts.append(torch.cuda.get_device_name(device))
+        facts.append(torch.cuda.get_device_name(device) if torch.cuda.is_available() else None)
     name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    return platformdirs.user_cache_path("compress-search") / f"kernels-{name}.json"
+    return cache_folder() / f"kernels-{name}.json"
 
 
 def _processor() -> str:
