@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from compress_search import hub
+
 Row = Mapping[str, Any]
 Placed = Iterator[tuple[str, Row]]
 """(where: ``train.jsonl:17``, or ``train.parquet row 17`` where there are no lines; row)."""
@@ -95,11 +97,13 @@ def _parquet(path: Path) -> Placed:
 
 
 def _hub(source: str, split: str) -> Placed:
-    from datasets import load_dataset
+    import datasets
 
+    if not hub.reachable():
+        datasets.config.HF_HUB_OFFLINE = True  # look into the cache at once
     name, configuration, named = (*source.split(":"), "", "")[:3]
     try:
-        rows = load_dataset(name, configuration or None, split=named or split)
+        rows = datasets.load_dataset(name, configuration or None, split=named or split)
     except (OSError, ValueError) as error:  # not found, no network, no such configuration or split
         raise ValueError(f"cannot load {source} from the hub: {str(error).splitlines()[0]}") from error
     for number, row in enumerate(rows, start=1):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from compress_search import hub
 from compress_search.encoders import FAMILIES, head, inputs
 from compress_search.study import Study
 from compress_search.tasks import Task
@@ -42,14 +44,16 @@ def read_config(study: Study, task: Task) -> PreTrainedConfig:
 
 def _read(study: Study) -> PreTrainedConfig:
     model = str(study.teacher.model)
+    local = Path(model).is_dir()
     try:
         with quiet():
-            config: PreTrainedConfig = AutoConfig.from_pretrained(model)
+            config: PreTrainedConfig = AutoConfig.from_pretrained(
+                model, local_files_only=local or not hub.reachable()
+            )
     except (OSError, ValueError, KeyError) as error:
-        raise study.error(
-            "teacher.model", f"cannot read the model's configuration: {_first_line(error)}"
-        ) from error
-    if Path(model).is_dir() and not any((Path(model) / name).is_file() for name in _TOKENIZERS):
+        fault = f"cannot read the model's configuration: {_first_line(error)}"
+        raise study.error("teacher.model", fault if local else f"{model} is no directory here; {fault}") from error
+    if local and not any((Path(model) / name).is_file() for name in _TOKENIZERS):
         # without one the library would quietly make up a tokenizer of five pieces
         raise study.error("teacher.model", f"no tokenizer beside the model: expected {' or '.join(_TOKENIZERS)}")
     return config
@@ -126,9 +130,10 @@ def directory_of(study: Study) -> Path:
 
     try:
         with quiet():
-            fetched = Path(snapshot_download(model, allow_patterns=[*_DESCRIPTION, _SAFE], ignore_patterns="*/*"))
+            fetch = partial(snapshot_download, model, ignore_patterns="*/*", local_files_only=not hub.reachable())
+            fetched = Path(fetch(allow_patterns=[*_DESCRIPTION, _SAFE]))
             if not any(fetched.glob(_SAFE)):
-                snapshot_download(model, allow_patterns=[_LEGACY], ignore_patterns="*/*")
+                fetch(allow_patterns=[_LEGACY])
     except (OSError, ValueError) as error:
         raise study.error("teacher.model", f"cannot fetch {model} from the hub: {_first_line(error)}") from error
     return fetched
