@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,9 @@ from compress_search.study import Study
 
 if TYPE_CHECKING:
     from compress_search.search import Search
+
+ANSWER_SECONDS = 5.0
+"""How long a cluster's address may take to answer."""
 
 _workers: dict[str, Worker] = {}
 """This actor's worker by brief: Tune reuses actors, and a worker's teacher and bench with them."""
@@ -167,6 +171,8 @@ def connect(study: Study) -> bool:
     cluster = study.cluster
     local = cluster.address == "local"
     options: dict[str, Any] = {"address": cluster.address}
+    if ":" in cluster.address:
+        _require_answer(study)
     if local:
         cpus = max(os.cpu_count() or 1, -(-study.search.concurrency * cluster.cpus_per_trial // 1))
         options.update(num_cpus=int(cpus), include_dashboard=False, _node_ip_address="127.0.0.1")
@@ -176,6 +182,16 @@ def connect(study: Study) -> bool:
         raise study.error("cluster.address", f"no Ray cluster at {cluster.address!r}: {error}") from error
     _check_resources(study, ray.cluster_resources())
     return local
+
+
+def _require_answer(study: Study) -> None:
+    """Refuse an address at which nothing answers, for which Ray itself takes minutes and many lines."""
+    address = study.cluster.address
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise study.error("cluster.address", f"no Ray cluster at {address}: {error}") from error
 
 
 def _check_resources(study: Study, available: dict[str, float]) -> None:
