@@ -24,12 +24,13 @@ from compress_search.candidate import Subject
 from compress_search.data import tokenize_rows
 from compress_search.data.rows import Rows, read
 from compress_search.environment import host_kind
-from compress_search.errors import ExportError
+from compress_search.errors import ExportError, StudyError
 from compress_search.export.model_card import Card, Contents, render
 from compress_search.measure import Bench
 from compress_search.recipe import Recipe
 from compress_search.runtimes import Artifact
 from compress_search.storage import Store, TrialRow
+from compress_search.study.sources import output_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,14 +57,14 @@ def export_trial(study: Study, number: int, destination: Path) -> Path:
     A model that was deleted to save space is trained again from its recipe and seed.
 
     Raises:
-        ExportError: there is no such trial, it is not complete, the destination is taken, or what was written
-            does not score as recorded. Nothing is left at the destination then.
+        StudyError: there is no such trial, it is not complete, or the destination is taken or cannot be written.
+        ExportError: what was written does not score as recorded. Nothing is left at the destination then.
         StorageError: the study has not been run.
     """
+    _refuse_taken(destination)
     store = Store(study.storage)
     rows = {row.number: row for row in store.trials(study.name)}
     row, recipe = _complete(rows, number)
-    _refuse_taken(destination)
     artifact = study.output / str(row.artifact)
     if not artifact.is_dir():
         artifact = rebuild(study, recipe, row.seed or 0, Subject.from_dict(store.study(study.name).subject))
@@ -99,9 +100,9 @@ def export_trial(study: Study, number: int, destination: Path) -> Path:
 def _complete(rows: Mapping[int, TrialRow], number: int) -> tuple[TrialRow, Recipe]:
     row = rows.get(number)
     if row is None:
-        raise ExportError(f"there is no trial {number}: the study has {len(rows)} trials, counted from 0")
+        raise StudyError(f"there is no trial {number}: the study has {len(rows)} trials, counted from 0")
     if row.state != "complete" or row.recipe is None:
-        raise ExportError(f"trial {number} is {row.state}: only a complete trial has a model")
+        raise StudyError(f"trial {number} is {row.state}: only a complete trial has a model")
     return row, row.recipe
 
 
@@ -144,7 +145,8 @@ def export_artifact(
         bench: that process, where the caller has one already; a fresh one by default.
 
     Raises:
-        ExportError: the destination is taken, or a form of the model does not score as it should.
+        StudyError: the destination is taken or cannot be written.
+        ExportError: a form of the model does not score as it should.
     """
     engine = Artifact.read(artifact).engine
     _refuse_taken(destination)
@@ -257,8 +259,12 @@ def as_pretrained(network: Any) -> PreTrainedModel | None:
 
 
 def _refuse_taken(destination: Path) -> None:
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise ExportError(f"{destination} exists already: expected a new or an empty directory")
+    try:
+        output_directory(destination, Path.cwd())
+    except ValueError as error:
+        raise StudyError(str(error), file=destination) from error
+    if destination.exists() and any(destination.iterdir()):
+        raise StudyError("exists already: expected a new or an empty directory", file=destination)
 
 
 @contextmanager
