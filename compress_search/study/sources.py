@@ -19,6 +19,7 @@ DATA_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 _FILE_SUFFIXES = (*DATA_SUFFIXES, ".json", ".txt", ".yaml", ".safetensors", ".bin", ".onnx")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]*){0,2}")
 """``name`` or ``owner/name``; a data set's may go on with ``:configuration:split``."""
+_OTHER_DATABASE = "no such kind of database; expected sqlite:///… or postgresql+psycopg://…"
 
 
 def data_source(text: str, folder: Path | None) -> str:
@@ -118,9 +119,11 @@ def database_url(value: Any, folder: Path | None) -> str:
     except KeyError as error:
         raise ValueError(f"the environment variable {error.args[0]} is not set") from None
     except NoSuchModuleError:
-        raise ValueError("no such kind of database; expected sqlite:///… or postgresql+psycopg://…") from None
+        raise ValueError(_OTHER_DATABASE) from None
     except (ArgumentError, ValueError):
         raise ValueError("not a database URL; expected for example sqlite:///study.db") from None
+    if url.get_backend_name() not in ("sqlite", "postgresql"):
+        raise ValueError(_OTHER_DATABASE)
     if url.get_backend_name() == "sqlite":
         url = url.set(database=str(_database_file(url.database, folder)))
     return url.render_as_string(hide_password=False)
