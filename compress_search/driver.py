@@ -131,13 +131,15 @@ def device_of(study: Study) -> str:
 
 
 def baselines(plan: Plan) -> Baselines:
-    """The teacher as it is, and in int8 where that can be had: what every recipe has to beat."""
+    """The teacher as it is, and in int8 where that is to be had and the default: what every recipe has to beat."""
     found: list[tuple[str, Recipe]] = [(TEACHER, Recipe())]
     if INT8_METHOD not in plan.registry or plan.registry.unavailable(INT8_METHOD):
         return found
     method = plan.registry[INT8_METHOD]
-    if method.unsupported(plan.teacher) is None:
-        recipe = Recipe((Step.of(INT8_METHOD, defaults(fix_experts(method.search_space(plan.teacher)))),))
+    params = defaults(fix_experts(method.search_space(plan.teacher)))
+    # where only other kernels are real, the defaults are of another precision
+    if method.unsupported(plan.teacher) is None and params.get("weight_bits") == 8:
+        recipe = Recipe((Step.of(INT8_METHOD, params),))
         found.append(("teacher-int8", settle(recipe, plan.registry, plan.teacher)[0]))
     return found
 
@@ -176,12 +178,25 @@ def run(
         announced.started()
         if search.done and _finalized(store, study):
             return
+        refuse_another_device(prepared)
         pool = make_executor(executor, factory, prepared)
         with interrupts():  # set after Ray has started, which sets handlers of its own
             _drive(announced, pool, store)
         clear_scratch(study.output)
     if fault := announced.teacher_fault:
         raise CompressSearchError(f"the teacher could not be measured: {fault.message}")
+
+
+def refuse_another_device(prepared: Prepared) -> None:
+    """Stop a study that was begun on a GPU from going on without one, or the reverse: its latencies would mix.
+
+    Raises:
+        StudyError: at the key that decides.
+    """
+    study, begun = prepared.study, prepared.plan.teacher.device
+    if ("cuda" if study.cluster.gpus_per_trial > 0 else "cpu") != begun:
+        message = f"this study was begun on {begun}, and times on another device do not compare"
+        raise study.error("cluster.gpus_per_trial", message)
 
 
 def freeze_constant(store: Store, prepared: Prepared) -> None:
@@ -350,17 +365,20 @@ def front_of(study: Study, rows: list[TrialRow]) -> list[TrialRow]:
     return [there[index] for index in front(points, list(study.directions.values()))]
 
 
+def _finalists(study: Study, rows: list[TrialRow]) -> dict[int, TrialRow]:
+    """The front and the baselines, by number."""
+    competing = [*front_of(study, rows), *(row for row in rows if row.baseline and row.state == "complete")]
+    return {row.number: row for row in competing}
+
+
 def _finalized(store: Store, study: Study) -> bool:
-    return {row.number for row in front_of(study, store.trials(study.name))} <= set(
-        store.measurements(study.name, kind="final")
-    )
+    wanted = _finalists(study, store.trials(study.name))
+    return wanted.keys() <= store.measurements(study.name, kind="final").keys()
 
 
 def _finalize(study: Study, executor: Executor, store: Store) -> None:
     """Measure the front and the teacher again, score them on test, and tidy the artefacts up."""
-    rows = store.trials(study.name)
-    members = {row.number: row for row in front_of(study, rows)}
-    members |= {row.number: row for row in rows if row.baseline and row.state == "complete"}
+    members = _finalists(study, store.trials(study.name))
     artifacts = {number: row.artifact for number, row in members.items() if row.artifact}
     for number, data in executor.call("finalize", artifacts).items():
         store.write_measurement(study.name, number, "final", data, attempt=members[number].attempts - 1)
