@@ -177,13 +177,15 @@ def time_limit(minutes: float | None, overrun: Path) -> Iterator[None]:
     if minutes is None:
         yield
         return
-    with overrun.open("w", encoding="utf-8") as file:
-        faulthandler.dump_traceback_later(minutes * 60, exit=True, file=file)
-        try:
-            yield
-        finally:
-            faulthandler.cancel_dump_traceback_later()
-    overrun.unlink()
+    try:
+        with overrun.open("w", encoding="utf-8") as file:
+            faulthandler.dump_traceback_later(minutes * 60, exit=True, file=file)
+            try:
+                yield
+            finally:
+                faulthandler.cancel_dump_traceback_later()
+    finally:
+        overrun.unlink()
 
 
 @dataclass

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from compress_search.errors import BenchDied
 from compress_search.recipe import Recipe
 from compress_search.records import Assignment, Failure
-from compress_search.trial import TrialWorker, clear_scratch, read_death, read_result, trial_folder
+from compress_search.trial import TrialWorker, clear_scratch, read_death, read_result, time_limit, trial_folder
 
 
 def worker_that_dies_while_it_prepares(output: Path) -> TrialWorker:
@@ -43,3 +45,13 @@ def test_scratch_of_killed_attempts_is_cleared_and_results_stay(tmp_path: Path) 
     (folder / "result.json").write_text("{}")
     clear_scratch(tmp_path)
     assert [path.name for path in folder.iterdir()] == ["result.json"]
+
+
+@pytest.mark.parametrize("end", [None, SystemExit, BenchDied])  # by SystemExit Tune stops a trial
+def test_a_time_limit_that_was_kept_leaves_nothing(tmp_path: Path, end: type[BaseException] | None) -> None:
+    expected: AbstractContextManager[Any] = pytest.raises(end) if end else nullcontext()
+    with expected, time_limit(1.0, tmp_path / "overrun-0.txt"):
+        assert (tmp_path / "overrun-0.txt").exists()
+        if end:
+            raise end("over")
+    assert not list(tmp_path.iterdir())
