@@ -387,10 +387,15 @@ def _finalize(study: Study, executor: Executor, store: Store) -> None:
 
 def keep_artifacts(folder: Path, members: set[str], limit: float = KEPT_BYTES) -> None:
     """Delete the oldest artefacts that are no ``members`` until the others fit into ``limit`` bytes."""
-    others = [path for path in folder.iterdir() if path.is_dir() and path.name not in members]
+    folders = [path for path in folder.iterdir() if path.is_dir()]
+    for path in folders:
+        if path.name.startswith("."):  # half made or half deleted, by a process that was killed
+            shutil.rmtree(path)
+    others = [path for path in folders if not path.name.startswith(".") and path.name not in members]
     sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in others}
     for path in sorted(others, key=lambda path: path.stat().st_mtime):
         if sum(sizes.values()) <= limit:
             break
-        shutil.rmtree(path)
+        # whoever looks for an artefact finds the whole of it or nothing
+        shutil.rmtree(path.rename(path.with_name(f".{path.name}.gone")))
         del sizes[path]

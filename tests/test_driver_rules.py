@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from compress_search.driver import Prepared, _finalized, baselines, refuse_another_device
+from compress_search.driver import Prepared, _finalized, baselines, keep_artifacts, refuse_another_device
 from compress_search.errors import StudyError
 from compress_search.plan import Plan
 from compress_search.registry import Registry
@@ -57,3 +59,24 @@ def test_a_study_is_final_once_its_front_and_its_baselines_are(tmp_path: Path) -
     second = given(search.next())
     search.finish(measured(second, accuracy=1.1))  # what more trials add to the front is measured too
     assert not _finalized(store, study)
+
+
+def test_the_oldest_artefacts_go_first_and_never_by_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for age, name in enumerate((".half", "member", "new", "older", "oldest")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.onnx").write_bytes(bytes(100))
+        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+    removed: list[str] = []
+
+    def killed_at_the_second(path: Path) -> None:
+        removed.append(path.name)
+        if len(removed) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        keep_artifacts(tmp_path, {"member"}, limit=150)
+    assert not (tmp_path / "oldest").exists()
+    monkeypatch.undo()
+    keep_artifacts(tmp_path, {"member"}, limit=150)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["member", "new"]
