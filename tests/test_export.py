@@ -14,10 +14,11 @@ import pytest
 from compress_search.data.rows import Rows
 from compress_search.environment import fingerprint
 from compress_search.errors import ExportError, StorageError, StudyError
-from compress_search.export import as_pretrained, check, export_artifact, tolerance
+from compress_search.export import as_pretrained, check, export_artifact, teacher_metrics, tolerance
 from compress_search.export.model_card import Card, Contents, render
 from compress_search.measure import Bench
 from compress_search.recipe import Recipe, Step
+from compress_search.storage import TrialRow
 from compress_search.tasks import Task
 from tests import tiny
 
@@ -350,3 +351,9 @@ def test_the_card_for_programs_is_plain_data():
     assert data["recipe"] == RECIPE.to_list()
     assert data["metrics"]["latency_ms"] == 3.456
     assert data["task"]["labels"] == ["negative", "positive"]
+
+
+def test_a_teacher_that_failed_before_it_was_measured_is_passed_over() -> None:
+    failed = TrialRow(0, "failed", Recipe(), "teacher")
+    measured = TrialRow(1, "complete", Recipe(), "teacher", metrics={"accuracy": 0.9})
+    assert teacher_metrics({0: failed, 1: measured}) == {"accuracy": 0.9}

@@ -70,7 +70,7 @@ def export_trial(study: Study, number: int, destination: Path) -> Path:
         artifact = rebuild(study, recipe, row.seed or 0, Subject.from_dict(store.study(study.name).subject))
     raw, task = read(study)
     measurements = store.measurements(study.name, number).get(number, {})
-    teacher = next((other.metrics for other in rows.values() if other.recipe == Recipe()), {})
+    teacher = teacher_metrics(rows)
     card = Card(
         study=study.name,
         number=number,
@@ -104,6 +104,11 @@ def _complete(rows: Mapping[int, TrialRow], number: int) -> tuple[TrialRow, Reci
     if row.state != "complete" or row.recipe is None:
         raise StudyError(f"trial {number} is {row.state}: only a complete trial has a model")
     return row, row.recipe
+
+
+def teacher_metrics(rows: Mapping[int, TrialRow]) -> Mapping[str, float]:
+    """What the teacher measured; an attempt at it may have failed in an earlier run."""
+    return next((row.metrics for row in rows.values() if row.recipe == Recipe() and row.state == "complete"), {})
 
 
 def rebuild(study: Study, recipe: Recipe, seed: int, teacher: Subject) -> Path:
