@@ -1,0 +1,224 @@
+"""Studies that have one thing wrong with them: what is written, what is done to the files, and what is answered."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests import tiny
+
+Rows = list[dict[str, Any]]
+Prepare = Callable[[Path], Any]
+
+DEAF = "@deaf@"
+"""Stands for a port of the loopback interface at which nothing listens."""
+
+METHOD = """
+from compress_search import Method, Stage
+
+class Mine(Method):
+    stage = Stage.STUDENT
+
+    def search_space(self, teacher):
+        return {}
+
+    def apply(self, candidate, params, context):
+        return candidate
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something wrong: what is written, what is done to the files, and the key and the words of the answer."""
+
+    key: str
+    words: str
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    prepare: Prepare = lambda folder: None
+
+
+def rows(split: str, change: Callable[[Rows], Any]) -> Prepare:
+    """Change the rows of a data file."""
+
+    def prepare(folder: Path) -> None:
+        path = folder / "data" / f"{split}.jsonl"
+        found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        change(found)
+        tiny.write_jsonl(path, found)
+
+    return prepare
+
+
+def every(**columns: Any) -> Callable[[Rows], Any]:
+    return lambda found: [row.update(columns) for row in found]
+
+
+def without(column: str) -> Callable[[Rows], Any]:
+    return lambda found: [row.pop(column) for row in found]
+
+
+def numbered(found: Rows) -> None:
+    """Labels of a regression, of which the third is no number."""
+    for number, row in enumerate(found):
+        row["label"] = "nan" if number == 2 else number
+
+
+def write(name: str, text: str) -> Prepare:
+    return lambda folder: (folder / name).write_text(text, encoding="utf-8")
+
+
+def malformed(folder: Path) -> None:
+    path = folder / "data" / "train.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join([*lines[:2], '{"text": "half', *lines[3:]]), encoding="utf-8")
+
+
+def headless(folder: Path) -> None:
+    config = json.loads((folder / "teacher" / "config.json").read_text(encoding="utf-8"))
+    config["architectures"] = ["BertModel"]
+    (folder / "teacher" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+GPT = '{"model_type": "gpt2", "architectures": ["GPT2ForSequenceClassification"]}'
+MYSTERY = '{"model_type": "mystery", "architectures": ["MysteryModel"]}'
+
+CASES = {
+    "unknown key": Case("search.trails", 'unknown key (did you mean "trials"?)', {"search.trails": 3}),
+    "unknown section": Case("serach", 'unknown key (did you mean "search"?)', {"serach": {"trials": 3}}),
+    "wrong type": Case("search.trials", 'expected an integer, got "many"', {"search.trials": "many"}),
+    "a section that is none": Case("data", "expected a mapping", {"data": "train.jsonl"}),
+    "out of range": Case("data.max_length", "expected at least 4, got 1", {"data.max_length": 1}),
+    "a key that is missing": Case("data.train", "missing; expected training data", {"data.train": None}),
+    "missing data": Case("data.train", "no such file: data/none.jsonl", {"data.train": "data/none.jsonl"}),
+    "missing test data": Case("data.test", "no such file: data/none.jsonl", {"data.test": "data/none.jsonl"}),
+    "empty data": Case("data.train", "the file is empty: data/train.jsonl", {}, write("data/train.jsonl", "")),
+    "blank data": Case("data.train", "there are no rows", {}, write("data/train.jsonl", "\n\n")),
+    "malformed line": Case("data.train", "train.jsonl:3: not JSON: ", {}, malformed),
+    "a line that is no object": Case(
+        "data.train", "train.jsonl:1: expected a JSON object, got [1, 2]", {}, write("data/train.jsonl", "[1, 2]\n")
+    ),
+    "label in validation only": Case(
+        "data.validation",
+        "validation.jsonl:5: label 'mixed' does not occur in the training data (negative, positive)",
+        {},
+        rows("validation", lambda found: found[4].update(label="mixed")),
+    ),
+    "one class only": Case(
+        "data.train",
+        "every label is 'positive'; expected at least two classes",
+        {},
+        rows("train", every(label="positive")),
+    ),
+    "label is NaN": Case(
+        "data.train",
+        "train.jsonl:2: column 'label' holds no value",
+        {},
+        rows("train", lambda found: found[1].update(label=float("nan"))),
+    ),
+    "number is NaN": Case(
+        "data.train",
+        "train.jsonl:3: expected a number as label, got 'nan'",
+        {"task": "text-regression"},
+        rows("train", numbered),
+    ),
+    "no text column": Case(
+        "data.train", "train.jsonl:1: no column 'text'; there are: label", {}, rows("train", without("text"))
+    ),
+    "no such text column": Case(
+        "data.train", "train.jsonl:1: no column 'sentence'; there are: text, label", {"data.text": "sentence"}
+    ),
+    "no teacher there": Case("teacher.model", "no such directory: ./nowhere", {"teacher.model": "./nowhere"}),
+    "no head": Case(
+        "teacher.model", "BertModel has no head for text-classification: name a fine-tuned model", {}, headless
+    ),
+    "unsupported family": Case(
+        "teacher.model", "'gpt2' are not supported: expected", {}, write("teacher/config.json", GPT)
+    ),
+    "unknown family": Case(
+        "teacher.model", "cannot read the model's configuration: ", {}, write("teacher/config.json", MYSTERY)
+    ),
+    "longer than the teacher reads": Case(
+        "data.max_length", "the teacher reads at most 68 tokens, got 100", {"data.max_length": 100}
+    ),
+    "a model the hub has not": Case(
+        "teacher.model", "nobody/nothing is no directory here; cannot read", {"teacher.model": "nobody/nothing"}
+    ),
+    "data the hub has not": Case(
+        "data.train", "cannot load nobody/nothing from the hub: ", {"data.train": "nobody/nothing"}
+    ),
+    "unknown method": Case(
+        "methods.theseuss", 'unknown method (did you mean "theseus"?)', {"methods": {"theseuss": {}}}
+    ),
+    "unknown dimension": Case(
+        "methods.distill.heat",
+        "unknown dimension; there are: ",
+        {"methods": {"theseus": {}, "distill": {"heat": 2}}},
+    ),
+    "range outside the space": Case(
+        "methods.theseus.base_rate",
+        "outside",
+        {"methods": {"theseus": {"base_rate": {"low": 2.0, "high": 3.0}}}},
+    ),
+    "range upside down": Case(
+        "methods.theseus.base_rate",
+        "the range is empty: low 0.9 is above high 0.1",
+        {"methods": {"theseus": {"base_rate": {"low": 0.9, "high": 0.1}}}},
+    ),
+    "two forced methods of one stage": Case(
+        "methods.theseus.use",
+        "only one student method can be forced, and 'mine' is already",
+        {"methods": {"theseus": {"use": True}, "mine": {"use": True}}, "plugins": ["mine.py"]},
+        write("mine.py", METHOD),
+    ),
+    "a method with nothing to follow": Case(
+        "methods.distill", "cannot be used in this study: there is nothing to recover", {"methods": {"distill": {}}}
+    ),
+    "unknown objective": Case("objectives.0", "unknown objective", {"objectives": ["acuracy", "latency_ms"]}),
+    "contradictory constraints": Case(
+        "constraints.size_mb", "nothing is both >= 50 and <= 40", {"constraints": {"size_mb": [">= 50", "<= 40"]}}
+    ),
+    "unreachable constraint": Case(
+        "constraints.accuracy", 'accuracy lies between 0 and 1, got ">= 90"', {"constraints": {"accuracy": ">= 90"}}
+    ),
+    "unwritable output": Case("output", "study.yaml is not a directory", {"output": "study.yaml/run"}),
+    "output is a file": Case("output", "not a directory: data/train.jsonl", {"output": "data/train.jsonl"}),
+    "unwritable database": Case(
+        "storage", "study.yaml is not a directory", {"storage": "sqlite:///study.yaml/study.db"}
+    ),
+    "a database that is none": Case(
+        "storage", "file is not a database", {"storage": "sqlite:///mine.db"}, write("mine.db", "words " * 1000)
+    ),
+    "unreachable database": Case(
+        "storage",
+        f"postgresql+psycopg://me:***@127.0.0.1:{DEAF}/studies: connection failed: ",
+        {"storage": f"postgresql+psycopg://me:s3cret@127.0.0.1:{DEAF}/studies"},
+    ),
+    "another kind of database": Case(
+        "storage", "no such kind of database; expected sqlite", {"storage": "mysql://me:s3cret@127.0.0.1/studies"}
+    ),
+    "no such plugin file": Case("plugins.0", "no such file: mine.py", {"plugins": ["mine.py"]}),
+    "a plugin that cannot be imported": Case(
+        "plugins.0",
+        "method 'mine' (from mine.py): cannot be imported: ModuleNotFoundError: No module named 'nothing_here'",
+        {"plugins": ["mine.py"], "methods": "all"},
+        write("mine.py", "import nothing_here\n"),
+    ),
+    "a plugin that is no Python": Case(
+        "plugins.0", "cannot be imported: SyntaxError", {"plugins": ["mine.py"]}, write("mine.py", "def (:\n")
+    ),
+    "a plugin without a method": Case(
+        "plugins.0",
+        "expected one subclass of compress_search.Method in the file, found none",
+        {"plugins": ["mine.py"]},
+        write("mine.py", "x = 1\n"),
+    ),
+    "a plugin of a taken name": Case(
+        "plugins.0",
+        "method 'theseus': the name is taken by compress-search",
+        {"plugins": ["theseus.py"]},
+        write("theseus.py", METHOD),
+    ),
+}
