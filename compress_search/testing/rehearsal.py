@@ -20,6 +20,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from compress_search.candidate import Candidate, Subject
+from compress_search.encoders import prune_heads, prune_neurons, subject_of
 from compress_search.method import Method
 from compress_search.space import Dim, Params, Space, Value, active, defaults, fix_experts, in_order
 from compress_search.testing.tiny import TinyContext, tiny_candidate, tiny_context
@@ -49,9 +50,14 @@ def require(condition: bool, message: str) -> None:
 
 
 @cache
-def _tiny(family: str, task: str) -> Candidate:
+def _tiny(family: str, task: str, *, uneven: bool = False) -> Candidate:
     """Made once a process; only copies of it are worked on."""
-    return tiny_candidate(family, task)
+    model = tiny_candidate(family, task)
+    if uneven:  # as an earlier step may leave it
+        prune_heads(model.network, {0: (0, 2), 3: (1, 2, 3)})
+        prune_neurons(model.network, {1: range(16), 2: range(48)})
+        model = model.replace(subject=subject_of(model.network, task).having("lossy"))
+    return model
 
 
 def draw(space: Space, rng: random.Random) -> dict[str, Value]:
@@ -154,18 +160,18 @@ class Rehearsal:
 
     @cached_property
     def models(self) -> list[Candidate]:
-        """Tiny models the method accepts.
+        """Tiny models the method accepts; the last one's layers differ in shape.
 
         Raises:
             ContractBroken: there is none.
         """
         found, reasons = [], []
-        for family, task in MODELS:
-            model = _tiny(family, task)
+        for model in (*(_tiny(*names) for names in MODELS), _tiny(*MODELS[0], uneven=True)):
             if subject := self._accepted(model.subject):
                 found.append(model.replace(subject=subject))
             else:
-                reasons.append(f"{family}, {task}: {self.method.unsupported(model.subject)}")
+                kind = f"{model.subject.family}, {model.subject.task}"
+                reasons.append(f"{kind}: {self.method.unsupported(model.subject)}")
         require(bool(found), f"supports none of the tiny models ({'; '.join(reasons)})")
         return found
 
