@@ -5,12 +5,21 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from compress_search.driver import Prepared, _finalized, baselines, keep_artifacts, refuse_another_device
+from compress_search.driver import (
+    Prepared,
+    _finalize,
+    _measured_once,
+    baselines,
+    front_of,
+    keep_artifacts,
+    refuse_another_device,
+)
 from compress_search.errors import StudyError
 from compress_search.plan import Plan
 from compress_search.registry import Registry
@@ -52,13 +61,49 @@ def test_a_study_is_final_once_its_front_and_its_baselines_are(tmp_path: Path) -
     search.finish(measured(first, accuracy=1.0, latency_ms=1.0))  # dominates the teacher
     store, study = search.store, search.plan.study
     store.write_measurement("fake", first.number, "final", {})
-    assert not _finalized(store, study)
+    assert _measured_once(study, store)
     store.write_measurement("fake", 0, "final", {})
-    assert _finalized(store, study)
+    assert not _measured_once(study, store)
     store.write_measurement("fake", 0, "final", {})
     second = given(search.next())
     search.finish(measured(second, accuracy=1.1))  # what more trials add to the front is measured too
-    assert not _finalized(store, study)
+    assert _measured_once(study, store)
+
+
+class SecondLook:
+    """An executor whose second measurement finds these ratios to the teacher."""
+
+    def __init__(self, ratios: dict[int, float]) -> None:
+        self.ratios, self.asked = ratios, list[list[int]]()
+
+    def call(self, job: str, artifacts: dict[int, str]) -> dict[int, dict[str, Any]]:
+        self.asked.append(sorted(artifacts))
+        return {number: {"latency": self.latency(self.ratios.get(number, 1.0))} for number in artifacts}
+
+    def latency(self, ratio: float) -> dict[str, Any]:
+        times = dict.fromkeys(("p50_ms", "p95_ms", "reference_ms", "throughput", "control", "spread"), 1.0)
+        return {**times, "ratio": ratio, "low": 0.9 * ratio, "high": 1.1 * ratio, "noisy": False}
+
+
+def test_what_is_too_good_to_be_true_is_found_out_and_its_successor_measured_too(tmp_path: Path) -> None:
+    search = after_teacher(fake_search(tmp_path))
+    study, store = search.plan.study, search.store
+    first, second = given(search.next()), given(search.next())
+    for trial, latency_ms in ((first, 1.0), (second, 2.0)):  # of a teacher that takes 5 ms
+        costs = {"latency_ms": latency_ms, "speedup": 5 / latency_ms, "throughput": 1000 / latency_ms}
+        result = measured(trial, accuracy=1.0, **costs)
+        search.finish(replace(result, artifact=f"artifacts/{trial.number}"))
+        (study.output / "artifacts" / str(trial.number)).mkdir(parents=True)
+    executor = SecondLook({first.number: 0.8, second.number: 0.4})
+    _finalize(study, executor, store)  # type: ignore[arg-type]
+    assert executor.asked[0] == [first.number]  # the second was dominated, until the first was measured again
+    assert [second.number] in executor.asked
+    rows = {row.number: row for row in store.trials(study.name)}
+    assert rows[first.number].metrics["latency_ms"] == pytest.approx(4.0)
+    assert rows[first.number].intervals["speedup"] == pytest.approx((1 / 0.88, 1 / 0.72))
+    assert rows[second.number].metrics["throughput"] == pytest.approx(500.0)
+    assert [row.number for row in front_of(study, list(rows.values()))] == [second.number]
+    assert set(_measured_once(study, store)) == {0}  # this teacher left no artefact to measure
 
 
 def test_the_oldest_artefacts_go_first_and_never_by_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

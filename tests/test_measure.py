@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from compress_search.errors import BenchDied, BenchError
 from compress_search.measure import Bench, Latency, Score, median_interval, pinned, summarize
+from compress_search.measure.bench import TRIES, undisturbed
 from compress_search.tasks import Task
 from tests import tiny
 
@@ -277,12 +278,28 @@ def test_interleaving_shuffles_the_order_and_times_each_runner():
 
         return run
 
-    elapsed = interleave([runner("a", 1.0), runner("b", 2.5)], range(40), seed=0, clock=lambda: now[0])
+    runners = [runner("a", 1.0), runner("b", 2.5)]
+    elapsed = interleave(runners, range(40), seed=0, clock=lambda: now[0], preemptions=lambda: 0)
     assert elapsed.tolist() == [[1.0, 2.5]] * 40
     assert [batch for _, batch in order] == [batch for batch in range(40) for _ in range(4)]
     assert order[::2] == order[1::2], "an untimed pass goes before each timed one"
     firsts = [name for name, _ in order[::4]]
     assert 10 < firsts.count("a") < 30
+
+
+@pytest.mark.parametrize(("interrupted", "passes", "expected"), [(0, 1, 1), (3, 4, 1), (99, TRIES, 10)])
+def test_a_pass_that_the_scheduler_interrupted_is_timed_anew(interrupted, passes, expected):
+    now, switches, timed = [0], [0], [0]
+
+    def run(batch):
+        # every second pass is a timed one; the first few of those are interrupted and take ten times as long
+        timed[0] += 1
+        disturbed = timed[0] % 2 == 0 and timed[0] // 2 <= interrupted
+        switches[0] += disturbed
+        now[0] += 10 if disturbed else 1
+
+    assert undisturbed(run, {}, lambda: now[0], lambda: switches[0]) == expected
+    assert timed[0] == 2 * passes
 
 
 def test_the_latency_operation_warms_up_and_keeps_the_reference_loaded(monkeypatch, tmp_path):

@@ -41,6 +41,9 @@ Inputs = Mapping[str, NDArray[Any]]
 Runner = Callable[[Inputs], NDArray[Any]]
 """Model inputs of shape (B, S) -> logits (B, C) or (B, S, C), in host memory."""
 
+TRIES = 5
+"""How often a pass that the scheduler interrupted is timed anew, before it counts all the same."""
+
 LOADED_RUNNERS = 4
 """Runners kept between requests: the reference, its twin for the A/A check, and the latest candidates."""
 
@@ -79,6 +82,7 @@ def interleave(
     batches: Iterable[Inputs],
     seed: int,
     clock: Callable[[], int] = time.perf_counter_ns,
+    preemptions: Callable[[], int] | None = None,
 ) -> NDArray[np.float64]:
     """Milliseconds (rounds, runners): in each round every runner takes the same batch, in random order.
 
@@ -86,18 +90,37 @@ def interleave(
     goes before each timed one: a model that is deployed finds its weights in the caches, where they fit, and
     not those of the model that was timed before it, and the buffers for this length are allocated.
     """
+    preemptions = preemptions or involuntary_switches
     rng = np.random.default_rng(seed)
     rounds = []
     with _without_collector():
         for batch in batches:
             elapsed = np.empty(len(runners))
             for position in rng.permutation(len(runners)):
-                runners[position](batch)
-                started = clock()
-                runners[position](batch)
-                elapsed[position] = (clock() - started) / 1e6
+                elapsed[position] = undisturbed(runners[position], batch, clock, preemptions) / 1e6
             rounds.append(elapsed)
     return np.array(rounds).reshape(-1, len(runners))
+
+
+def undisturbed(runner: Runner, batch: Inputs, clock: Callable[[], int], preemptions: Callable[[], int]) -> int:
+    """Nanoseconds of a pass from which the scheduler did not take the core away, if one of a few tries is such.
+
+    Without this a busy machine flatters small models: a long pass is more often interrupted than a short one.
+    """
+    elapsed = 0
+    for _ in range(TRIES):
+        runner(batch)
+        before, started = preemptions(), clock()
+        runner(batch)
+        elapsed = clock() - started
+        if preemptions() == before:
+            break
+    return elapsed
+
+
+def involuntary_switches() -> int:
+    """How often the scheduler has taken a core away from this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 @contextmanager

@@ -192,7 +192,7 @@ def read_entries(store: Store, name: str) -> list[Entry]:
 def entry_of(row: TrialRow, measurements: Mapping[str, Any]) -> Entry:
     """A stored trial with its measurements as an entry of the document."""
     marks = {
-        "noisy": measurements.get("latency", {}).get("noisy"),
+        "noisy": _latest_latency(measurements).get("noisy"),
         "simulated": measurements.get("simulated"),
         "provisional": row.provisional,
     }
@@ -203,7 +203,7 @@ def entry_of(row: TrialRow, measurements: Mapping[str, Any]) -> Entry:
             "recipe": row.recipe.to_list() if row.recipe else [],
             "metrics": row.metrics,
             "intervals": row.intervals,
-            "test": _final(row, measurements.get("final")),
+            "test": _final(measurements.get("final")),
             "seconds": row.seconds.get("total"),
             "attempts": row.attempts,
             "error": f"{row.error.kind}: {row.error.message}" if row.error else None,
@@ -213,15 +213,15 @@ def entry_of(row: TrialRow, measurements: Mapping[str, Any]) -> Entry:
     )
 
 
-def _final(row: TrialRow, final: Mapping[str, Any] | None) -> dict[str, float] | None:
-    """Scores on the test split, and the latency measured once more on the scale of the study's teacher."""
-    if not final:
-        return None
-    found = dict(final.get("test", {}).get("metrics", {}))
-    if final.get("latency") and row.metrics.get("speedup"):
-        teacher_ms = row.metrics["latency_ms"] * row.metrics["speedup"]
-        found["latency_ms"] = final["latency"]["ratio"] * teacher_ms
-    return found or None
+def _latest_latency(measurements: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The measurement that the trial's latency is from."""
+    final: Mapping[str, Any] = measurements.get("final", {}).get("latency") or measurements.get("latency") or {}
+    return final
+
+
+def _final(final: Mapping[str, Any] | None) -> dict[str, float] | None:
+    """Scores on the test split, of what was measured at the end."""
+    return dict((final or {}).get("test", {}).get("metrics", {})) or None
 
 
 def build_report(facts: Facts, entries: Iterable[Entry]) -> Report:

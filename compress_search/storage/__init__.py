@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -171,6 +171,23 @@ class Store(Database):
             row.metrics, row.intervals, row.seconds, row.environment = {}, {}, {}, {}
             row.artifact, row.failure, row.provisional, row.ended = None, None, False, None
             row.started = now()
+
+        self._run(work)
+
+    def correct(
+        self,
+        name: str,
+        number: int,
+        attempt: int,
+        metrics: Mapping[str, float],
+        intervals: Mapping[str, tuple[float, float]],
+    ) -> None:
+        """Replace some metrics of a finished attempt by those of a better measurement."""
+
+        def work(session: Session) -> None:
+            row = _attempt_row(session, name, number, attempt)
+            row.metrics = {**row.metrics, **plain(metrics)}
+            row.intervals = {**row.intervals, **plain(intervals)}
 
         self._run(work)
 
