@@ -132,6 +132,16 @@ def test_the_recommendation_says_what_is_gained_and_lost_with_its_interval() -> 
     )
 
 
+def test_without_a_bound_on_the_score_the_fastest_that_holds_up_is_recommended() -> None:
+    level = {"intervals": {"accuracy": (0.87, 0.92)}}
+    worse = {"intervals": {"accuracy": (0.75, 0.81)}}
+    trials = [teacher(), entry(1, 0.90, 9, **level), entry(2, 0.89, 6, **level), entry(3, 0.78, 2, **worse)]
+    assert TEACHER["accuracy"] <= 0.92
+    assert report_of(*trials, constraints={}).recommended == 2
+    assert report_of(trials[0], trials[3], constraints={}).recommended == 3  # nothing holds up: the knee of what there is
+    assert report_of(*trials, constraints={"accuracy": ">= 0.7"}).recommended == 3  # what the study says is enough
+
+
 def test_when_nothing_meets_the_constraints_the_closest_is_named() -> None:
     found = report_of(teacher(), entry(1, 0.70, 3), entry(2, 0.80, 5), constraints={"accuracy": ">= 0.95"})
     text = wording.recommendation(found)

@@ -240,7 +240,7 @@ def build_report(facts: Facts, entries: Iterable[Entry]) -> Report:
         baselines=[_baseline(entry) for entry in marked if entry.baseline and entry.metrics],
         hypervolume=hypervolume_of(members, facts),
         front=[entry.number for entry in members],
-        recommended=_recommended(members, facts),
+        recommended=_recommended(members, facts, teacher_of(trials)),
         trials=marked,
         environment=_plain(facts.environment),
     )
@@ -308,10 +308,25 @@ def _alike(members: Sequence[Entry], aims: Aims) -> dict[int, list[int]]:
     }
 
 
-def _recommended(members: Sequence[Entry], aims: Aims) -> int | None:
-    """The front's member to choose; never the teacher itself, which is no compression."""
+def _holds_up(entry: Entry, teacher: Entry, score: str) -> bool:
+    """Whether the teacher's score is reached, or lies within the interval of the entry's."""
+    _, high = entry.intervals.get(score, (0.0, entry.metrics[score]))
+    return max(high, entry.metrics[score]) >= teacher.metrics[score]
+
+
+def _recommended(members: Sequence[Entry], aims: Aims, teacher: Entry | None) -> int | None:
+    """The front's member to choose; never the teacher itself, which is no compression.
+
+    A study that bounds no score still expects one: where some members are as good as the teacher, as far as can
+    be told, the choice is among those.
+    """
     members = [entry for entry in members if entry.recipe]
     bounded = [name in aims.constraints or f"{name}_drop" in aims.constraints for name in aims.objectives]
+    scores = [way == "maximize" and name not in goals.COSTS for name, way in aims.objectives.items()]
+    if teacher and not any(bound and score for bound, score in zip(bounded, scores, strict=True)):
+        names = [n for n, score in zip(aims.objectives, scores, strict=True) if score and n in teacher.metrics]
+        if as_good := [entry for entry in members if all(_holds_up(entry, teacher, name) for name in names)]:
+            members, bounded = as_good, [b or s for b, s in zip(bounded, scores, strict=True)]
     row = pareto.recommend(_points(members, aims), list(aims.objectives.values()), bounded=bounded)
     return None if row is None else members[row].number
 
