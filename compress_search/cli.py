@@ -192,10 +192,10 @@ def show(path: Path, overrides: tuple[str, ...], number: int) -> None:
 @click.option(
     "--format",
     "kind",
-    type=click.Choice(["table", "json", "csv", "html"]),
+    type=click.Choice(["table", "json", "csv", "html", "svg"]),
     default="table",
     show_default=True,
-    help="A table for people, JSON or CSV for programs, or one self-contained page.",
+    help="A table for people, JSON or CSV for programs, one self-contained page, or the front as a picture.",
 )
 @click.option("-o", "--output", type=FilePath, help="Write to this file instead of the terminal.")
 def report(path: Path, overrides: tuple[str, ...], kind: str, output: Path | None) -> None:
@@ -215,6 +215,8 @@ def report(path: Path, overrides: tuple[str, ...], kind: str, output: Path | Non
         return
     if kind == "html":
         text = page.render_html(found, read_facts(_store(study), study.name), _named(path, overrides))
+    elif kind == "svg":
+        text = page.front_picture(found)
     elif kind == "table":
         text = terminal.text(*terminal.report_tables(found, _named(path, overrides)))
     else:

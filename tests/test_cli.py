@@ -274,6 +274,10 @@ def test_report_as_html_goes_to_a_file_in_a_new_folder(filled: Path, tmp_path: P
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
+def test_report_as_svg_is_a_picture_of_its_own(filled: Path) -> None:
+    assert call("report", filled, "--format", "svg").stdout.lstrip().startswith("<svg")
+
+
 def test_report_to_a_place_that_cannot_be_written_exits_2(filled: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     result = call("report", filled, "-o", tmp_path / "file" / "report.txt")

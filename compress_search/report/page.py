@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -161,8 +160,8 @@ def _hover(entry: Entry, found: Report) -> str:
 _NO_CHART: Mapping[str, Any] = {"traces": [], "x": "", "y": "", "label": "A front needs two objectives."}
 
 
-def front_picture(found: Report, path: Path) -> None:
-    """Write the first picture of the front as an SVG that follows the reader's light or dark scheme."""
+def front_picture(found: Report) -> str:
+    """The first picture of the front as an SVG that follows the reader's light or dark scheme."""
     chart = next((front_chart(found, x, y) for x, y in axes(found)), _NO_CHART)
     x = Scale.over([value for trace in chart["traces"] for value in trace["x"]], 70, 700)
     y = Scale.over([value for trace in chart["traces"] for value in trace["y"]], 370, 20)
@@ -170,8 +169,7 @@ def front_picture(found: Report, path: Path) -> None:
     widths = [30 + 6 * len(trace["name"]) for trace in chart["traces"]]
     legend = [80 + sum(widths[:position]) for position in range(len(widths))]
     template = _TEMPLATES.get_template("front.svg.j2")
-    text = template.render(study=found.study, chart=chart, x=x, y=y, legend=legend)
-    path.write_text(text, encoding="utf-8")
+    return template.render(study=found.study, chart=chart, x=x, y=y, legend=legend)
 
 
 class Scale:
