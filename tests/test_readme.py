@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import click
@@ -112,7 +113,9 @@ def test_the_guide_names_every_hook() -> None:
 def test_the_guides_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_method.py").write_text(method_text("my_method"))
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "my_method", raising=False)
+    # whatever the guide imports under this name is forgotten again afterwards
+    monkeypatch.setitem(sys.modules, "my_method", ModuleType("my_method"))
+    del sys.modules["my_method"]
     candidate = tiny_candidate(layers=2)
     names: dict[str, Any] = {"context": tiny_context(candidate), "student": candidate.copy().network}
     for block in blocks(GUIDE, "python"):
