@@ -6,13 +6,11 @@ nothing. Knows neither how trials are proposed nor how they are run.
 
 from __future__ import annotations
 
-import shutil
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 from compress_search import progress
@@ -23,8 +21,7 @@ from compress_search.environment import fingerprint
 from compress_search.errors import CompressSearchError, PluginError, StorageError
 from compress_search.estimate import Estimate, estimate, mean_length
 from compress_search.executor import Executor, Factory, LocalExecutor
-from compress_search.measure import Latency
-from compress_search.pareto import front
+from compress_search.finish import feasible, finalize, measured_once
 from compress_search.plan import Plan, make_plan
 from compress_search.recipe import Recipe, Step, settle
 from compress_search.records import Assignment, Failure, Result, Rung
@@ -48,9 +45,6 @@ INT8_METHOD = "quantization"
 
 PATIENCE = 300.0
 """Seconds a driver waits for a database that is locked or away before it gives up."""
-
-KEPT_BYTES = 5e9
-"""Artefacts that are not on the front are kept up to this size, the oldest going first."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +171,7 @@ def run(
         clear_scratch(study.output)
         announced = Announced(search, on_event)
         announced.started()
-        if search.done and not _measured_once(study, store):
+        if search.done and not measured_once(study, store):
             return
         refuse_another_device(prepared)
         pool = make_executor(executor, factory, prepared)
@@ -214,7 +208,7 @@ def _drive(search: Announced, executor: Executor, store: Store) -> None:
     try:
         executor.run(search)  # type: ignore[arg-type]  # the search, which also tells whoever watches
         if search.teacher_fault is None:
-            _finalize(search.search.plan.study, executor, store)
+            finalize(search.search.plan.study, executor, store)
     except BaseException:
         executor.close()
         search.search.release()
@@ -347,84 +341,3 @@ class Announced:
             feasible=feasible(self.search.plan.study, row.metrics),
             counted=row.baseline is None and row.state != "infeasible",
         )
-
-
-def feasible(study: Study, metrics: Mapping[str, float]) -> bool:
-    """Whether the metrics meet every constraint."""
-    limits = study.constraints.values()
-    return all(limit.metric in metrics and limit.violation(metrics[limit.metric]) <= 0 for limit in limits)
-
-
-def front_of(study: Study, rows: list[TrialRow]) -> list[TrialRow]:
-    """The complete and feasible trials that none other dominates."""
-    there = [row for row in rows if row.state == "complete" and feasible(study, row.metrics)]
-    names = list(study.directions)
-    there = [row for row in there if all(name in row.metrics for name in names)]
-    if not there:
-        return []
-    points = [[row.metrics[name] for name in names] for row in there]
-    return [there[index] for index in front(points, list(study.directions.values()))]
-
-
-def _finalists(study: Study, rows: list[TrialRow]) -> dict[int, TrialRow]:
-    """The front and the baselines, by number."""
-    competing = [*front_of(study, rows), *(row for row in rows if row.baseline and row.state == "complete")]
-    return {row.number: row for row in competing}
-
-
-def _measured_once(study: Study, store: Store) -> dict[int, TrialRow]:
-    """The finalists that have not been measured again yet."""
-    again = store.measurements(study.name, kind="final")
-    return {n: row for n, row in _finalists(study, store.trials(study.name)).items() if n not in again}
-
-
-def _finalize(study: Study, executor: Executor, store: Store) -> None:
-    """Measure the front and the baselines again, score them on test, and tidy the artefacts up.
-
-    The best of many noisy numbers is too good to be true: what the second measurement says counts from then on.
-    A model that it puts on the front is measured again in its turn, until every member has been.
-    """
-    while members := {n: row for n, row in _measured_once(study, store).items() if row.artifact}:
-        artifacts = {number: row.artifact for number, row in members.items()}
-        for number, data in executor.call("finalize", artifacts).items():
-            row = members[number]
-            if row.recipe and row.recipe.steps:  # the teacher's own latency is the study's frozen unit
-                found = remeasured(row.metrics, Latency.from_dict(data["latency"]))
-                store.correct(study.name, number, row.attempts - 1, *found)
-            store.write_measurement(study.name, number, "final", data, attempt=row.attempts - 1)
-    kept = [row.artifact for row in _finalists(study, store.trials(study.name)).values() if row.artifact]
-    keep_artifacts(study.output / "artifacts", {Path(name).name for name in kept})
-
-
-def remeasured(
-    metrics: Mapping[str, float], latency: Latency
-) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    """The metrics and intervals that a new measurement replaces, on the scale of the study's teacher."""
-    teacher_ms = metrics["latency_ms"] * metrics["speedup"]
-    latency_ms = latency.ratio * teacher_ms
-    found = {
-        "latency_ms": latency_ms,
-        "speedup": 1 / latency.ratio,
-        "throughput": metrics["throughput"] * metrics["latency_ms"] / latency_ms,
-    }
-    intervals = {
-        "latency_ms": (latency.low * teacher_ms, latency.high * teacher_ms),
-        "speedup": (1 / latency.high, 1 / latency.low),
-    }
-    return found, intervals
-
-
-def keep_artifacts(folder: Path, members: set[str], limit: float = KEPT_BYTES) -> None:
-    """Delete the oldest artefacts that are no ``members`` until the others fit into ``limit`` bytes."""
-    folders = [path for path in folder.iterdir() if path.is_dir()]
-    for path in folders:
-        if path.name.startswith("."):  # half made or half deleted, by a process that was killed
-            shutil.rmtree(path)
-    others = [path for path in folders if not path.name.startswith(".") and path.name not in members]
-    sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in others}
-    for path in sorted(others, key=lambda path: path.stat().st_mtime):
-        if sum(sizes.values()) <= limit:
-            break
-        # whoever looks for an artefact finds the whole of it or nothing
-        shutil.rmtree(path.rename(path.with_name(f".{path.name}.gone")))
-        del sizes[path]

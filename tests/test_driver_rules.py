@@ -11,16 +11,9 @@ from typing import Any
 
 import pytest
 
-from compress_search.driver import (
-    Prepared,
-    _finalize,
-    _measured_once,
-    baselines,
-    front_of,
-    keep_artifacts,
-    refuse_another_device,
-)
+from compress_search.driver import Prepared, baselines, refuse_another_device
 from compress_search.errors import StudyError
+from compress_search.finish import finalize, front_of, keep_artifacts, measured_once
 from compress_search.plan import Plan
 from compress_search.registry import Registry
 from compress_search.study import load_study
@@ -61,13 +54,13 @@ def test_a_study_is_final_once_its_front_and_its_baselines_are(tmp_path: Path) -
     search.finish(measured(first, accuracy=1.0, latency_ms=1.0))  # dominates the teacher
     store, study = search.store, search.plan.study
     store.write_measurement("fake", first.number, "final", {})
-    assert _measured_once(study, store)
+    assert measured_once(study, store)
     store.write_measurement("fake", 0, "final", {})
-    assert not _measured_once(study, store)
+    assert not measured_once(study, store)
     store.write_measurement("fake", 0, "final", {})
     second = given(search.next())
     search.finish(measured(second, accuracy=1.1))  # what more trials add to the front is measured too
-    assert _measured_once(study, store)
+    assert measured_once(study, store)
 
 
 class SecondLook:
@@ -95,7 +88,7 @@ def test_what_is_too_good_to_be_true_is_found_out_and_its_successor_measured_too
         search.finish(replace(result, artifact=f"artifacts/{trial.number}"))
         (study.output / "artifacts" / str(trial.number)).mkdir(parents=True)
     executor = SecondLook({first.number: 0.8, second.number: 0.4})
-    _finalize(study, executor, store)  # type: ignore[arg-type]
+    finalize(study, executor, store)  # type: ignore[arg-type]
     assert executor.asked[0] == [first.number]  # the second was dominated, until the first was measured again
     assert [second.number] in executor.asked
     rows = {row.number: row for row in store.trials(study.name)}
@@ -103,7 +96,7 @@ def test_what_is_too_good_to_be_true_is_found_out_and_its_successor_measured_too
     assert rows[first.number].intervals["speedup"] == pytest.approx((1 / 0.88, 1 / 0.72))
     assert rows[second.number].metrics["throughput"] == pytest.approx(500.0)
     assert [row.number for row in front_of(study, list(rows.values()))] == [second.number]
-    assert set(_measured_once(study, store)) == {0}  # this teacher left no artefact to measure
+    assert set(measured_once(study, store)) == {0}  # this teacher left no artefact to measure
 
 
 def test_the_oldest_artefacts_go_first_and_never_by_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
