@@ -19,8 +19,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def write(name: str, title: str, parts: Iterable[str]) -> Path:
     """The page ``results/<name>.md``."""
     facts = fingerprint()
-    shown = ("cpu", "cores", "python", "torch", "optuna", "ray", "onnxruntime")
-    machine = ", ".join(f"{key} {facts[key]}" for key in shown if facts.get(key))
+    cpu = facts["cpu"]
+    machine = f"{cpu['model']}, {cpu['cores']} cores, Python {facts['python']}"
     RESULTS.mkdir(exist_ok=True)
     page = RESULTS / f"{name}.md"
     page.write_text("\n\n".join([f"# {title}", f"Machine: {machine}.", *parts]) + "\n", encoding="utf-8")
