@@ -91,7 +91,7 @@ class ForwardingSearcher(Searcher):
             self.search.died(number, attempt, self.read_death(number, attempt))
         else:  # stopped by the scheduler below, which is final
             rung = Rung(**json.loads(result["cs_rung"]))
-            self.search.finish(Result(number, attempt, "stopped", metrics=rung.metrics))
+            self.search.finish(Result(number, attempt, "stopped", metrics=rung.metrics, seconds=rung.seconds))
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: the database holds it all."""

@@ -43,12 +43,16 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Rung:
-    """A trial's metrics at a fraction of its training budget. ``index`` counts the rungs from 0."""
+    """A trial's metrics at a fraction of its training budget, and its seconds by phase so far.
+
+    ``index`` counts the rungs from 0.
+    """
 
     number: int
     attempt: int
     index: int
     metrics: Mapping[str, float]
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 Report = Callable[[Rung], bool]

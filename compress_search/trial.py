@@ -97,15 +97,23 @@ class Stopwatch:
     """Seconds by phase."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    running: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def time(self, phase: str) -> Iterator[None]:
         """Add the time of the block to a phase."""
-        started = time.perf_counter()
+        self.running[phase] = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
+            self.seconds[phase] = self.so_far()[phase]
+            del self.running[phase]
+
+    def so_far(self) -> dict[str, float]:
+        """The seconds up to now, of phases that still run as well."""
+        now = time.perf_counter()
+        elapsed = {phase: self.seconds.get(phase, 0.0) + now - since for phase, since in self.running.items()}
+        return {**self.seconds, **elapsed}
 
 
 class TrialWorker:
@@ -276,7 +284,8 @@ class Attempt:
 
     def _on_rung(self, index: int, scores: Mapping[str, float]) -> bool:
         self.latest = {**self._shape_metrics(), **score_metrics(scores, self.assignment.reference)}
-        return self.report(Rung(self.assignment.number, self.assignment.attempt, index, self.latest))
+        number, attempt = self.assignment.number, self.assignment.attempt
+        return self.report(Rung(number, attempt, index, self.latest, self.watch.so_far()))
 
     def _evaluate(self, candidate: Candidate, budget: Budget) -> Metrics:
         seed = derive_seed(self.assignment.seed, "evaluate")

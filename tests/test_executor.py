@@ -77,6 +77,7 @@ def test_a_stopped_trial_goes_no_further(make: Make, tmp_path: Path) -> None:
     assert [rung.index for rung in search.rungs] == [0, 1]
     assert (tmp_path / "0-went-on-0").exists()
     assert not (tmp_path / "0-went-on-1").exists()
+    assert search.results[0].seconds == {"total": 2.5}, "a stopped trial took time as well"
     assert search.results[1].state == "complete"
 
 

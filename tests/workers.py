@@ -14,6 +14,9 @@ from compress_search.errors import StudyError
 from compress_search.recipe import Recipe, Step
 from compress_search.records import Assignment, Failure, Report, Result, Rung
 
+TIMES = {"total": 2.5}
+"""What every scripted trial says it took."""
+
 
 class ScriptedWorker:
     """Does what the first step of a recipe names; leaves a file per attempt in the folder it is briefed with."""
@@ -25,14 +28,14 @@ class ScriptedWorker:
         number, attempt = assignment.number, assignment.attempt
         (self.folder / f"{number}-{attempt}").write_text(str(os.getpid()))
         whole = getattr(self, assignment.recipe.methods[0])(assignment, report)
-        return Result(number, attempt, "complete" if whole else "stopped", {"accuracy": 0.5 + number})
+        return Result(number, attempt, "complete" if whole else "stopped", {"accuracy": 0.5 + number}, seconds=TIMES)
 
     def fine(self, assignment: Assignment, report: Report) -> bool:
         return True
 
     def reports(self, assignment: Assignment, report: Report) -> bool:
         for index in range(3):
-            if not report(Rung(assignment.number, assignment.attempt, index, {"accuracy": index / 10})):
+            if not report(Rung(assignment.number, assignment.attempt, index, {"accuracy": index / 10}, TIMES)):
                 return False
             (self.folder / f"{assignment.number}-went-on-{index}").touch()
         return True
