@@ -28,7 +28,9 @@ class ScriptedWorker:
         number, attempt = assignment.number, assignment.attempt
         (self.folder / f"{number}-{attempt}").write_text(str(os.getpid()))
         whole = getattr(self, assignment.recipe.methods[0])(assignment, report)
-        return Result(number, attempt, "complete" if whole else "stopped", {"accuracy": 0.5 + number}, seconds=TIMES)
+        return Result(
+            number, attempt, "complete" if whole else "stopped", {"accuracy": 0.5 + number}, seconds=TIMES
+        )
 
     def fine(self, assignment: Assignment, report: Report) -> bool:
         return True
