@@ -1,5 +1,6 @@
 """BERT-like encoders as methods see them: one view of their parts, surgery on them, and saving what results."""
 
+from compress_search.encoders.factors import Factored, FactoredEmbedding
 from compress_search.encoders.manifest import build, describe, load, load_network, save, shape_key
 from compress_search.encoders.surgery import bake, keep_layers, prune_heads, prune_neurons
 from compress_search.encoders.view import (
@@ -19,6 +20,8 @@ from compress_search.encoders.view import (
 
 __all__ = [
     "FAMILIES",
+    "Factored",
+    "FactoredEmbedding",
     "LayerParts",
     "backbone",
     "bake",

@@ -1,8 +1,9 @@
 """The architecture manifest: shapes as JSON beside the weights, so that any network of ours loads again.
 
-A transformers configuration cannot say that layers have different widths or share weights. The manifest can:
-the base configuration, the shapes of every layer, and which modules or tensors are one and the same. Owns the
-saved directory; knows nothing of how a network came to its shapes.
+A transformers configuration cannot say that layers have different widths, share weights or hold a matrix as a
+product of two. The manifest can: the base configuration, the shapes of every layer, which modules are factored, and
+which modules or tensors are one and the same. Owns the saved directory; knows nothing of how a network came to its
+shapes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
 from compress_search.encoders import surgery, view
+from compress_search.encoders.factors import KINDS, Factored
 from compress_search.errors import ExportError
 
 FORMAT = 1
@@ -37,7 +39,8 @@ def describe(network: nn.Module) -> dict[str, Any]:
 
     Returns:
         ``class`` and ``config`` of the network that is built first; ``layers``: heads, head_dim and ffn of each;
-        ``shared``: module path -> path of the module it is; ``tied``: the same for single tensors; ``dtype``.
+        ``factors``: module path -> ``kind`` and ``rank`` of a factored module; ``shared``: module path -> path of
+        the module it is; ``tied``: the same for single tensors; ``dtype``.
 
     Raises:
         ExportError: the network holds something that the manifest cannot express, so it would not load again.
@@ -49,6 +52,7 @@ def describe(network: nn.Module) -> dict[str, Any]:
         "config": _config(network),
         "dtype": _dtype(network),
         "layers": [_shape(layer) for layer in view.layers(network)],
+        "factors": _factors(network),
         "shared": shared,
         "tied": _tied_tensors(network, shared),
     }
@@ -60,7 +64,7 @@ def build(manifest: Manifest, device: str = "cpu") -> nn.Module:
     """A network of these shapes in evaluation mode, with weights that mean nothing.
 
     Raises:
-        ExportError: the manifest is of another format or names a class we do not build.
+        ExportError: the manifest is of another format, or names a class or a factored module we do not build.
     """
     if manifest.get("format") != FORMAT:
         raise ExportError(f"manifest format {manifest.get('format')!r} is not supported: expected {FORMAT}")
@@ -71,6 +75,7 @@ def build(manifest: Manifest, device: str = "cpu") -> nn.Module:
     with no_init_weights(), torch.device(device):
         network: nn.Module = getattr(transformers, manifest["class"])(config)
     _cut(network, manifest["layers"])
+    _factor(network, manifest.get("factors", {}))
     _alias(network, manifest)
     return network.to(getattr(torch, manifest["dtype"])).eval()
 
@@ -131,7 +136,7 @@ def shape_key(manifest: Manifest) -> str:
     """Equal for networks of equal shapes, whatever their weights, labels' names or dropout: 16 hex digits."""
     config = manifest["config"]
     sizes = {name: value for name, value in config.items() if type(value) is int and not name.endswith("_id")}
-    facts = [manifest[part] for part in ("class", "dtype", "layers", "shared", "tied")]
+    facts = [manifest[part] for part in ("class", "dtype", "layers", "factors", "shared", "tied")]
     activation = config.get("hidden_act", config.get("activation"))
     outputs = len(config.get("id2label", ()))
     text = json.dumps([facts, sizes, activation, outputs], sort_keys=True)
@@ -163,6 +168,24 @@ def _cut(network: nn.Module, shapes: list[dict[str, int]]) -> None:
     """Bring every layer to its shape; which heads go does not matter, as the weights mean nothing yet."""
     surgery.prune_heads(network, {index: range(shape["heads"]) for index, shape in enumerate(shapes)})
     surgery.prune_neurons(network, {index: range(shape["ffn"]) for index, shape in enumerate(shapes)})
+
+
+def _factors(network: nn.Module) -> dict[str, dict[str, Any]]:
+    """Path -> kind and rank of every factored module, each under its first path."""
+    return {
+        path: {"kind": module.kind, "rank": module.rank}
+        for path, module in network.named_modules()
+        if isinstance(module, Factored)
+    }
+
+
+def _factor(network: nn.Module, factors: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put a factored module in place of each whole one that the manifest names."""
+    for path, entry in factors.items():
+        if entry["kind"] not in KINDS:
+            raise ExportError(f"{path}: factors of kind {entry['kind']!r} are unknown: expected {', '.join(KINDS)}")
+        whole = network.get_submodule(path)
+        network.set_submodule(path, KINDS[entry["kind"]].like(whole, entry["rank"]))
 
 
 def _shared_modules(network: nn.Module) -> dict[str, str]:
