@@ -19,6 +19,12 @@ IGNORED = -100
 
 SoftLoss = Literal["kl", "mse_logits"]
 TokenScope = Literal["labelled", "attended"]
+Temperature = float | Tensor
+"""τ > 0: one number, or one for each row of logits, (…) for logits (…, C)."""
+TemperatureScheduler = Literal["constant", "flsw", "cwsm"]
+
+LOWEST_TEMPERATURE = 0.1
+"""Where a row's own temperature stops falling: at 0 there would be nothing to divide by."""
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -33,18 +39,19 @@ def valid_tokens(labels: Tensor, attention_mask: Tensor, scope: TokenScope = "la
 
 
 def soft_cross_entropy(
-    student: Tensor, teacher: Tensor, temperature: float = 1.0, mask: Tensor | None = None
+    student: Tensor, teacher: Tensor, temperature: Temperature = 1.0, mask: Tensor | None = None
 ) -> Tensor:
     """τ²·CE(softmax(teacher/τ), softmax(student/τ)): :func:`kl` plus τ² times the teacher's entropy.
 
     Same gradient as :func:`kl`, but its minimum is not 0. Arguments as there.
     """
     student, teacher = _rows(student, mask), _rows(teacher, mask)
-    target = F.softmax(teacher / temperature, dim=-1)
-    return -(temperature**2) * _mean_over_rows(target * F.log_softmax(student / temperature, dim=-1))
+    tau = _per_row(temperature, mask)
+    target = F.softmax(teacher / tau, dim=-1)
+    return -_mean_over_rows(tau**2 * target * F.log_softmax(student / tau, dim=-1))
 
 
-def kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:
+def kl(student: Tensor, teacher: Tensor, temperature: Temperature = 1.0, mask: Tensor | None = None) -> Tensor:
     """τ²·KL(softmax(teacher/τ) ‖ softmax(student/τ)), summed over classes, mean over rows.
 
     The factor τ² keeps the gradient's size, which would fall as 1/τ², so that a weight beside another loss means
@@ -53,15 +60,16 @@ def kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, mask: Tensor 
     Args:
         student: logits, (…, C).
         teacher: logits, (…, C).
-        temperature: τ > 0.
+        temperature: τ > 0; one for all, or one for each row, (…), then squared row by row too.
         mask: which rows count, (…); all by default.
 
     Source: Hinton et al. 2015, Distilling the Knowledge in a Neural Network, section 2.
     """
     student, teacher = _rows(student, mask), _rows(teacher, mask)
-    log_student = F.log_softmax(student / temperature, dim=-1)
-    log_teacher = F.log_softmax(teacher / temperature, dim=-1)
-    return temperature**2 * _mean_over_rows(log_teacher.exp() * (log_teacher - log_student))
+    tau = _per_row(temperature, mask)
+    log_student = F.log_softmax(student / tau, dim=-1)
+    log_teacher = F.log_softmax(teacher / tau, dim=-1)
+    return _mean_over_rows(tau**2 * log_teacher.exp() * (log_teacher - log_student))
 
 
 def mse_logits(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -77,13 +85,70 @@ def soft_loss(
     student: Tensor,
     teacher: Tensor,
     kind: SoftLoss = "kl",
-    temperature: float = 1.0,
+    temperature: Temperature = 1.0,
     mask: Tensor | None = None,
 ) -> Tensor:
     """The named soft term: :func:`kl`, or :func:`mse_logits`, which is also the one for regression (C = 1)."""
     if kind == "mse_logits":
         return mse_logits(student, teacher, mask)
     return kl(student, teacher, temperature, mask)
+
+
+def row_temperatures(
+    student: Tensor,
+    teacher: Tensor,
+    scheduler: TemperatureScheduler,
+    base: float,
+    *,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    mask: Tensor | None = None,
+) -> Temperature:
+    """A temperature for each row of logits: τᵢ = base + β·(mean(w) − wᵢ), without a gradient.
+
+    ``flsw``: w = (1 − cos(student, teacher))^γ, so that the rows on which the two differ most are softened least.
+    ``cwsm``: w = 1/(max softmax(student) + 10⁻³), so that those the student is least sure of are.
+    ``constant``: the base.
+
+    Args:
+        student: logits, (…, C).
+        teacher: logits, (…, C).
+        scheduler: which weights w.
+        base: the mean temperature over the rows that count, but for what is held above 0.
+        beta: β ≥ 0, how far rows spread.
+        gamma: γ > 0, of ``flsw``.
+        mask: which rows the mean is over, (…); all by default.
+
+    Returns:
+        (…) for logits (…, C), at least ``LOWEST_TEMPERATURE``; a number for ``constant``.
+
+    Source: Yang et al. 2020, TextBrewer, temperature schedulers.
+    """
+    if scheduler == "constant":
+        return base
+    student, teacher = _wide(student.detach()), _wide(teacher)
+    if scheduler == "flsw":
+        # rounding may take the cosine of equal rows above 1
+        weights = (1 - F.cosine_similarity(student, teacher, dim=-1)).clamp(min=0) ** gamma
+    else:
+        weights = 1 / (F.softmax(student, dim=-1).amax(-1) + 1e-3)
+    counted = weights.flatten() if mask is None else weights[mask.bool()]
+    mean = counted.sum() / max(counted.numel(), 1)
+    return (base + beta * (mean - weights)).clamp(min=LOWEST_TEMPERATURE)
+
+
+def shifted(teacher: Tensor, labels: Tensor) -> Tensor:
+    """The teacher's logits (…, C) with the gold class on top: where another is, the two change places.
+
+    Rows whose label (…) is ``IGNORED`` stay as they are.
+
+    Source: Wen et al. 2019, Preparing Lessons: Improve Knowledge Distillation with Better Supervision (probability
+    shift).
+    """
+    top, gold = teacher.argmax(-1, keepdim=True), labels.clamp(min=0).unsqueeze(-1)
+    highest, golden = teacher.gather(-1, top), teacher.gather(-1, gold)
+    swapped = teacher.scatter(-1, top, golden).scatter(-1, gold, highest)
+    return torch.where((labels != IGNORED).unsqueeze(-1), swapped, teacher)
 
 
 def mixed(soft: Tensor, hard: Tensor, alpha: float) -> Tensor:
@@ -109,6 +174,13 @@ def _rows(logits: Tensor, mask: Tensor | None) -> Tensor:
     """The rows that count, (N, C)."""
     # selected rather than multiplied by 0: an infinity in a row that does not count would turn into NaN
     return _wide(logits.flatten(0, -2) if mask is None else logits[mask.bool()])
+
+
+def _per_row(temperature: Temperature, mask: Tensor | None) -> Temperature:
+    """The temperature as it divides the rows that count: a number, or (N, 1)."""
+    if not isinstance(temperature, Tensor):
+        return temperature
+    return (temperature.flatten() if mask is None else temperature[mask.bool()]).unsqueeze(-1)
 
 
 def _mean_over_rows(values: Tensor) -> Tensor:

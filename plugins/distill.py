@@ -10,12 +10,11 @@ Multi-Task Networks (annealing).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
 
 from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subject
-from compress_search.losses import SoftLoss, TokenScope, annealed
+from compress_search.losses import annealed
 
-from .soft_targets import soft_target_loss
+from .soft_targets import SoftTerm, soft_space, soft_target_loss
 
 
 class Distill(Method):
@@ -25,13 +24,9 @@ class Distill(Method):
 
     def search_space(self, teacher: Subject) -> Mapping[str, Dim]:
         """``alpha`` weighs the soft term; with annealing it goes linearly to ``anneal_to`` over the training."""
-        space = {"alpha": Dim.real(0.0, 1.0, 0.5)}
-        if teacher.task != "text-regression":  # a single output has neither classes nor a temperature
-            space["soft_loss"] = Dim.choice(("kl", "mse_logits"), "kl", expert=True)
-            space["temperature"] = Dim.real(1.0, 10.0, 2.0, when={"soft_loss": ("kl",)})
-        if teacher.task == "token-classification":
-            space["token_scope"] = Dim.choice(("labelled", "attended"), "labelled", expert=True)
-        return space | {
+        return {
+            "alpha": Dim.real(0.0, 1.0, 0.5),
+            **soft_space(teacher),
             "annealing": Dim.choice(("none", "linear"), "none", expert=True),
             "anneal_to": Dim.real(0.0, 1.0, 0.0, when={"annealing": ("linear",)}, expert=True),
             "learning_rate": Dim.real(1e-6, 1e-2, 5e-5, log=True, expert=True),
@@ -61,11 +56,8 @@ class Distill(Method):
 
         loss = soft_target_loss(
             context,
-            candidate.subject.task,
+            SoftTerm.of(candidate.subject.task, params),
             alpha=lambda: annealed(alpha, end, progress),
-            kind=cast(SoftLoss, params.get("soft_loss", "kl")),
-            temperature=float(params.get("temperature", 1.0)),
-            scope=cast(TokenScope, params.get("token_scope", "labelled")),
         )
         context.fit(candidate.network, loss=loss, learning_rate=float(params["learning_rate"]), on_step=on_step)
         return candidate.replace(subject=self.after(candidate.subject, params))

@@ -7,46 +7,116 @@ which methods train under this loss, and when, is theirs to say.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
 
-from compress_search import Batch, Context, Loss
-from compress_search.losses import SoftLoss, TokenScope, mixed, soft_loss, valid_tokens
+from compress_search import Batch, Context, Dim, Loss, Params, Subject
+from compress_search.losses import (
+    SoftLoss,
+    TemperatureScheduler,
+    TokenScope,
+    mixed,
+    row_temperatures,
+    shifted,
+    soft_loss,
+    valid_tokens,
+)
+
+
+@dataclass(frozen=True)
+class SoftTerm:
+    """How a network's logits are compared with the teacher's, on any task.
+
+    ``scope``: which positions of a token task count. ``shift``: whether the teacher's gold class is put on top
+    first. ``beta`` and ``gamma`` are the schedulers' of :func:`compress_search.losses.row_temperatures`. Regression
+    has the squared difference of outputs, whatever the kind.
+    """
+
+    task: str
+    kind: SoftLoss = "kl"
+    temperature: float = 2.0
+    scope: TokenScope = "labelled"
+    shift: bool = False
+    scheduler: TemperatureScheduler = "constant"
+    beta: float = 1.0
+    gamma: float = 1.0
+
+    @classmethod
+    def of(cls, task: str, params: Params) -> SoftTerm:
+        """The term that the dimensions of :func:`soft_space` describe; those that are inactive have defaults."""
+        return cls(
+            task,
+            cast(SoftLoss, params.get("soft_loss", "kl")),
+            float(params.get("temperature", 1.0)),
+            cast(TokenScope, params.get("token_scope", "labelled")),
+            bool(params.get("probability_shift", False)),
+            cast(TemperatureScheduler, params.get("temperature_scheduler", "constant")),
+            float(params.get("scheduler_beta", 1.0)),
+            float(params.get("scheduler_gamma", 1.0)),
+        )
+
+    def __call__(self, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
+        """The term's value for logits (B, C) or (B, S, C)."""
+        if self.task == "text-regression":
+            return soft_loss(student, teacher, "mse_logits")
+        mask = None
+        if self.task == "token-classification":
+            mask = valid_tokens(batch["labels"], batch["attention_mask"], self.scope)
+        if self.shift:
+            teacher = shifted(teacher, batch["labels"])
+        tau = row_temperatures(
+            student, teacher, self.scheduler, self.temperature, beta=self.beta, gamma=self.gamma, mask=mask
+        )
+        return soft_loss(student, teacher, self.kind, tau, mask)
+
+
+def soft_space(teacher: Subject) -> dict[str, Dim]:
+    """The dimensions of a soft term on the teacher's task; a single output has neither classes nor temperature."""
+    if teacher.task == "text-regression":
+        return {}
+    tempered = {"soft_loss": ("kl",)}
+    scheduled = tempered | {"temperature_scheduler": ("flsw", "cwsm")}
+    space = {
+        "soft_loss": Dim.choice(("kl", "mse_logits"), "kl", expert=True),
+        "temperature": Dim.real(1.0, 10.0, 2.0, when=tempered),
+        "temperature_scheduler": Dim.choice(("constant", "flsw", "cwsm"), "constant", when=tempered, expert=True),
+        "scheduler_beta": Dim.real(0.0, 2.0, 1.0, when=scheduled, expert=True),
+        "scheduler_gamma": Dim.real(
+            0.5, 4.0, 1.0, when=tempered | {"temperature_scheduler": ("flsw",)}, expert=True
+        ),
+        "probability_shift": Dim.flag(False, expert=True),
+    }
+    if teacher.task == "token-classification":
+        space["token_scope"] = Dim.choice(("labelled", "attended"), "labelled", expert=True)
+    return space
 
 
 def soft_target_loss(
     context: Context,
-    task: str,
+    term: SoftTerm | str,
     *,
     alpha: Callable[[], float] = lambda: 0.5,
-    kind: SoftLoss = "kl",
-    temperature: float = 2.0,
-    scope: TokenScope = "labelled",
+    teacher: Callable[[Batch], Tensor] | None = None,
 ) -> Loss:
     """α·soft + (1 − α)·hard, as a loss for ``context.fit``.
 
     Args:
-        context: lends the hard loss and the teacher's logits.
-        task: the task's name; regression has the squared difference of outputs for its soft term.
+        context: lends the hard loss, always at τ = 1, and the teacher's logits.
+        term: the soft term; a task's name stands for that task's with its defaults.
         alpha: the soft term's weight, asked for at every batch.
-        kind: the soft term of the other tasks.
-        temperature: τ of the soft term; the hard one is always at τ = 1.
-        scope: which positions of a token task the soft term counts.
+        teacher: whose logits to learn from; the study's teacher by default.
 
     Source: Hinton et al. 2015, Distilling the Knowledge in a Neural Network, section 2.
     """
-    if task == "text-regression":
-        kind = "mse_logits"
+    soft = SoftTerm(term) if isinstance(term, str) else term
+    targets = teacher or context.teacher_logits
 
     def loss(network: nn.Module, batch: Batch) -> Tensor:
         logits, hard = logits_and_task_loss(network, batch, context)
         weight = alpha()
-        if weight == 0:
-            return hard
-        mask = None
-        if task == "token-classification":
-            mask = valid_tokens(batch["labels"], batch["attention_mask"], scope)
-        return mixed(soft_loss(logits, context.teacher_logits(batch), kind, temperature, mask), hard, weight)
+        return hard if weight == 0 else mixed(soft(logits, targets(batch), batch), hard, weight)
 
     return loss
 

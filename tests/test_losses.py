@@ -167,3 +167,83 @@ def test_masked_mean() -> None:
     assert losses.masked_mean(values, torch.tensor([[1, 1], [1, 0]])).item() == 2.0
     assert losses.masked_mean(values, torch.tensor([0, 1])).item() == 51.5
     assert losses.masked_mean(values, torch.zeros(2, 2)).item() == 0.0
+
+
+# A temperature for each row, and the gold class on top
+
+
+def test_one_temperature_for_all_rows_is_that_number() -> None:
+    student, teacher = logits(2, 3, 5), logits(2, 3, 5, seed=1)
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    for function in (losses.kl, losses.soft_cross_entropy):
+        expected = function(student, teacher, 2.5, mask)
+        torch.testing.assert_close(function(student, teacher, torch.full((2, 3), 2.5), mask), expected)
+
+
+def test_each_rows_temperature_is_squared_for_itself() -> None:
+    student, teacher = logits(4, 5), logits(4, 5, seed=1)
+    taus = torch.tensor([1.0, 2.0, 3.0, 10.0])
+    rows = [losses.kl(student[i : i + 1], teacher[i : i + 1], float(taus[i])) for i in range(4)]
+    torch.testing.assert_close(losses.kl(student, teacher, taus), torch.stack(rows).mean())
+
+
+@pytest.mark.parametrize("scheduler", ["flsw", "cwsm"])
+def test_row_temperatures_have_the_base_as_their_mean_and_spread_with_beta(
+    scheduler: losses.TemperatureScheduler,
+) -> None:
+    student, teacher = logits(50, 4), logits(50, 4, seed=1)
+    taus = losses.row_temperatures(student, teacher, scheduler, 8.0, beta=1.0)
+    assert isinstance(taus, Tensor)
+    assert taus.mean().item() == pytest.approx(8.0)
+    wider = losses.row_temperatures(student, teacher, scheduler, 8.0, beta=2.0)
+    torch.testing.assert_close(wider - 8.0, 2 * (taus - 8.0))
+    none = losses.row_temperatures(student, teacher, scheduler, 8.0, beta=0.0)
+    torch.testing.assert_close(none, torch.full((50,), 8.0, dtype=torch.float64))
+
+
+def test_flsw_softens_most_where_teacher_and_student_agree() -> None:
+    teacher = logits(3, 4)
+    student = torch.stack([teacher[0] * 2, logits(4, seed=5), -teacher[2]])
+    same, other, opposite = losses.row_temperatures(student, teacher, "flsw", 5.0).tolist()  # type: ignore[union-attr]
+    assert same > other > opposite
+    assert same - opposite == pytest.approx(2)  # 1 − cos is 0 and 2
+
+
+def test_cwsm_softens_most_where_the_student_is_sure() -> None:
+    student = torch.tensor([[10.0, 0, 0], [1.0, 0, 0], [0.0, 0, 0]])
+    sure, less, least = losses.row_temperatures(student, student, "cwsm", 5.0).tolist()  # type: ignore[union-attr]
+    assert sure > less > least
+    assert sure - least == pytest.approx(1 / (1 / 3 + 1e-3) - 1 / (1 + 1e-3), rel=1e-3)
+
+
+def test_row_temperatures_stay_above_zero_and_take_no_gradient() -> None:
+    student, teacher = logits(20, 6).requires_grad_(), logits(20, 6, seed=1)
+    taus = losses.row_temperatures(student, teacher, "cwsm", 1.0, beta=2.0)
+    assert isinstance(taus, Tensor)
+    assert taus.min() == losses.LOWEST_TEMPERATURE
+    assert not taus.requires_grad
+
+
+def test_rows_that_do_not_count_leave_the_mean_alone() -> None:
+    student, teacher = logits(3, 4), logits(3, 4, seed=1)
+    mask = torch.tensor([True, True, False])
+    taus = losses.row_temperatures(student, teacher, "flsw", 3.0, mask=mask)
+    student[2] = 1e4 * student[2].flip(-1)
+    again = losses.row_temperatures(student, teacher, "flsw", 3.0, mask=mask)
+    assert torch.equal(taus[:2], again[:2])  # type: ignore[index]
+
+
+@given(st.integers(0, 1000), st.integers(2, 6))
+def test_shifting_puts_the_gold_class_on_top_and_keeps_the_values(seed: int, classes: int) -> None:
+    teacher = logits(8, classes, seed=seed)
+    labels = torch.randint(classes, (8,), generator=torch.Generator().manual_seed(seed))
+    result = losses.shifted(teacher, labels)
+    assert torch.equal(result.argmax(-1), labels)
+    assert torch.equal(result.sort(-1).values, teacher.sort(-1).values)
+    right = teacher.argmax(-1) == labels
+    assert torch.equal(result[right], teacher[right])
+
+
+def test_positions_without_a_label_are_not_shifted() -> None:
+    teacher, labels = logits(2, 3, 4), torch.full((2, 3), losses.IGNORED)
+    assert torch.equal(losses.shifted(teacher, labels), teacher)

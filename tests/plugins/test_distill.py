@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from compress_search_plugins.distill import Distill
-from compress_search_plugins.soft_targets import logits_and_task_loss, soft_target_loss
+from compress_search_plugins.soft_targets import SoftTerm, logits_and_task_loss, soft_target_loss
 from torch import nn
 
 from compress_search import Candidate
-from compress_search.losses import kl, mse_logits
+from compress_search.losses import kl, mse_logits, row_temperatures, shifted
 from compress_search.space import defaults
 from compress_search.testing import TinyContext, tiny_batches, tiny_candidate, tiny_context
 
@@ -72,7 +72,9 @@ def test_terms_of_each_task_are_the_named_losses() -> None:
         teacher = context.teacher_logits(batch)
         mask = batch["labels"] != -100 if task == "token-classification" else None
         soft = mse_logits(student, teacher) if task == "text-regression" else kl(student, teacher, 3.0, mask)
-        loss = soft_target_loss(context, task, alpha=lambda: 0.25, temperature=3.0)(candidate.network, batch)
+        loss = soft_target_loss(context, SoftTerm(task, temperature=3.0), alpha=lambda: 0.25)(
+            candidate.network, batch
+        )
         torch.testing.assert_close(loss, 0.25 * soft + 0.75 * hard)
 
 
@@ -81,7 +83,7 @@ def test_attended_scope_counts_unlabelled_tokens_but_no_padding() -> None:
     batch = next(tiny_batches(candidate))
     student, _ = logits_and_task_loss(candidate.network, batch, context)
     expected = kl(student, context.teacher_logits(batch), 2.0, batch["attention_mask"])
-    loss = soft_target_loss(context, "token-classification", alpha=lambda: 1.0, scope="attended")
+    loss = soft_target_loss(context, SoftTerm("token-classification", scope="attended"), alpha=lambda: 1.0)
     torch.testing.assert_close(loss(candidate.network, batch), expected)
     labelled = soft_target_loss(context, "token-classification", alpha=lambda: 1.0)
     assert labelled(candidate.network, batch).item() != pytest.approx(expected.item())
@@ -123,6 +125,27 @@ def test_annealing_moves_the_weight_over_the_training(annealing: str, middle: fl
         torch.testing.assert_close(loss, alpha * soft + (1 - alpha) * hard)
 
 
+def test_the_scheduler_and_the_shift_reach_the_soft_term() -> None:
+    candidate, context = lossy()
+    params = parameters(
+        candidate,
+        alpha=1.0,
+        temperature=3.0,
+        temperature_scheduler="flsw",
+        scheduler_beta=1.5,
+        probability_shift=True,
+    )
+    spy = Spy(context)
+    Distill().apply(candidate, params, spy)
+    batch = next(tiny_batches(candidate))
+    student, _ = logits_and_task_loss(candidate.network, batch, context)
+    teacher = shifted(context.teacher_logits(batch), batch["labels"])
+    assert not torch.equal(teacher, context.teacher_logits(batch))
+    tau = row_temperatures(student, teacher, "flsw", 3.0, beta=1.5)
+    loss = spy.calls[0]["loss"](candidate.network, batch)
+    torch.testing.assert_close(loss, kl(student, teacher, tau))
+
+
 def test_its_argument_is_left_alone_and_the_result_is_recovered() -> None:
     candidate, context = lossy()
     before = {name: value.clone() for name, value in candidate.network.state_dict().items()}
@@ -143,7 +166,14 @@ def test_only_a_lossy_step_can_be_recovered() -> None:
 
 def test_each_task_has_the_dimensions_that_mean_something() -> None:
     spaces = {task: set(Distill().search_space(tiny_candidate("bert", task, layers=2).subject)) for task in TASKS}
-    assert spaces["text-classification"] - spaces["text-regression"] == {"soft_loss", "temperature"}
+    assert spaces["text-classification"] - spaces["text-regression"] == {
+        "soft_loss",
+        "temperature",
+        "temperature_scheduler",
+        "scheduler_beta",
+        "scheduler_gamma",
+        "probability_shift",
+    }
     assert spaces["token-classification"] - spaces["text-classification"] == {"token_scope"}
 
 
