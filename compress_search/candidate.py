@@ -25,11 +25,18 @@ class Subject:
 
     ``heads`` and ``intermediate`` are means over the layers, which a pruning step can make unequal.
     ``bits`` are the stored bits of an encoder or head weight, ``embedding_bits`` those of an embedding weight.
-    ``embedding_size`` is the width of the embedding tables, projected onto ``hidden`` where they differ (0: same).
+    ``embedding_size`` is the width of the embedding tables, projected onto ``hidden`` where they differ (0: same);
+    ``word_rank`` the inner width of a word table that is a product of two matrices (0: it is a single one).
+    ``attention_sets``, ``ffn_sets`` and ``norm_sets`` count the distinct weights of the layers' blocks and norms
+    where layers share them (0: each layer has its own; of norms, two).
+
+    ``alphabet`` counts the pieces without which the tokenizer could not spell every text (0: unknown).
 
     Traits the engine itself sets on the teacher: ``"timed"`` (an objective or constraint depends on running
-    time, so only real kernels count) and ``"kernel:<name>"`` for each kernel that a probe found to be real on
-    this machine (``kernel:int8``, ``kernel:bf16``, ``kernel:weight-only``). Steps add their own, such as
+    time, so only real kernels count), ``"tokenizer:<kind>"`` (``tokenizer:WordPiece``, as the ``tokenizers``
+    library names it) and ``"kernel:<name>"`` for each kernel that a probe found to be real on
+    this machine (``kernel:int8``, ``kernel:bf16``, ``kernel:weight-only``); ``"unlabelled"`` (the study names text
+    without labels). Steps add their own, such as
     ``"lossy"`` (training could win back accuracy), ``"non-uniform"``, ``"shared"``, ``"onnx-only"`` and
     ``"torch-only"``.
     """
@@ -50,6 +57,11 @@ class Subject:
     bits: float = 32
     embedding_bits: float = 32
     embedding_size: int = 0
+    word_rank: int = 0
+    attention_sets: int = 0
+    ffn_sets: int = 0
+    norm_sets: int = 0
+    alphabet: int = 0
     traits: frozenset[str] = frozenset()
 
     def having(self, *traits: str, **changes: Any) -> Subject:
@@ -62,17 +74,27 @@ class Subject:
 
     @property
     def embedding_parameters(self) -> int:
-        """(V + P + token types)·E weights, the LayerNorm's 2·E and, where E is not H, E·H + H to project."""
+        """(V + P + token types)·E weights, the LayerNorm's 2·E and, where E is not H, E·H + H to project.
+
+        A word table of inner width r has V·r + r·E in place of V·E.
+        """
         width = self.embedding_size or self.hidden
         projection = 0 if width == self.hidden else width * self.hidden + self.hidden
-        return (self.vocabulary + self.positions + self.token_types) * width + 2 * width + projection
+        words = self.word_rank * (self.vocabulary + width) if self.word_rank else self.vocabulary * width
+        return words + (self.positions + self.token_types) * width + 2 * width + projection
 
     @property
     def encoder_parameters(self) -> int:
-        """Per layer 4·k·d·H + 3·k·d + 2·f·H + f + 6·H for k heads of width d and f neurons."""
+        """Per layer 4·k·d·H + 3·k·d + 2·f·H + f + 6·H for k heads of width d and f neurons.
+
+        That is 4·k·d·H + 3·k·d + H of attention, 2·f·H + f + H of feed-forward and 2·H for each of two norms; what
+        layers share counts once.
+        """
         width = self.heads * self.head_dim
-        layer = 4 * width * self.hidden + 3 * width + 2 * self.intermediate * self.hidden
-        return round(self.layers * (layer + self.intermediate + 6 * self.hidden))
+        attention = 4 * width * self.hidden + 3 * width + self.hidden
+        feed_forward = 2 * self.intermediate * self.hidden + self.intermediate + self.hidden
+        blocks = (self.attention_sets or self.layers) * attention + (self.ffn_sets or self.layers) * feed_forward
+        return round(blocks + (self.norm_sets or 2 * self.layers) * 2 * self.hidden)
 
     @property
     def head_parameters(self) -> int:

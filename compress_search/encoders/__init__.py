@@ -2,7 +2,7 @@
 
 from compress_search.encoders.factors import Factored, FactoredEmbedding
 from compress_search.encoders.manifest import build, describe, load, load_network, save, shape_key
-from compress_search.encoders.surgery import bake, keep_layers, prune_heads, prune_neurons
+from compress_search.encoders.surgery import bake, keep_layers, prune_heads, prune_neurons, share_parts
 from compress_search.encoders.view import (
     FAMILIES,
     LayerParts,
@@ -42,5 +42,6 @@ __all__ = [
     "set_attention",
     "set_layers",
     "shape_key",
+    "share_parts",
     "subject_of",
 ]

@@ -49,7 +49,7 @@ class FactoredEmbedding(Factored):
         super().__init__()
         self.num_embeddings, self.rank = rows.shape
         self.embedding_dim = len(projection)
-        self.table = nn.Embedding(*rows.shape, padding_idx=padding_idx, _weight=rows)
+        self.table = nn.Embedding(self.num_embeddings, self.rank, padding_idx=padding_idx, _weight=rows)
         self.projection = nn.Linear(self.rank, self.embedding_dim, bias=False, device="meta")
         self.projection.weight = nn.Parameter(projection)
 

@@ -1,4 +1,4 @@
-"""Physical removal of heads, neurons and layers, in place, and the folding of masks.
+"""Physical removal of heads, neurons and layers, their sharing, in place, and the folding of masks.
 
 Owns the exact recipe by which a masked network and the smaller one it stands for compute the same. Decides
 nothing: what to keep is the caller's business.
@@ -106,6 +106,30 @@ def keep_layers(network: nn.Module, keep: Sequence[int]) -> None:
     view.set_layers(network, [stack[index] for index in keep])
 
 
+def share_parts(network: nn.Module, names: Sequence[str], source: Mapping[int, int]) -> None:
+    """Put parts of one layer in place of those of another: one module at several positions, never a copy.
+
+    Layers themselves stay distinct, so that each still hands out hidden states of its own.
+
+    Args:
+        network: changed in place.
+        names: parts to share, as :class:`LayerParts` calls its modules.
+        source: layer -> the layer whose parts it uses from now on.
+
+    Raises:
+        ValueError: unknown layers or parts, or parts of different shapes.
+    """
+    stack = view.layers(network)
+    if unknown := [index for pair in source.items() for index in pair if not 0 <= index < len(stack)]:
+        raise ValueError(f"layer {unknown[0]} does not exist: there are {len(stack)}")
+    paths = [_part_path(stack[0], name) for name in names]
+    owned = {owner: [stack[owner].get_submodule(path) for path in paths] for owner in set(source.values())}
+    for index, owner in source.items():
+        for path, module in zip(paths, owned[owner], strict=True):
+            _check_same_shapes(stack[index].get_submodule(path), module, f"layers {index} and {owner}, {path}")
+            stack[index].set_submodule(path, module)
+
+
 def bake(network: nn.Module) -> None:
     """Fold every torch parametrization (masks, factors) into a plain parameter of the value it has now."""
     for module in list(network.modules()):
@@ -130,6 +154,19 @@ def _distinct(
         if chosen.setdefault(id(getattr(parts, owner)), (parts, list(kept)))[1] != list(kept):
             raise ValueError(f"layer {index} is shared: its positions must keep the same parts")
     return list(chosen.values())
+
+
+def _part_path(layer: nn.Module, name: str) -> str:
+    at = view.layout(layer)
+    if name in ("attention", "activation") or not hasattr(at, name):
+        raise ValueError(f"{name!r} is no part of a layer that can be shared")
+    return str(getattr(at, name))
+
+
+def _check_same_shapes(one: nn.Module, other: nn.Module, where: str) -> None:
+    shapes = [[tuple(parameter.shape) for parameter in module.parameters()] for module in (one, other)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"{where}: parts of shapes {shapes[0]} and {shapes[1]} cannot be one")
 
 
 def _check(kept: Sequence[int], count: int, what: str) -> None:

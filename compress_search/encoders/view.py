@@ -13,6 +13,7 @@ from typing import Any, cast
 from torch import nn
 
 from compress_search.candidate import Subject
+from compress_search.encoders.factors import FactoredEmbedding
 from compress_search.errors import TrialError
 
 
@@ -162,7 +163,7 @@ def parts(layer: nn.Module) -> LayerParts:
 
 def embeddings(network: nn.Module) -> nn.Module:
     """The embedding block: ``word_embeddings``, ``position_embeddings``, ``LayerNorm`` and, in some families,
-    ``token_type_embeddings``.
+    ``token_type_embeddings``; each an ``nn.Embedding``, the first maybe a :class:`FactoredEmbedding`.
     """
     return cast(nn.Module, backbone(network).embeddings)
 
@@ -190,11 +191,15 @@ def subject_of(network: nn.Module, task: str, device: str = "cpu") -> Subject:
     """The network's shapes, read off its modules."""
     all_parts = [parts(layer) for layer in layers(network)]
     block = embeddings(network)
+    words = cast(nn.Embedding | FactoredEmbedding, block.word_embeddings)
     tables = {
-        name: table.num_embeddings for name, table in block.named_children() if isinstance(table, nn.Embedding)
+        name: table.num_embeddings
+        for name, table in block.named_children()
+        if isinstance(table, nn.Embedding | FactoredEmbedding)
     }
     linears = [m for module in head(network) for m in module.modules() if isinstance(m, nn.Linear)]
     shapes = {(p.heads, p.neurons) for p in all_parts}
+    sets = _shared_sets(all_parts)
     return Subject(
         family=family(network),
         task=task,
@@ -203,12 +208,28 @@ def subject_of(network: nn.Module, task: str, device: str = "cpu") -> Subject:
         head_dim=all_parts[0].head_dim,
         hidden=all_parts[0].down.out_features,
         intermediate=sum(p.neurons for p in all_parts) / len(all_parts),
-        embedding_size=cast(nn.Embedding, block.word_embeddings).embedding_dim,
+        embedding_size=words.embedding_dim,
+        word_rank=words.rank if isinstance(words, FactoredEmbedding) else 0,
+        **sets,
         vocabulary=tables["word_embeddings"],
         positions=tables["position_embeddings"],
         token_types=tables.get("token_type_embeddings", 0),
         labels=linears[-1].out_features,
         pooler=len(linears) > 1,
         device=device,
-        traits=frozenset({"non-uniform"} if len(shapes) > 1 else ()),
+        traits=frozenset(
+            name for name, holds in {"non-uniform": len(shapes) > 1, "shared": any(sets.values())}.items() if holds
+        ),
     )
+
+
+def _shared_sets(all_parts: Sequence[LayerParts]) -> dict[str, int]:
+    """How many distinct weights blocks and norms have, as :class:`Subject` counts them: 0 where none is shared."""
+    owners: dict[str, list[nn.Module]] = {
+        "attention_sets": [p.query for p in all_parts],
+        "ffn_sets": [p.up for p in all_parts],
+        "norm_sets": [norm for p in all_parts for norm in (p.attention_norm, p.output_norm)],
+    }
+    # by a parameter: a removed sub-layer has a module of its own, and a masked weight is another tensor each time
+    distinct = {name: len({id(next(m.parameters())) for m in modules}) for name, modules in owners.items()}
+    return {name: count if count < len(owners[name]) else 0 for name, count in distinct.items()}
