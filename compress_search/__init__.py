@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         StudyError,
         TrialError,
     )
-    from compress_search.method import Batch, Context, Loss, Method, Stage
+    from compress_search.method import Batch, Context, Loss, Method, ParameterGroup, Stage
     from compress_search.recipe import Recipe, Step
     from compress_search.space import Dim, Params, Space
     from compress_search.study import Study, load_study
@@ -37,6 +37,7 @@ _HOME = {
     "Loss": "method",
     "Method": "method",
     "NothingFeasible": "errors",
+    "ParameterGroup": "method",
     "Params": "space",
     "PluginError": "errors",
     "Recipe": "recipe",
@@ -61,6 +62,7 @@ __all__ = [
     "Loss",
     "Method",
     "NothingFeasible",
+    "ParameterGroup",
     "Params",
     "PluginError",
     "Recipe",

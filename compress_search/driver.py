@@ -117,6 +117,7 @@ def _with_engine_traits(study: Study, teacher: Subject) -> Subject:
     """What the engine itself tells methods of a teacher: whether time counts, and which kernels are real."""
     device = device_of(study)
     traits = {f"kernel:{name}" for name in kernels(device)} | ({"timed"} if study.timed else set())
+    traits |= {"unlabelled"} if study.data.unlabeled else set()
     return teacher.having(*traits, device=device)
 
 

@@ -6,7 +6,8 @@ Knows nothing of the search, of storage or of any particular method.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
@@ -20,10 +21,20 @@ if TYPE_CHECKING:
 
 Batch = dict[str, "torch.Tensor"]
 """``input_ids``, ``attention_mask`` (B, S), where the family has them ``token_type_ids``; ``labels`` (B,) or
-(B, S) with -100 where there is none; ``index`` (B,), the rows' numbers in their split."""
+(B, S) with -100 where there is none; ``index`` (B,), the rows' numbers in their split. Unlabelled batches have
+neither ``labels`` nor ``index``."""
 
 Loss = Callable[["nn.Module", Batch], "torch.Tensor"]
 """(network, batch) -> scalar to minimise."""
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters trained at a peak learning rate, or with a decoupled weight decay, of their own."""
+
+    parameters: Collection[nn.Parameter]
+    learning_rate: float | None = None
+    weight_decay: float | None = None
 
 
 class Stage(IntEnum):
@@ -65,6 +76,10 @@ class Context(Protocol):
         """Whether only shapes matter: ``fit`` trains zero steps and trained weights mean nothing."""
 
     @property
+    def examples(self) -> int:
+        """How many training examples there are."""
+
+    @property
     def teacher(self) -> nn.Module:
         """The frozen teacher in evaluation mode on ``device``; never to be changed."""
 
@@ -75,7 +90,9 @@ class Context(Protocol):
         loss: Loss | None = None,
         scored: bool = True,
         share: float = 1.0,
-        parameters: Iterable[nn.Parameter] | None = None,
+        parameters: Iterable[nn.Parameter | ParameterGroup] | None = None,
+        beside: nn.Module | None = None,
+        batches: Iterator[Batch] | None = None,
         learning_rate: float | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -86,7 +103,10 @@ class Context(Protocol):
             loss: defaults to the task's own loss on the labels.
             scored: whether the validation score means something while this runs; it is then reported at rungs.
             share: part of this step's training budget to spend, in (0, 1].
-            parameters: what to optimise; all that require gradients by default.
+            parameters: what to optimise, of ``network`` and ``beside``; all that require gradients by default.
+            beside: modules that only the loss uses, such as projections; trained with the network, and no part
+                of it. Moved to ``device``, left in evaluation mode.
+            batches: endless, for a method that trains on other than the training rows; moved to ``device``.
             learning_rate: the peak; the study's own by default.
             on_step: called as ``on_step(step, steps)`` before each optimizer step, step counted from 0.
         """
@@ -95,7 +115,20 @@ class Context(Protocol):
         """The task's loss on the labels of a batch."""
 
     def teacher_logits(self, batch: Batch) -> torch.Tensor:
-        """The teacher's logits for a training batch, (B, C) or (B, S, C); computed once per study."""
+        """The teacher's logits, (B, C) or (B, S, C); read from disk for training rows, else computed."""
+
+    def teacher_outputs(self, batch: Batch, features: Collection[str]) -> dict[str, torch.Tensor]:
+        """What the teacher computes on the way, by the names of :mod:`compress_search.encoders.features`.
+
+        For training rows read from disk where the study's ``training.teacher_cache_gb`` allows, else computed.
+        Zero at padding where it is read from disk; undefined there otherwise.
+        """
+
+    def unlabelled(self, batch_size: int) -> Iterator[Batch]:
+        """Endless batches of the study's unlabelled text; there is some if the subject has the trait "unlabelled".
+
+        Raises TrialError where there is none.
+        """
 
     def calibration(self, examples: int, batch_size: int = 32) -> Iterator[Batch]:
         """Batches of training examples on ``device``, the same ones for the same trial seed."""

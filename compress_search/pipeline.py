@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compress_search import training
 from compress_search.candidate import Candidate
-from compress_search.data import Split, training_batches
+from compress_search.data import Split, training_batches, unlabelled_batches
 from compress_search.encoders import bake
 from compress_search.errors import CompressSearchError, TrialError
-from compress_search.method import Batch, Loss, Method, Stage
+from compress_search.method import Batch, Method, Stage
 from compress_search.recipe import Recipe, digest
 from compress_search.study import TrainingConfig
 from compress_search.tasks import Task
 from compress_search.teacher.logits import LogitCache
+from compress_search.teacher.outputs import TeacherOutputs
 
 RUNG_FRACTIONS = (1 / 9, 1 / 3)
 """Parts of a trial's planned optimizer steps after which it is compared with the others."""
@@ -50,8 +52,10 @@ class Materials:
     train: Split
     validation: Split
     logits: LogitCache
+    outputs: TeacherOutputs
     device: torch.device
     training: TrainingConfig
+    unlabelled: Split | None = None
 
     @property
     def steps(self) -> int:
@@ -96,42 +100,36 @@ class StepContext:
         return self.materials.device
 
     @property
+    def examples(self) -> int:
+        """How many training examples there are."""
+        return len(self.materials.train)
+
+    @property
     def teacher(self) -> nn.Module:
         """The frozen teacher."""
         return self.materials.teacher.network
 
-    def fit(
-        self,
-        network: nn.Module,
-        *,
-        loss: Loss | None = None,
-        scored: bool = True,
-        share: float = 1.0,
-        parameters: Iterable[nn.Parameter] | None = None,
-        learning_rate: float | None = None,
-        on_step: Callable[[int, int], None] | None = None,
-    ) -> None:
-        """Train in place on a share of the step's budget; see the interface for the arguments."""
-        if not 0 < share <= 1:
-            raise TrialError(f"a share of the training budget lies in (0, 1], got {share}")
+    def fit(self, network: nn.Module, **options: Any) -> None:
+        """Train in place on a share of the step's budget; see the interface for the options."""
+        phase = training.Phase(**options)
         settings = self.materials.training
-        steps = 0 if self.dry else max(1, round(share * self.share_of_budget))
         # a method may train in phases: each sees the examples in an order of its own
         seed = derive_seed(self.seed, self.budget.done)
         started = time.perf_counter()
         training.fit(
             network.to(self.device),
-            training_batches(self.materials.train, settings.batch_size, seed),
-            steps,
-            loss or self.task_loss,
-            learning_rate=settings.learning_rate if learning_rate is None else learning_rate,
+            phase.batches or training_batches(self.materials.train, settings.batch_size, seed),
+            0 if self.dry else phase.steps(self.share_of_budget),
+            phase.loss or self.task_loss,
+            learning_rate=settings.learning_rate if phase.learning_rate is None else phase.learning_rate,
             warmup=settings.warmup,
             weight_decay=settings.weight_decay,
             device=self.device,
             seed=seed,
-            parameters=parameters,
-            on_step=on_step,
-            on_progress=lambda _: self._advance(network, scored),
+            parameters=phase.parameters,
+            beside=phase.beside and phase.beside.to(self.device),
+            on_step=phase.on_step,
+            on_progress=lambda _: self._advance(network, phase.scored),
         )
         self.budget.fit_seconds += time.perf_counter() - started
 
@@ -148,9 +146,24 @@ class StepContext:
         return training.task_loss(self.materials.task)(network, batch)
 
     def teacher_logits(self, batch: Batch) -> torch.Tensor:
-        """The teacher's cached logits, (B, C) or (B, S, C)."""
-        width = batch["input_ids"].shape[1]
-        return self.materials.logits.batch(batch["index"].cpu(), width).to(self.device)
+        """The teacher's logits, (B, C) or (B, S, C): from the cache for training rows, else computed."""
+        rows = self.materials.train.rows_of(batch)
+        if rows is None:
+            with torch.no_grad():
+                return training.forward(self.teacher, batch)
+        return self.materials.logits.batch(torch.from_numpy(rows), batch["input_ids"].shape[1]).to(self.device)
+
+    def teacher_outputs(self, batch: Batch, features: Collection[str]) -> dict[str, Tensor]:
+        """What the teacher computes on the way, by the features' names."""
+        return self.materials.outputs(batch, features)
+
+    def unlabelled(self, batch_size: int) -> Iterator[Batch]:
+        """Endless batches of unlabelled text on the device, in an order of this phase's own."""
+        split = self.materials.unlabelled
+        if split is None:
+            raise TrialError("this needs unlabelled text: name some in the study, under data.unlabeled")
+        seed = derive_seed(self.seed, self.budget.done)
+        return (training.to_device(batch, self.device) for batch in unlabelled_batches(split, batch_size, seed))
 
     def calibration(self, examples: int, batch_size: int = 32) -> Iterator[Batch]:
         """Batches of training examples on the device, the same ones for the same seed."""

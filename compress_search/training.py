@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,32 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from compress_search.data import Split, ordered_batches
 from compress_search.errors import NotFinite, TrialError
-from compress_search.method import Batch, Loss
+from compress_search.method import Batch, Loss, ParameterGroup
 from compress_search.tasks import Task
 
 MAX_GRADIENT_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What a method may ask of one call of ``Context.fit``; the interface says what each means."""
+
+    loss: Loss | None = None
+    scored: bool = True
+    share: float = 1.0
+    parameters: Iterable[nn.Parameter | ParameterGroup] | None = None
+    beside: nn.Module | None = None
+    batches: Iterator[Batch] | None = None
+    learning_rate: float | None = None
+    on_step: Callable[[int, int], None] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise TrialError(f"a share of the training budget lies in (0, 1], got {self.share}")
+
+    def steps(self, budget: int) -> int:
+        """Optimizer steps that the share of a budget comes to; at least one."""
+        return max(1, round(self.share * budget))
 
 
 def fit(
@@ -35,7 +58,8 @@ def fit(
     weight_decay: float,
     device: torch.device | str,
     seed: int,
-    parameters: Iterable[nn.Parameter] | None = None,
+    parameters: Iterable[nn.Parameter | ParameterGroup] | None = None,
+    beside: nn.Module | None = None,
     on_step: Callable[[int, int], None] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> None:
@@ -55,49 +79,54 @@ def fit(
         weight_decay: decoupled, on matrices only: not on biases, norms and other vectors.
         device: where the network is.
         seed: of dropout and whatever else draws from torch's generators.
-        parameters: what to optimise; all that require gradients by default. They may lie outside the network.
+        parameters: what to optimise, alone or in groups; all that require gradients by default.
+        beside: modules that only the loss uses; on ``device`` already, trained like the network.
         on_step: called as ``on_step(step, steps)`` before each step, counted from 0.
         on_progress: called with the number of steps done, after each; what it raises ends the training.
 
     Raises:
         NotFinite: the loss became infinite or not a number.
-        TrialError: there is nothing to train.
+        TrialError: there is nothing to train, a parameter is named twice, or the batches come to an end.
     """
+    modules = nn.ModuleList([network] if beside is None else [network, beside])
     if steps == 0:
-        network.eval()
+        modules.eval()
         return
-    trained = [p for p in (network.parameters() if parameters is None else parameters) if p.requires_grad]
-    if not trained:
-        raise TrialError("no parameter requires gradients: there is nothing to train")
-    optimizer = AdamW(_groups(trained, weight_decay), lr=learning_rate)
+    asked = modules.parameters() if parameters is None else parameters
+    optimizer = AdamW(_optimizer_groups(asked, learning_rate, weight_decay))
     scheduler = LambdaLR(optimizer, lambda step: schedule(step, steps, warmup))
     device = torch.device(device)
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            network.train()
+            modules.train()
             for step in range(steps):
                 if on_step:
                     on_step(step, steps)
-                _step(network, to_device(next(batches), device), loss, optimizer, trained, step)
+                # losses reach parameters that are not optimised here: their gradients are of no use
+                modules.zero_grad(set_to_none=True)
+                optimizer.zero_grad(set_to_none=True)
+                _step(loss(network, to_device(_next(batches, step), device)), optimizer, step)
                 scheduler.step()
                 if on_progress:
                     on_progress(step + 1)
     finally:
-        # losses reach parameters that are not optimised here: their gradients are of no more use either
-        network.zero_grad(set_to_none=True)
-        network.eval()
+        modules.zero_grad(set_to_none=True)
+        modules.eval()
 
 
-def _step(
-    network: nn.Module, batch: Batch, loss: Loss, optimizer: AdamW, trained: list[nn.Parameter], step: int
-) -> None:
-    network.zero_grad(set_to_none=True)
-    optimizer.zero_grad(set_to_none=True)
-    value = loss(network, batch)
+def _next(batches: Iterator[Batch], step: int) -> Batch:
+    try:
+        return next(batches)
+    except StopIteration:
+        raise TrialError(f"the batches ended after {step} of the steps: expected endless ones") from None
+
+
+def _step(value: Tensor, optimizer: AdamW, step: int) -> None:
     if not math.isfinite(number := value.item()):
         raise NotFinite(f"loss is {number} at step {step}")
     value.backward()
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     nn.utils.clip_grad_norm_(trained, MAX_GRADIENT_NORM)
     optimizer.step()
 
@@ -118,11 +147,33 @@ def schedule(step: int, steps: int, warmup: float) -> float:
     return (steps - step) / max(1, steps - rising)
 
 
-def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's groups: matrices decay, vectors (biases, norms) do not."""
-    matrices = [p for p in parameters if p.dim() > 1]
-    vectors = [p for p in parameters if p.dim() <= 1]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+def _optimizer_groups(
+    asked: Iterable[nn.Parameter | ParameterGroup], learning_rate: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """AdamW's groups, without parameters that require no gradient."""
+    items = list(asked)
+    loose = ParameterGroup([item for item in items if not isinstance(item, ParameterGroup)])
+    groups = [loose, *(item for item in items if isinstance(item, ParameterGroup))]
+    made = [part for group in groups for part in _parts(group, learning_rate, weight_decay) if part["params"]]
+    trained = [id(parameter) for part in made for parameter in part["params"]]
+    if not trained:
+        raise TrialError("no parameter requires gradients: there is nothing to train")
+    if len(set(trained)) < len(trained):
+        raise TrialError("a parameter to train is named twice")
+    return made
+
+
+def _parts(group: ParameterGroup, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+    """One group as AdamW's two: matrices decay, vectors (biases, norms) do not."""
+    trained = [parameter for parameter in group.parameters if parameter.requires_grad]
+    rate = learning_rate if group.learning_rate is None else group.learning_rate
+    decay = weight_decay if group.weight_decay is None else group.weight_decay
+    matrices = [parameter for parameter in trained if parameter.dim() > 1]
+    vectors = [parameter for parameter in trained if parameter.dim() <= 1]
+    return [
+        {"params": matrices, "lr": rate, "weight_decay": decay},
+        {"params": vectors, "lr": rate, "weight_decay": 0.0},
+    ]
 
 
 def forward(network: nn.Module, batch: Batch) -> Tensor:

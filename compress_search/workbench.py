@@ -33,6 +33,7 @@ from compress_search.runtimes import lower, size_mb
 from compress_search.study import Study
 from compress_search.teacher import load_teacher, prepare_teacher
 from compress_search.teacher.logits import teacher_logits
+from compress_search.teacher.outputs import TeacherOutputs
 
 SCORING_BATCH = 64
 """Batch size of scoring where the result does not depend on an example's companions."""
@@ -108,7 +109,18 @@ class Workbench:
         logits = teacher_logits(self.teacher_directory, train, self.cache, self.device)
         subject = subject_of(network, task.name, self.device.type).having(*self.subject.traits)
         teacher = Candidate(network, tokenizer, subject)
-        return Materials(teacher, task, train, self.splits["validation"], logits, self.device, self.study.training)
+        limit = self.study.training.teacher_cache_gb * 1e9
+        return Materials(
+            teacher,
+            task,
+            train,
+            self.splits["validation"],
+            logits,
+            TeacherOutputs(network, self.teacher_directory.name, train, self.cache, limit),
+            self.device,
+            self.study.training,
+            self.splits.get("unlabelled"),
+        )
 
     def split(self, name: str) -> Split | None:
         """A tokenised split; None where the study has no such data."""
@@ -131,7 +143,7 @@ class Workbench:
         parts: list[Any] = [self.teacher_directory.name]
         if recipe.steps:
             plugins = [self.registry.fingerprint(name) for name in recipe.methods]
-            parts += [recipe.key, seed, self.study.training.model_dump(mode="json"), plugins]
+            parts += [recipe.key, seed, self.study.training.identity(), plugins]
         return self.output / "artifacts" / digest(parts)[:20]
 
     def lower(self, candidate: Candidate, directory: Path) -> None:

@@ -29,7 +29,17 @@ if TYPE_CHECKING:
     from compress_search.method import Batch
     from compress_search.study import Study
 
-__all__ = ["Raw", "Rows", "Split", "ordered_batches", "read", "tokenize", "tokenize_rows", "training_batches"]
+__all__ = [
+    "Raw",
+    "Rows",
+    "Split",
+    "ordered_batches",
+    "read",
+    "tokenize",
+    "tokenize_rows",
+    "training_batches",
+    "unlabelled_batches",
+]
 
 FORMAT = 1
 """Raised whenever the files of a split change their meaning, so that cached ones are not mistaken for new ones."""
@@ -83,6 +93,13 @@ class Split:
         rows = np.split(np.asarray(labels), self._offsets[1:-1])
         return [row[row != IGNORED] for row in rows]
 
+    def places(self, rows: Array) -> Array:
+        """Where the tokens of these rows stand among all tokens, row after row."""
+        lengths = self.lengths[rows]
+        columns = np.arange(lengths.max())
+        places: Array = (self._offsets[rows][:, None] + columns)[columns < lengths[:, None]]
+        return places
+
     def arrays(self, rows: Sequence[int] | Array) -> dict[str, Array]:
         """A batch as NumPy arrays, padded to its longest row.
 
@@ -90,10 +107,8 @@ class Split:
         ``index`` (B,), the rows themselves; int64, and float32 for the labels of a regression.
         """
         index = np.asarray(rows, dtype=np.int64)
-        starts, lengths = self._offsets[index], self.lengths[index]
-        columns = np.arange(lengths.max())
-        mask = columns < lengths[:, None]
-        places = (starts[:, None] + columns)[mask]
+        lengths, places = self.lengths[index], self.places(index)
+        mask = np.arange(lengths.max()) < lengths[:, None]
         padded = {**self.padding, **({"labels": IGNORED} if self.token_labels else {})}
         batch = {}
         for name, padding in padded.items():
@@ -102,6 +117,19 @@ class Split:
         if not self.token_labels:
             batch["labels"] = np.asarray(self._columns["labels"][index])
         return {**batch, "attention_mask": mask.astype(np.int64), "index": index}
+
+    def rows_of(self, batch: Batch) -> Array | None:
+        """The rows that a batch consists of; None where it has no ``index``, or its texts are not those rows'."""
+        if "index" not in batch:
+            return None
+        rows = batch["index"].cpu().numpy()
+        if rows.min() < 0 or rows.max() >= len(self):
+            return None
+        own = self.arrays(rows)
+        width = own["attention_mask"].shape[1]
+        theirs = {name: batch[name].cpu().numpy() for name in ("input_ids", "attention_mask")}
+        same = all(np.array_equal(theirs[name][:, :width], own[name]) for name in theirs)
+        return rows if same and not theirs["attention_mask"][:, width:].any() else None
 
     def batch(self, rows: Sequence[int] | Array) -> Batch:
         """:meth:`arrays` as tensors on the CPU."""
@@ -113,7 +141,7 @@ class Split:
 def tokenize(
     raw: Raw, tokenizer: PreTrainedTokenizerBase, study: Study, task: Task, cache: Path
 ) -> dict[str, Split]:
-    """Every split tokenised, or found in the cache; ``test`` is there only if the study has test data."""
+    """Every split tokenised, or found in the cache; ``test`` and ``unlabelled`` only if the study has such data."""
     return {
         name: tokenize_rows(rows, tokenizer, study.data.max_length, task, cache)
         for name, rows in raw.splits().items()
@@ -199,6 +227,12 @@ def training_batches(split: Split, batch_size: int, seed: int) -> Iterator[Batch
         for rows in bucketed(split.lengths, batch_size, generator):
             yield split.batch(rows)
         epoch += 1
+
+
+def unlabelled_batches(split: Split, batch_size: int, seed: int) -> Iterator[Batch]:
+    """:func:`training_batches` without ``labels``, which mean nothing here, and without ``index``."""
+    for batch in training_batches(split, batch_size, seed):
+        yield {name: tensor for name, tensor in batch.items() if name not in ("labels", "index")}
 
 
 def bucketed(lengths: Array, batch_size: int, generator: np.random.Generator) -> list[Array]:

@@ -61,11 +61,12 @@ class Raw:
     train: Rows
     validation: Rows
     test: Rows | None = None
+    unlabelled: Rows | None = None
 
     def splits(self) -> dict[str, Rows]:
         """Those that there are, by name."""
-        both = {"train": self.train, "validation": self.validation}
-        return both if self.test is None else {**both, "test": self.test}
+        found = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: rows for name, rows in (found | {"unlabelled": self.unlabelled}).items() if rows is not None}
 
 
 def read(study: Study) -> tuple[Raw, Task]:
@@ -82,13 +83,14 @@ def read(study: Study) -> tuple[Raw, Task]:
     _check_metrics(study, task)
     rows = _number(study, "train", train, task)
     test = _split(study, "test", train, task) if study.data.test else None
+    unlabelled = _unlabelled(study, paired=train[0].pair is not None) if study.data.unlabeled else None
     if study.data.validation:
-        return Raw(rows, _split(study, "validation", train, task), test), task
+        return Raw(rows, _split(study, "validation", train, task), test, unlabelled), task
     if len(rows) < 2:
         raise study.error("data.train", "one row; expected at least two, of which one is held out for validation")
     order = np.random.default_rng(0).permutation(len(rows)).tolist()
     cut = max(1, round(HELD_OUT * len(rows)))
-    return Raw(rows.take(sorted(order[cut:])), rows.take(sorted(order[:cut])), test), task
+    return Raw(rows.take(sorted(order[cut:])), rows.take(sorted(order[:cut])), test, unlabelled), task
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,28 @@ class _Example:
 def _split(study: Study, split: str, train: Sequence[_Example], task: Task) -> Rows:
     paired = train[0].pair is not None
     return _number(study, split, list(_examples(study, split, paired)), task)
+
+
+def _unlabelled(study: Study, *, paired: bool) -> Rows:
+    """Texts of all unlabelled sources, without duplicates of any kind removed; their labels mean nothing."""
+    texts: list[Any] = []
+    pairs: list[str] = []
+    for number, source in enumerate(study.data.unlabeled):
+        found = len(texts)
+        try:
+            for place, row in read_source(source, "train"):
+                try:
+                    text, pair = _text_of(study, row, paired)
+                except ValueError as error:
+                    raise ValueError(f"{place}: {error}") from error
+                texts.append(text)
+                pairs.append(pair or "")
+            if len(texts) == found:
+                raise ValueError("there are no rows")
+        except ValueError as error:
+            raise study.error(f"data.unlabeled.{number}", str(error)) from error
+    labels = [[0] * len(text) if study.task == "token-classification" else 0 for text in texts]
+    return Rows(texts, pairs if paired else None, labels)
 
 
 def _examples(study: Study, split: str, paired: bool | None = None) -> Iterator[_Example]:
@@ -130,17 +154,22 @@ def _example(study: Study, place: str, row: Row, paired: bool) -> _Example:
         words, tags = _words(row, data.tokens), _words(row, data.tags)
         if len(words) != len(tags):
             raise ValueError(f"{len(words)} {data.tokens} but {len(tags)} {data.tags}; expected one for each")
+        return _Example(place, *_text_of(study, row, paired), [class_name(tag) for tag in tags])
+    text, pair = _text_of(study, row, paired)
+    label = _column(row, data.label)
+    return _Example(place, text, pair, _number_of(label) if study.task == "text-regression" else class_name(label))
+
+
+def _text_of(study: Study, row: Row, paired: bool) -> tuple[Any, str | None]:
+    """A row's text, or its list of words in token tasks, and its second text."""
+    data = study.data
+    if study.task == "token-classification":
+        words = _words(row, data.tokens)
         if not words:
             raise ValueError(f"column {data.tokens!r} is an empty list")
-        return _Example(place, [_text(word) for word in words], None, [class_name(tag) for tag in tags])
+        return [_text(word) for word in words], None
     pair = _text(_column(row, data.text_pair or "text_pair")) if paired else None
-    label = _column(row, data.label)
-    return _Example(
-        place,
-        _text(_column(row, data.text)),
-        pair,
-        _number_of(label) if study.task == "text-regression" else class_name(label),
-    )
+    return _text(_column(row, data.text)), pair
 
 
 def _column(row: Row, name: str) -> Any:

@@ -1,8 +1,10 @@
 """BERT-like encoders as methods see them: one view of their parts, surgery on them, and saving what results."""
 
 from compress_search.encoders.factors import Factored, FactoredEmbedding
+from compress_search.encoders.features import masked_softmax, read_features, recording, relation
+from compress_search.encoders.layer_drop import layer_drop
 from compress_search.encoders.manifest import build, describe, load, load_network, save, shape_key
-from compress_search.encoders.surgery import bake, keep_layers, prune_heads, prune_neurons, share_parts
+from compress_search.encoders.surgery import bake, keep_layers, keep_tokens, prune_heads, prune_neurons, share_parts
 from compress_search.encoders.view import (
     FAMILIES,
     LayerParts,
@@ -17,12 +19,14 @@ from compress_search.encoders.view import (
     set_layers,
     subject_of,
 )
+from compress_search.encoders.vocabulary import Pieces, keep_pieces, kept_ids, refusal
 
 __all__ = [
     "FAMILIES",
     "Factored",
     "FactoredEmbedding",
     "LayerParts",
+    "Pieces",
     "backbone",
     "bake",
     "build",
@@ -32,12 +36,21 @@ __all__ = [
     "head",
     "inputs",
     "keep_layers",
+    "keep_pieces",
+    "keep_tokens",
+    "kept_ids",
+    "layer_drop",
     "layers",
     "load",
     "load_network",
+    "masked_softmax",
     "parts",
     "prune_heads",
     "prune_neurons",
+    "read_features",
+    "recording",
+    "refusal",
+    "relation",
     "save",
     "set_attention",
     "set_layers",

@@ -13,6 +13,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     PlainValidator,
     ValidationInfo,
     field_validator,
@@ -20,7 +21,7 @@ from pydantic import (
 )
 
 from compress_search.study.complaints import Fault, show
-from compress_search.study.sources import data_source, model_source, vocabulary_source
+from compress_search.study.sources import data_source, data_sources, model_source, model_sources, vocabulary_source
 
 
 class Section(BaseModel):
@@ -80,6 +81,13 @@ class FineTune(Section):
     epochs: float = Field(default=3.0, gt=0, description="passes over the training data")
     learning_rate: float = Field(default=5e-5, gt=0, le=1, description="the peak, after warm-up")
     batch_size: int = Field(default=32, ge=1, description="examples in a training step")
+    layer_drop: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="chance that a step skips a layer (LayerDrop), so that layers can be left out later without "
+        "training again; to keep r of N layers, 1 − r/N",
+    )
 
 
 class TeacherConfig(Section):
@@ -93,6 +101,18 @@ class TeacherConfig(Section):
     )
     fine_tune: FineTune | None = Field(
         default=None, description="train the model on the task first; leave out when it already is fine-tuned"
+    )
+    ensemble: Annotated[
+        tuple[str, ...],
+        PlainValidator(located(model_sources), json_schema_input_type=list[str]),
+        PlainSerializer(list),
+    ] = Field(
+        default=(),
+        description="further teachers, fine-tuned on the task and of the same vocabulary: students learn from the "
+        "average of all, while what is compressed, and compared with, is this model alone",
+    )
+    average: Literal["logits", "probabilities"] = Field(
+        default="logits", description="what of several teachers is averaged"
     )
 
     @field_validator("fine_tune", mode="before")
@@ -126,6 +146,13 @@ class DataConfig(Section):
         description="what the search selects on",
     )
     test: _DataSource | None = Field(default=None, description="scored once, for the front")
+    unlabeled: Annotated[
+        tuple[str, ...], PlainValidator(located(data_sources), json_schema_input_type=str | list[str])
+    ] = Field(
+        default=(),
+        description="text without labels, one such source or a list; for methods that can learn from the teacher "
+        "alone",
+    )
     max_length: int = Field(default=128, ge=4, description="word pieces of an example; longer ones are cut")
     text: str = Field(default="text", min_length=1, description="column with the text")
     text_pair: str | None = Field(
@@ -168,6 +195,16 @@ class TrainingConfig(Section):
     )
     warmup: float = Field(default=0.1, ge=0, lt=1, description="part of the steps in which the learning rate rises")
     weight_decay: float = Field(default=0.01, ge=0, description="AdamW's decoupled weight decay")
+    teacher_cache_gb: float = Field(
+        default=4.0,
+        ge=0,
+        description="GB (10⁹ bytes) of disk for the teacher's hidden states and attention on the training data; "
+        "what a recipe needs of them is computed again at each step where it would take more",
+    )
+
+    def identity(self) -> dict[str, Any]:
+        """What of these decides the result of a trial."""
+        return self.model_dump(mode="json", exclude={"teacher_cache_gb"})
 
 
 class MeasureConfig(Section):

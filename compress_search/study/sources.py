@@ -33,6 +33,23 @@ def data_source(text: str, folder: Path | None) -> str:
     return str(path)
 
 
+def data_sources(value: Any, folder: Path | None) -> tuple[str, ...]:
+    """Each of one or several data sources; see :func:`data_source`."""
+    if isinstance(value, str):
+        return (data_source(value, folder),)
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError(f"expected a data source or a list of them, such as [a.jsonl, b.jsonl], got {show(value)}")
+    found: list[str] = []
+    for number, item in enumerate(value):
+        try:
+            if not isinstance(item, str):
+                raise ValueError(f"expected a data file or a hub id, got {show(item)}")
+            found.append(data_source(item, folder))
+        except ValueError as error:
+            raise Fault(number, str(error)) from error
+    return tuple(found)
+
+
 def model_source(text: str, folder: Path | None) -> str:
     """An absolute path of a model directory, or a hub id as it is."""
     path = _absolute(text, folder)
@@ -43,6 +60,21 @@ def model_source(text: str, folder: Path | None) -> str:
     if not (path / "config.json").is_file():
         raise ValueError(f"expected a directory with a config.json, got {text}")
     return str(path)
+
+
+def model_sources(items: Any, folder: Path | None) -> tuple[str, ...]:
+    """:func:`model_source` of each item of a list."""
+    if not isinstance(items, list | tuple | None):
+        raise ValueError(f"expected a list of directories or hub ids, got {show(items)}")
+    found = []
+    for number, item in enumerate(items or ()):
+        try:
+            if not isinstance(item, str):
+                raise ValueError(f"expected a directory or a hub id, got {show(item)}")
+            found.append(model_source(item, folder))
+        except ValueError as error:
+            raise Fault(number, str(error)) from error
+    return tuple(found)
 
 
 def vocabulary_source(value: Any, folder: Path | None) -> int | Path:

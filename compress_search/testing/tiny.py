@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from compress_search.candidate import Candidate
-from compress_search.encoders import subject_of
-from compress_search.method import Batch, Loss
+from compress_search.encoders import read_features, subject_of
+from compress_search.method import Batch
 from compress_search.tasks import Task
-from compress_search.training import fit, forward, task_loss
+from compress_search.training import Phase, fit, forward, task_loss
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,7 +38,7 @@ LABELS = {
 
 
 def tiny_tokenizer(family: str = "bert") -> PreTrainedTokenizerBase:
-    """A word-level tokenizer of the family's input names and special ids, over :data:`WORDS`."""
+    """A WordPiece tokenizer of the family's input names and special ids, over :data:`WORDS` and their letters."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -47,8 +47,10 @@ def tiny_tokenizer(family: str = "bert") -> PreTrainedTokenizerBase:
         ["<s>", "<pad>", "</s>", "<unk>", "<mask>"] if roberta else ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     )
     cls, pad, sep, unk, mask = special if roberta else [special[i] for i in (2, 0, 3, 1, 4)]
-    ids = {token: i for i, token in enumerate([*special, *WORDS])}
-    words = Tokenizer(models.WordLevel(ids, unk_token=unk))
+    letters = sorted({letter for word in WORDS for letter in word})
+    pieces = [*special, *WORDS, *letters, *(f"##{letter}" for letter in letters)]
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    words = Tokenizer(models.WordPiece(ids, unk_token=unk))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     second = 0 if roberta else 1
     words.post_processor = processors.TemplateProcessing(
@@ -130,15 +132,16 @@ def tiny_batches(
 def _batch(candidate: Candidate, rng: np.random.Generator, index: np.ndarray[Any, Any]) -> Batch:
     texts = [rng.choice(len(WORDS), size=int(rng.integers(3, 13))) for _ in index]
     tokenizer = candidate.tokenizer
-    batch: Batch = tokenizer(
-        [" ".join(WORDS[i] for i in text) for text in texts], padding=True, return_tensors="pt"
-    ).data
+    encoding = tokenizer([" ".join(WORDS[i] for i in text) for text in texts], padding=True, return_tensors="pt")
+    batch: Batch = encoding.data
     if candidate.subject.task == "token-classification":
         labels = torch.full(batch["input_ids"].shape, -100)
         for row, text in enumerate(texts):
             inside = text >= len(WORDS) // 2
             opens = inside & ~np.concatenate([[False], inside[:-1]])
-            labels[row, 1 : 1 + len(text)] = torch.as_tensor(np.where(opens, 1, np.where(inside, 2, 0)))
+            words = encoding.word_ids(row)
+            firsts = [words.index(word) for word in range(len(text))]  # a word can be several pieces
+            labels[row, firsts] = torch.as_tensor(np.where(opens, 1, np.where(inside, 2, 0)))
     else:
         share = torch.tensor([(text >= len(WORDS) // 2).mean() for text in texts], dtype=torch.float32)
         labels = share if candidate.subject.task == "text-regression" else (share > 0.5).long()
@@ -158,6 +161,7 @@ class TinyContext:
     dry: bool = False
     steps: int = 6
     batch_size: int = 8
+    examples: int = 64
     fits: list[int] = field(default_factory=list)
     training: bool = False
     """Whether :meth:`fit` is running now."""
@@ -168,36 +172,27 @@ class TinyContext:
         self.task = Task(task, LABELS[task], entities=task == "token-classification")
         self.teacher: nn.Module = deepcopy(self.candidate.network).eval().requires_grad_(False)
 
-    def fit(
-        self,
-        network: nn.Module,
-        *,
-        loss: Loss | None = None,
-        scored: bool = True,
-        share: float = 1.0,
-        parameters: Iterable[nn.Parameter] | None = None,
-        learning_rate: float | None = None,
-        on_step: Callable[[int, int], None] | None = None,
-    ) -> None:
+    def fit(self, network: nn.Module, **options: Any) -> None:
         """Train on tiny batches for ``share`` of the budget, as the engine's loop does."""
-        if not 0 < share <= 1:
-            raise ValueError(f"share is {share}, expected a number in (0, 1]")
-        steps = 0 if self.dry else max(1, round(share * self.steps))
+        phase = Phase(**options)
+        steps = 0 if self.dry else phase.steps(self.steps)
         self.fits.append(steps)
+        own = tiny_batches(self.candidate, batch_size=self.batch_size, seed=self.seed + len(self.fits))
         self.training = True
         try:
             fit(
                 network,
-                tiny_batches(self.candidate, batch_size=self.batch_size, seed=self.seed + len(self.fits)),
+                phase.batches or own,
                 steps,
-                loss or self.task_loss,
-                learning_rate=1e-3 if learning_rate is None else learning_rate,
+                phase.loss or self.task_loss,
+                learning_rate=1e-3 if phase.learning_rate is None else phase.learning_rate,
                 warmup=0.1,
                 weight_decay=0.01,
                 device=self.device,
                 seed=self.seed,
-                parameters=parameters,
-                on_step=on_step,
+                parameters=phase.parameters,
+                beside=phase.beside,
+                on_step=phase.on_step,
             )
         finally:
             self.training = False
@@ -210,6 +205,16 @@ class TinyContext:
         """The teacher's logits, (B, C) or (B, S, C)."""
         with torch.no_grad():
             return forward(self.teacher, batch)
+
+    def teacher_outputs(self, batch: Batch, features: Collection[str]) -> dict[str, Tensor]:
+        """What the teacher computes on the way, by the features' names."""
+        with torch.no_grad():
+            return read_features(self.teacher, batch, features)
+
+    def unlabelled(self, batch_size: int) -> Iterator[Batch]:
+        """Endless batches of the tiny task without labels and row numbers."""
+        for batch in tiny_batches(self.candidate, batch_size=batch_size, seed=self.seed + 1000):
+            yield {name: tensor for name, tensor in batch.items() if name not in ("labels", "index")}
 
     def calibration(self, examples: int, batch_size: int = 32) -> Iterator[Batch]:
         """Batches of the tiny task, the same ones for the same seed."""

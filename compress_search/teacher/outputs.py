@@ -1,0 +1,156 @@
+"""What the teacher computes on the training rows, kept on disk within a limit, else computed again.
+
+Owns the files and the rule of what is kept: a request whose features fit into the limit together is answered from
+disk, any other by a forward pass, whatever was asked before. So a recipe's numbers never depend on its history.
+To make room, what was longest out of use goes. Knows nothing of the losses these go into.
+
+Each feature is a directory: ``values.npy`` is (tokens, …), flat as the split's tokens are, or (N, …) for
+``pooled`` and ``logits`` of whole texts. All workers share them; the first that needs one runs the whole split.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from compress_search.data import Split, ordered_batches
+from compress_search.encoders.features import derive, feature_shape, parse, primitives, read_features
+from compress_search.recipe import digest
+from compress_search.training import to_device
+
+if TYPE_CHECKING:
+    from compress_search.method import Batch
+
+FILE = "values.npy"
+BATCH = 64
+"""Rows at a time, where the whole split is run."""
+
+Array = NDArray[Any]
+
+
+class TeacherOutputs:
+    """The outputs of one teacher on the batches of one study."""
+
+    def __init__(self, teacher: nn.Module, key: str, split: Split, cache: Path, limit: float) -> None:
+        """Nothing is computed yet.
+
+        Args:
+            teacher: frozen and in evaluation mode, where batches are to be run.
+            key: names the teacher by its content.
+            split: the training rows.
+            cache: holds the directory with the outputs.
+            limit: bytes that the outputs of this teacher and split may take on disk.
+        """
+        self.teacher, self.split, self.limit = teacher, split, limit
+        self.directory = cache / digest(["outputs", key, split.path.name])
+        self._open: dict[str, Array] = {}
+
+    def __call__(self, batch: Batch, features: Collection[str]) -> dict[str, Tensor]:
+        """The features of a batch, without gradients, on the teacher's device.
+
+        Raises:
+            TrialError: the teacher has no such feature.
+            ValueError: no feature has such a name.
+        """
+        wanted = primitives(features)
+        rows = self.split.rows_of(batch)
+        if rows is None or not self.fits(wanted):
+            with torch.no_grad():
+                return read_features(self.teacher, batch, features)
+        device, width = batch["input_ids"].device, batch["input_ids"].shape[1]
+        arrays = self._arrays(wanted)
+        read = {name: self._padded(name, arrays[name], rows, width).to(device) for name in wanted}
+        return derive(read, features, batch["attention_mask"])
+
+    def fits(self, names: Collection[str]) -> bool:
+        """Whether these primitive features together stay within the limit."""
+        return sum(self._bytes(name) for name in names) <= self.limit
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        rows = int(self.split.offsets[-1]) if _per_token(name, self.split) else len(self.split)
+        return (rows, *feature_shape(self.teacher, name))
+
+    def _bytes(self, name: str) -> int:
+        return 4 * math.prod(self._shape(name))
+
+    def _arrays(self, names: Collection[str]) -> dict[str, Array]:
+        """Memory-mapped values of primitive features; computed if they are not there."""
+        if not all(name in self._open for name in names):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            # one worker computes or makes room; the others wait, for it may be computing just what they need
+            with FileLock(self.directory / "lock"):
+                self._make(names)
+                self._open = {name: np.load(self.directory / name / FILE, mmap_mode="r") for name in names}
+        return self._open
+
+    def _make(self, names: Collection[str]) -> None:
+        missing = [name for name in names if not (self.directory / name).is_dir()]
+        self._make_room(sum(self._bytes(name) for name in missing), keep=names)
+        unfinished = self.directory / "unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)  # left behind by a process that died
+        if missing:
+            _compute(self.teacher, self.split, {name: self._shape(name) for name in missing}, unfinished)
+        for name in missing:
+            (unfinished / name).replace(self.directory / name)
+        for name in names:
+            os.utime(self.directory / name)
+
+    def _make_room(self, needed: int, keep: Collection[str]) -> None:
+        """Delete what was longest out of use until so many bytes fit; who still reads it keeps its own view."""
+        kept = [path for path in self.directory.iterdir() if path.is_dir() and (path / FILE).exists()]
+        free = self.limit - sum((path / FILE).stat().st_size for path in kept)
+        for path in sorted(kept, key=lambda path: path.stat().st_mtime):
+            if free < needed and path.name not in keep:
+                free += (path / FILE).stat().st_size
+                shutil.rmtree(path)
+
+    def _padded(self, name: str, values: Array, rows: Array, width: int) -> Tensor:
+        """(B, S, …) from flat tokens, zero at padding, or (B, …); heads before tokens for projections."""
+        if not _per_token(name, self.split):
+            return torch.from_numpy(np.asarray(values[rows]))
+        mask = np.arange(width) < self.split.lengths[rows][:, None]
+        padded = np.zeros((*mask.shape, *values.shape[1:]), dtype=np.float32)
+        padded[mask] = values[self.split.places(rows)]
+        return _heads_first(torch.from_numpy(padded))
+
+
+def _compute(network: nn.Module, split: Split, shapes: dict[str, tuple[int, ...]], directory: Path) -> None:
+    """Run the whole split once and write each feature's values."""
+    device = next(network.parameters()).device
+    arrays = {}
+    for name, shape in shapes.items():
+        (directory / name).mkdir(parents=True)
+        path = directory / name / FILE
+        arrays[name] = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    with torch.no_grad():
+        for batch in ordered_batches(split, BATCH):
+            found = read_features(network, to_device(batch, device), list(shapes))
+            for name, output in found.items():
+                values = output.float().cpu()
+                if _per_token(name, split):
+                    # the real tokens of each row, one after the other
+                    mask, places = batch["attention_mask"].bool(), split.places(batch["index"].numpy())
+                    arrays[name][places] = _heads_first(values)[mask].numpy()
+                else:
+                    arrays[name][batch["index"].numpy()] = values.numpy()
+    for array in arrays.values():
+        array.flush()
+
+
+def _per_token(name: str, split: Split) -> bool:
+    return split.token_labels or parse(name)[0] not in ("pooled", "logits")
+
+
+def _heads_first(values: Tensor) -> Tensor:
+    """(B, S, A, d) as (B, A, S, d), or the other way about; what has no heads as it is."""
+    return values.transpose(1, 2) if values.ndim == 4 else values
