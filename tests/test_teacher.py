@@ -7,7 +7,7 @@ from compress_search.encoders import subject_of
 from compress_search.errors import NotFinite, StudyError
 from compress_search.study import load_study
 from compress_search.tasks import Task
-from compress_search.teacher import load_teacher, prepare_teacher, teacher_subject
+from compress_search.teacher import load_teacher, prepare_teacher, teacher_subject, untrained
 from compress_search.training import evaluate
 from tests import tiny
 
@@ -94,6 +94,7 @@ class TestPrepare:
             variant(architecture={"layers": 2}),
             variant(architecture={"vocabulary": 101}),
             variant(fine_tune={"learning_rate": 1e-3}),
+            variant(fine_tune={"layer_drop": 0.2}),
             variant(data={"max_length": 30}),
             variant(search={"seed": 1}),
             variant(training={"weight_decay": 0.2}),
@@ -132,7 +133,45 @@ class TestPrepare:
         assert caught.value.key == "teacher.architecture.vocabulary"
 
 
+class TestUntrained:
+    def both(self, path):
+        study = load_study(path)
+        _, task = read(study)
+        return [untrained(study, task) for _ in range(2)]
+
+    def test_a_pretrained_encoder_starts_with_its_own_weights_and_one_random_head(self, tiny_study, tmp_path):
+        first, second = self.both(tiny_study(teacher={"fine_tune": {}}))
+        saved = tiny.tiny_network().bert.encoder.state_dict()
+        assert all(torch.equal(value, saved[name]) for name, value in first.bert.encoder.state_dict().items())
+        assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
+
+    def test_training_starts_from_just_this(self, tiny_study, prepared):
+        teacher = {
+            **FROM_SCRATCH,
+            "fine_tune": {**FROM_SCRATCH["fine_tune"], "epochs": 0.01, "learning_rate": 1e-9},
+        }
+        path = tiny_study(teacher=teacher)
+        start, _ = self.both(path)
+        trained, _ = load_teacher(prepared(path))
+        for name, value in start.state_dict().items():
+            torch.testing.assert_close(value, trained.state_dict()[name], rtol=0, atol=1e-7)
+
+    def test_of_a_model_that_came_trained_nothing_is_known(self, tiny_study):
+        assert self.both(tiny_study()) == [None, None]
+
+
 class TestTraining:
+    def test_layers_are_skipped_and_none_is_missing_after(self, tiny_study, prepared):
+        def network(rate):
+            fine_tune = {**FROM_SCRATCH["fine_tune"], "layer_drop": rate}
+            architecture = {**FROM_SCRATCH["architecture"], "layers": 3}
+            path = tiny_study(teacher={**FROM_SCRATCH, "architecture": architecture, "fine_tune": fine_tune})
+            return load_teacher(prepared(path))[0]
+
+        kept, dropped = (network(rate).state_dict() for rate in (0.0, 0.5))
+        assert kept.keys() == dropped.keys()
+        assert not torch.equal(kept["classifier.weight"], dropped["classifier.weight"])
+
     def score(self, path, prepared, cache):
         study = load_study(path)
         raw, task = read(study)

@@ -19,11 +19,11 @@ from compress_search.cache import content_addressed
 from compress_search.candidate import Subject
 from compress_search.data import tokenize_rows, training_batches
 from compress_search.data.rows import Raw
-from compress_search.encoders import subject_of
+from compress_search.encoders import layer_drop, subject_of
 from compress_search.recipe import digest
 from compress_search.study import Study
 from compress_search.tasks import Task
-from compress_search.teacher import pretrained, scratch
+from compress_search.teacher import ensemble, pretrained, scratch
 from compress_search.teacher.networks import HEADS, auto_class, quiet
 from compress_search.training import fit, planned_steps, task_loss
 
@@ -33,8 +33,9 @@ def teacher_subject(study: Study, task: Task) -> Subject:
 
     Raises:
         StudyError: the model cannot be found or read, its family is not supported, or it does not fit the task,
-            the data's labels or ``data.max_length``.
+            the data's labels or ``data.max_length``; the same of each further teacher.
     """
+    ensemble.check(study, task)
     with no_init_weights(), torch.device("meta"), quiet():
         network = auto_class(task.tokens).from_config(_config(study, task))
     return subject_of(network, task.name, _device(study))
@@ -79,6 +80,37 @@ def prepare_teacher(
     return content_addressed(cache, key, build)
 
 
+def prepare_ensemble(study: Study, first: Path, raw: Raw, task: Task, cache: Path) -> list[Path]:
+    """The directories of all teachers, the first one's in front, as :func:`prepare_teacher` makes them.
+
+    Raises:
+        StudyError: one cannot be loaded, or its vocabulary is not the first one's.
+    """
+    paths = [first]
+    tokenizer = AutoTokenizer.from_pretrained(first)
+    for number, member in enumerate(ensemble.members(study)):
+        with ensemble.blamed(study, number):
+            paths.append(prepare_teacher(member, raw, task, cache))
+        ensemble.check_vocabulary(study, number, tokenizer, AutoTokenizer.from_pretrained(paths[-1]))
+    return paths
+
+
+def untrained(study: Study, task: Task) -> nn.Module | None:
+    """The teacher's network as it was before it was trained on the task, the same at every call.
+
+    Its head, and all of it where it was trained from scratch, has the random weights that it started from. None
+    where the study names a model that was trained already: then nothing is known of its start.
+    """
+    if not study.teacher.fine_tune:
+        return None
+    config = _config(study, task)
+    if study.teacher.architecture:
+        network: nn.Module = scratch.fresh(study, config, task)
+    else:
+        network, _ = pretrained.load_pretrained(study, pretrained.directory_of(study), config, task)
+    return network.eval()
+
+
 def load_teacher(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The teacher and its tokenizer from :func:`prepare_teacher`'s directory: frozen, in evaluation mode."""
     with quiet():
@@ -114,18 +146,19 @@ def _fine_tune(
     assert settings
     train = tokenize_rows(raw.train, tokenizer, study.data.max_length, task, cache)
     device = _device(study)
-    fit(
-        network.to(device),
-        training_batches(train, settings.batch_size, study.search.seed),
-        planned_steps(len(train), settings.batch_size, settings.epochs),
-        task_loss(task),
-        learning_rate=settings.learning_rate,
-        warmup=study.training.warmup,
-        weight_decay=study.training.weight_decay,
-        device=device,
-        seed=study.search.seed,
-        on_progress=on_progress,
-    )
+    with layer_drop(network, settings.layer_drop):
+        fit(
+            network.to(device),
+            training_batches(train, settings.batch_size, study.search.seed),
+            planned_steps(len(train), settings.batch_size, settings.epochs),
+            task_loss(task),
+            learning_rate=settings.learning_rate,
+            warmup=study.training.warmup,
+            weight_decay=study.training.weight_decay,
+            device=device,
+            seed=study.search.seed,
+            on_progress=on_progress,
+        )
 
 
 def _device(study: Study) -> str:

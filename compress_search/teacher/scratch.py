@@ -123,9 +123,13 @@ def new_network(study: Study, rows: Rows, config: BertConfig, task: Task) -> tup
                 "teacher.architecture.vocabulary",
                 f"the training text yields only {len(pieces)} word pieces, got {config.vocab_size}",
             )
+    return fresh(study, config, task), build_tokenizer(pieces, study.data.max_length)
+
+
+def fresh(study: Study, config: BertConfig, task: Task) -> Any:
+    """The network of the configuration with the study's random weights."""
     with seeded(study.search.seed):
-        network = auto_class(task.tokens).from_config(config)
-    return network, build_tokenizer(pieces, study.data.max_length)
+        return auto_class(task.tokens).from_config(config)
 
 
 def fingerprint(study: Study) -> list[Any]:

@@ -1,0 +1,81 @@
+"""Several teachers in place of one: who they are, whether they fit, and the average of what they say.
+
+Owns the key ``teacher.ensemble``. The study's first teacher stays what is compressed and compared with; only what
+students learn from is averaged. Knows nothing of files or training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from compress_search.errors import StudyError
+from compress_search.study import Study, TeacherConfig
+from compress_search.tasks import Task
+from compress_search.teacher import pretrained
+
+Average = Literal["logits", "probabilities"]
+
+
+def members(study: Study) -> list[Study]:
+    """For each further teacher the study with it in the teacher's place, already fine-tuned."""
+    return [study.model_copy(update={"teacher": TeacherConfig(model=model)}) for model in study.teacher.ensemble]
+
+
+def check(study: Study, task: Task) -> None:
+    """Refuse further teachers that cannot be read or do not fit the task, from their configurations alone.
+
+    Raises:
+        StudyError: as for the first teacher; or probabilities of numbers are to be averaged.
+    """
+    if study.teacher.average == "probabilities" and not task.labels:
+        raise study.error("teacher.average", f"{task.name} has no probabilities: expected logits")
+    for number, member in enumerate(members(study)):
+        with blamed(study, number):
+            pretrained.read_config(member, task)
+
+
+@contextmanager
+def blamed(study: Study, number: int) -> Iterator[None]:
+    """Complaints about a teacher name its place in the list."""
+    try:
+        yield
+    except StudyError as error:
+        raise study.error(f"teacher.ensemble.{number}", error.message) from error
+
+
+def check_vocabulary(
+    study: Study, number: int, first: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
+) -> None:
+    """Refuse a teacher that would read the first one's tokens as something else.
+
+    Raises:
+        StudyError: their pieces or special tokens have different numbers.
+    """
+    same = first.get_vocab() == other.get_vocab() and first.all_special_ids == other.all_special_ids
+    if not same:
+        raise study.error(
+            f"teacher.ensemble.{number}",
+            "its vocabulary is not the first teacher's, whose tokens it would be given",
+        )
+
+
+def average(logits: Sequence[Tensor], how: Average = "logits") -> Tensor:
+    """One teacher's logits (…, C) for those of several: their mean, or the logarithm of the mean probability.
+
+    Of one teacher, its own; of probabilities up to a constant for each row, which no softmax sees.
+
+    Source: Yang et al. 2020, TextBrewer (mean of logits).
+    """
+    if len(logits) == 1:
+        return logits[0]
+    stacked = torch.stack(list(logits))
+    if how == "logits":
+        return stacked.mean(0)
+    count = torch.tensor(float(len(logits)), dtype=stacked.dtype, device=stacked.device)
+    return stacked.log_softmax(-1).logsumexp(0) - count.log()
