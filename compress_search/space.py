@@ -29,13 +29,15 @@ class Dim:
     """One searchable parameter of a method.
 
     ``when`` maps names of other dimensions of the same method to the values under which this one is active;
-    ``expert`` dimensions stay at their default unless a study names them.
+    ``expert`` dimensions stay at their default unless a study names them, and of a choice only the ``usual``
+    options, where there are any, are searched unless it does.
     """
 
     distribution: BaseDistribution
     default: Value
     when: Mapping[str, Collection[Value]] = field(default_factory=dict)
     expert: bool = False
+    usual: tuple[Value, ...] = ()
 
     @classmethod
     def real(
@@ -75,9 +77,10 @@ class Dim:
         *,
         when: Mapping[str, Collection[Value]] | None = None,
         expert: bool = False,
+        usual: Sequence[Value] = (),
     ) -> Dim:
-        """One of a few named options."""
-        return cls(CategoricalDistribution(tuple(options)), default, when or {}, expert)
+        """One of a few named options; the default is among the usual ones."""
+        return cls(CategoricalDistribution(tuple(options)), default, when or {}, expert, tuple(usual))
 
     @classmethod
     def flag(
@@ -168,7 +171,9 @@ def _narrow_choices(dim: Dim, values: list[Value]) -> Dim:
         values = [float(value) for value in values]
     values = list(dict.fromkeys(values))
     default = dim.default if dim.default in values else values[0]
-    return replace(dim, distribution=CategoricalDistribution(tuple(values)), default=default, expert=False)
+    return replace(
+        dim, distribution=CategoricalDistribution(tuple(values)), default=default, expert=False, usual=()
+    )
 
 
 def _narrow_range(dim: Dim, bounds: Mapping[str, float]) -> Dim:
@@ -200,11 +205,13 @@ def _narrow_range(dim: Dim, bounds: Mapping[str, float]) -> Dim:
 
 
 def fix_experts(space: Space) -> dict[str, Dim]:
-    """The space with every expert dimension fixed at its default."""
-    return {
-        name: replace(dim, distribution=CategoricalDistribution((dim.default,))) if dim.expert else dim
-        for name, dim in space.items()
-    }
+    """The space with every expert dimension fixed at its default, and every choice at its usual options."""
+
+    def fixed(dim: Dim) -> Dim:
+        options = (dim.default,) if dim.expert else dim.usual
+        return replace(dim, distribution=CategoricalDistribution(options)) if options else dim
+
+    return {name: fixed(dim) for name, dim in space.items()}
 
 
 def suggest(trial: BaseTrial, prefix: str, space: Space) -> dict[str, Value]:

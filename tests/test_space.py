@@ -183,6 +183,15 @@ def test_experts_stay_at_their_default_unless_named() -> None:
     assert defaults(space) == {"a": 0.25, "b": 0.5}
 
 
+def test_only_the_usual_options_are_searched_unless_others_are_named() -> None:
+    space = {"bits": Dim.choice((32, 8, 4), 8, usual=(8, 4))}
+    assert fix_experts(space)["bits"].distribution.choices == (8, 4)  # type: ignore[attr-defined]
+    named = {"bits": narrow(space["bits"], [32, 4])}
+    assert fix_experts(named)["bits"].distribution.choices == (32, 4)  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="3 is outside the space: expected one of 32, 8, 4"):
+        narrow(space["bits"], 3)
+
+
 def test_defaults_leave_out_what_is_inactive() -> None:
     space = {"on": Dim.flag(False), "ratio": Dim.real(0.0, 1.0, 0.5, when={"on": (True,)})}
     assert defaults(space) == {"on": False}
