@@ -1,0 +1,280 @@
+"""Which way of making half or a third of the layers learn from the teacher is worth having, on five data sets?
+
+``python -m benchmarks.distillation_quality SHARED [--quick] [--sets sst2,…] [--methods kd,…] [--seeds 0,1,2]``
+
+Every method gets the same number of optimizer steps; phases are shares of it. A cell (data set, depth, method,
+seed) that is in ``results/distillation_quality.jsonl`` is not run again, so an interrupted run goes on where it
+was; what is in the file, of the same number of steps, is what the table shows. SHARED is a folder with
+``data/<set>/*.jsonl`` and ``models/all-minilm-l6-v2``.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import optuna
+import yaml
+from scipy import stats
+
+from benchmarks import tables
+from compress_search.driver import prepare
+from compress_search.pipeline import run_recipe
+from compress_search.plan import Plan, make_plan
+from compress_search.study import Study, load_study
+from compress_search.training import evaluate
+from compress_search.workbench import Workbench
+
+RECORDS = tables.RESULTS / "distillation_quality.jsonl"
+LAYERS = 6
+"""Of every teacher here."""
+DEPTHS = {"half": 3, "third": 2}
+BASELINES = ("truncated", "kd")
+"""What the others are compared with: fine-tuning the lower layers on the labels, and on labels and soft targets."""
+
+PRETRAINED = {"model": "models/all-minilm-l6-v2"}
+CHINESE = {
+    "architecture": {
+        "family": "bert",
+        "layers": LAYERS,
+        "hidden": 192,
+        "heads": 6,
+        "intermediate": 768,
+        "vocabulary": "data/vocab/bert-base-chinese-vocab.txt",
+    }
+}
+SETS: Mapping[str, Mapping[str, Any]] = {
+    "sst2": {
+        "task": "text-classification",
+        "teacher": {**PRETRAINED, "fine_tune": {"epochs": 2, "learning_rate": 5e-5}},
+        "max_length": 64,
+    },
+    "banking77": {
+        "task": "text-classification",
+        "teacher": {**PRETRAINED, "fine_tune": {"epochs": 4, "learning_rate": 2e-4}},
+        "max_length": 48,
+    },
+    "wikigold": {
+        "task": "token-classification",
+        "teacher": {**PRETRAINED, "fine_tune": {"epochs": 8, "learning_rate": 1e-4, "batch_size": 16}},
+        "max_length": 96,
+    },
+    "cluener": {
+        "task": "token-classification",
+        "teacher": {**CHINESE, "fine_tune": {"epochs": 4, "learning_rate": 5e-4}},
+        "max_length": 64,
+    },
+    "stsb": {
+        "task": "text-regression",
+        "teacher": {**PRETRAINED, "fine_tune": {"epochs": 3, "learning_rate": 5e-5}},
+        "max_length": 96,
+    },
+}
+
+
+def arms(layers: int) -> dict[str, dict[str, Any]]:
+    """The methods section of each way to make a student of so many layers."""
+    removed = 1 - layers / LAYERS
+    truncated = {
+        "structured_pruning": {
+            "layer_ratio": removed,
+            "head_ratio": 0.0,
+            "ffn_ratio": 0.0,
+            "schedule": "one_shot",
+        }
+    }
+    theseus = {"block_size": LAYERS // layers}
+    return {
+        "truncated": {**truncated, "distill": {"alpha": 0.0}},
+        "kd": {**truncated, "distill": {"alpha": 0.5}},
+        "theseus": {"theseus": theseus},
+        "theseus + kd": {"theseus": {**theseus, "kd_in_stage2": True}},
+    }
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One student: where it was trained, how, and what it scored (primary metric, 0 to 1)."""
+
+    set: str
+    depth: str
+    method: str
+    seed: int
+    steps: int
+    validation: float
+    test: float
+    seconds: float
+
+
+def write_study(folder: Path, shared: Path, name: str, steps: int, learning_rate: float) -> Path:
+    """The data set's study, with a budget of about ``steps`` of 32 examples for a trial."""
+    facts = SETS[name]
+    teacher = json.loads(json.dumps(facts["teacher"]))
+    if "model" in teacher:
+        teacher["model"] = str(shared / teacher["model"])
+    else:
+        teacher["architecture"]["vocabulary"] = str(shared / teacher["architecture"]["vocabulary"])
+    data = {part: shared / "data" / name / f"{file}.jsonl" for part, file in FILES.items()}
+    with data["train"].open(encoding="utf-8") as lines:
+        rows = sum(1 for _ in lines)
+    content = {
+        "name": f"quality-{name}",
+        "task": facts["task"],
+        "teacher": teacher,
+        "data": {**{part: str(path) for part, path in data.items()}, "max_length": facts["max_length"]},
+        "methods": ["distill"],
+        "training": {"epochs": steps * BATCH / rows, "batch_size": BATCH, "learning_rate": learning_rate},
+        "output": str(folder / name),
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+FILES = {"train": "train", "validation": "dev", "test": "test"}
+BATCH = 32
+
+
+class Ground:
+    """One data set with its teacher, on which every method is tried."""
+
+    def __init__(self, name: str, path: Path) -> None:
+        self.name, self.path = name, path
+        self.prepared = prepare(load_study(path))
+        self.bench = Workbench(self.prepared.brief)
+        self.materials = self.bench.materials
+
+    def plan(self, methods: Mapping[str, Any]) -> Plan:
+        """The space of exactly these methods with exactly these parameters."""
+        content = yaml.safe_load(self.path.read_text(encoding="utf-8"))
+        content["methods"] = [{method: {"use": True, **params}} for method, params in methods.items()]
+        narrowed = self.path.with_suffix(".arm.yaml")
+        narrowed.write_text(yaml.safe_dump(content), encoding="utf-8")
+        study: Study = load_study(narrowed)
+        study = study.model_copy(update={"objectives": self.prepared.study.objectives})
+        return make_plan(study, self.bench.registry, self.prepared.plan.teacher)
+
+    def scores(self, network: Any) -> tuple[float, float]:
+        """(validation, test) by the task's primary metric."""
+        found = []
+        for split in (self.materials.validation, self.bench.split("test")):
+            assert split is not None
+            logits, labels = evaluate(network, split, self.materials.task)
+            found.append(self.materials.task.score(logits, labels)[self.materials.task.primary])
+        return found[0], found[1]
+
+    def teacher(self) -> tuple[float, float]:
+        """What the teacher scores."""
+        return self.scores(self.materials.teacher.network)
+
+    def run(self, depth: str, method: str, seed: int, scratch: Path) -> Cell:
+        """Train one student from scratch and score it."""
+        methods = arms(DEPTHS[depth])[method]
+        recipe, _ = self.plan(methods).at_defaults(methods)
+        started = time.perf_counter()
+        candidate, budget = run_recipe(recipe, self.bench.registry, self.materials, seed=seed, scratch=scratch)
+        seconds = time.perf_counter() - started
+        assert candidate.subject.layers == DEPTHS[depth], recipe
+        assert budget.done == self.materials.steps, "every method trains for as many steps"
+        validation, test = self.scores(candidate.network)
+        return Cell(self.name, depth, method, seed, budget.done, validation, test, seconds)
+
+
+def stored() -> list[Cell]:
+    """What earlier runs found."""
+    if not RECORDS.exists():
+        return []
+    return [Cell(**json.loads(line)) for line in RECORDS.read_text(encoding="utf-8").splitlines()]
+
+
+def keep(cell: Cell) -> None:
+    """Add a cell to the file."""
+    RECORDS.parent.mkdir(exist_ok=True)
+    with RECORDS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(cell)) + "\n")
+
+
+def interval(values: Sequence[float]) -> str:
+    """Mean in points with the half-width of its 95 % t interval over seeds."""
+    mean = 100 * float(np.mean(values))
+    if len(values) < 2:
+        return f"{mean:.1f}"
+    half = 100 * stats.sem(values) * stats.t.ppf(0.975, len(values) - 1)
+    return f"{mean:.1f} ± {half:.1f}"
+
+
+def difference(cells: Mapping[tuple[str, int], Cell], method: str, other: str) -> str:
+    """The paired difference of test scores over the seeds that both were run at."""
+    seeds = sorted(
+        {seed for name, seed in cells if name == method} & {seed for name, seed in cells if name == other}
+    )
+    if method == other or not seeds:
+        return ""
+    return interval([cells[method, seed].test - cells[other, seed].test for seed in seeds])
+
+
+def rows_of(cells: Sequence[Cell]) -> Iterator[list[object]]:
+    """The table's rows, by data set, depth and method."""
+    for name in SETS:
+        for depth in ("-", *DEPTHS):
+            found = {(cell.method, cell.seed): cell for cell in cells if (cell.set, cell.depth) == (name, depth)}
+            for method in dict.fromkeys(method for method, _ in found):
+                mine = [cell for (other, _), cell in found.items() if other == method]
+                row: list[object] = [name, depth, method, len(mine)]
+                row += [interval([cell.validation for cell in mine]), interval([cell.test for cell in mine])]
+                row += [difference(found, method, baseline) for baseline in BASELINES]
+                yield [*row, f"{np.median([cell.seconds for cell in mine]):.0f}"]
+
+
+def report(cells: Sequence[Cell], steps: int) -> Path:
+    """Write the table."""
+    header = ["set", "layers", "method", "seeds", "validation", "test", "over truncated", "over kd", "s"]
+    told = (
+        f"{steps} optimizer steps of {BATCH} examples a student, phases included; primary metric of the task in "
+        "points: mean over seeds with the 95 % t interval of the mean, and paired differences on the test set. "
+        "`truncated`: the lower layers fine-tuned on the labels; `kd`: the same with soft targets (α = 0.5, τ = 2)."
+    )
+    table = tables.table(header, rows_of([cell for cell in cells if cell.steps in (0, steps)]))
+    return tables.write("distillation_quality", "What the ways of distillation are worth", [told, table])
+
+
+@click.command()
+@click.argument("shared", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--sets", default=",".join(SETS), show_default=True)
+@click.option("--methods", default=",".join(arms(3)), show_default=True)
+@click.option("--seeds", default="0,1,2", show_default=True)
+@click.option("--steps", default=200, show_default=True, help="Optimizer steps of one student.")
+@click.option("--learning-rate", default=3e-4, show_default=True)
+@click.option("--quick", is_flag=True, help="One data set, half depth, one seed, 20 steps.")
+def main(shared: Path, sets: str, methods: str, seeds: str, steps: int, learning_rate: float, quick: bool) -> None:
+    """Train what is missing and write benchmarks/results/distillation_quality.md."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    depths = list(DEPTHS)
+    if quick:
+        sets, depths, seeds, steps = sets.split(",")[0], depths[:1], seeds.split(",")[0], 20
+    have = {(cell.set, cell.depth, cell.method, cell.seed, cell.steps) for cell in stored()}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in sets.split(","):
+            wanted = list(product(map(int, seeds.split(",")), depths, methods.split(",")))
+            ground = Ground(name, write_study(Path(folder), shared.resolve(), name, steps, learning_rate))
+            budget = ground.materials.steps
+            if (name, "-", "teacher", 0, 0) not in have:
+                keep(Cell(name, "-", "teacher", 0, 0, *ground.teacher(), 0.0))
+            for seed, depth, method in wanted:
+                if (name, depth, method, seed, budget) not in have:
+                    cell = ground.run(depth, method, seed, Path(folder))
+                    keep(cell)
+                    click.echo(json.dumps(asdict(cell)))
+            click.echo(report(stored(), budget))
+
+
+if __name__ == "__main__":
+    main()
