@@ -1,4 +1,4 @@
-"""Physical removal of heads, neurons and layers, their sharing, in place, and the folding of masks.
+"""Physical removal of heads, neurons, layers and tokens, their sharing, in place, and the folding of masks.
 
 Owns the exact recipe by which a masked network and the smaller one it stands for compute the same. Decides
 nothing: what to keep is the caller's business.
@@ -7,7 +7,7 @@ nothing: what to keep is the caller's business.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -128,6 +128,30 @@ def share_parts(network: nn.Module, names: Sequence[str], source: Mapping[int, i
         for path, module in zip(paths, owned[owner], strict=True):
             _check_same_shapes(stack[index].get_submodule(path), module, f"layers {index} and {owner}, {path}")
             stack[index].set_submodule(path, module)
+
+
+def keep_tokens(network: nn.Module, keep: Sequence[int]) -> None:
+    """Keep only these rows of the token embedding, in the order given, and renumber the configuration's tokens.
+
+    Raises:
+        ValueError: unknown rows or duplicates, or the padding's number would change, from which some families
+            count positions.
+    """
+    table = cast(nn.Embedding, view.embeddings(network).word_embeddings)
+    _check(keep, table.num_embeddings, "tokens")
+    padding = table.padding_idx
+    if padding is not None and (padding >= len(keep) or keep[padding] != padding):
+        raise ValueError(f"the padding's number {padding} must stay as it is")
+    table.weight = _parameter(table.weight[torch.tensor(keep, device=table.weight.device)], table.weight)
+    table.num_embeddings = len(keep)
+    config = cast(Any, network.config)
+    number = {old: new for new, old in enumerate(keep)}
+    changed = {
+        name: number.get(value)
+        for name, value in config.to_dict().items()
+        if name.endswith("_token_id") and type(value) is int
+    }
+    config.update({**changed, "vocab_size": len(keep)})
 
 
 def bake(network: nn.Module) -> None:

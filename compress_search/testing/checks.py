@@ -252,8 +252,10 @@ def _differences(found: Subject, promised: Subject, word: str) -> str:
 
 
 def _same_shapes(application: Application, measured: Subject, promised: Subject) -> None:
-    fields = ["layers", "head_dim", "hidden", "vocabulary", "positions", "token_types", "labels", "pooler"]
+    fields = ["layers", "head_dim", "hidden", "positions", "token_types", "labels", "pooler"]
     fields += ["word_rank", "attention_sets", "ffn_sets", "norm_sets"]
+    if "data-sized" not in promised.traits:
+        fields.append("vocabulary")
     if "non-uniform" not in promised.traits:
         fields += ["heads", "intermediate"]
         uneven = "non-uniform" in measured.traits
