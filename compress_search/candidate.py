@@ -30,15 +30,19 @@ class Subject:
     ``attention_sets``, ``ffn_sets`` and ``norm_sets`` count the distinct weights of the layers' blocks and norms
     where layers share them (0: each layer has its own; of norms, two).
 
+    ``density`` is the part of the weights of the layers' matrices that are not zero.
+
     ``alphabet`` counts the pieces without which the tokenizer could not spell every text (0: unknown).
 
+    ``threads`` are those that models are timed with unless a step says otherwise, ``cpus`` the cores of a trial.
+
     Traits the engine itself sets on the teacher: ``"timed"`` (an objective or constraint depends on running
-    time, so only real kernels count), ``"tokenizer:<kind>"`` (``tokenizer:WordPiece``, as the ``tokenizers``
+    time, so only real kernels count), ``"sized"`` (one depends on the stored size), ``"tokenizer:<kind>"`` (``tokenizer:WordPiece``, as the ``tokenizers``
     library names it) and ``"kernel:<name>"`` for each kernel that a probe found to be real on
     this machine (``kernel:int8``, ``kernel:bf16``, ``kernel:weight-only``); ``"unlabelled"`` (the study names text
     without labels). Steps add their own, such as
-    ``"lossy"`` (training could win back accuracy), ``"non-uniform"``, ``"shared"``, ``"onnx-only"`` and
-    ``"torch-only"``.
+    ``"lossy"`` (training could win back accuracy), ``"non-uniform"``, ``"shared"``, ``"sparse"`` (zeros that must
+    stay: nothing may rebuild the matrices), ``"onnx-only"`` and ``"torch-only"``.
     """
 
     family: str
@@ -54,6 +58,8 @@ class Subject:
     labels: int
     pooler: bool = True
     device: str = "cpu"
+    threads: int = 1
+    cpus: int = 1
     bits: float = 32
     embedding_bits: float = 32
     embedding_size: int = 0
@@ -62,6 +68,7 @@ class Subject:
     ffn_sets: int = 0
     norm_sets: int = 0
     alphabet: int = 0
+    density: float = 1.0
     traits: frozenset[str] = frozenset()
 
     def having(self, *traits: str, **changes: Any) -> Subject:
@@ -97,6 +104,15 @@ class Subject:
         return round(blocks + (self.norm_sets or 2 * self.layers) * 2 * self.hidden)
 
     @property
+    def linear_parameters(self) -> int:
+        """The weights of the layers' matrices, which can be sparse: 4·k·d·H + 2·f·H per layer, shared ones once."""
+        attention = 4 * self.heads * self.head_dim * self.hidden
+        feed_forward = 2 * self.intermediate * self.hidden
+        return round(
+            (self.attention_sets or self.layers) * attention + (self.ffn_sets or self.layers) * feed_forward
+        )
+
+    @property
     def head_parameters(self) -> int:
         """The pooler, where there is one, and one linear layer onto the labels."""
         pooler = self.hidden * self.hidden + self.hidden if self.pooler else 0
@@ -111,6 +127,7 @@ class Subject:
     def megabytes(self) -> float:
         """Size of the stored weights in MB of 10⁶ bytes, scales and file overhead aside."""
         encoder = (self.encoder_parameters + self.head_parameters) * self.bits
+        encoder -= self.linear_parameters * (self.bits - packed_bits(self.bits, self.density))
         return (encoder + self.embedding_parameters * self.embedding_bits) / 8e6
 
     def macs(self, length: int) -> float:
@@ -130,6 +147,17 @@ class Subject:
         return cls(**{**{k: v for k, v in data.items() if k in known}, "traits": frozenset(data["traits"])})
 
 
+def packed_bits(bits: float, density: float) -> float:
+    """Mean stored bits of a weight of so many bits where the part ``density`` is not zero, in the smallest form.
+
+    Dense; a bitmap, 1 + δ·b; or the non-zero ones with 8 bits each for their distance, δ·(8 + b). Weights below 8
+    bits share bytes, of which those are left out that hold nothing but zeros. See encoders.sparse_storage.
+    """
+    unit = max(8.0, bits)
+    filled = 1 - (1 - density) ** (unit / bits)
+    return bits / unit * min(unit, 1 + filled * unit, filled * (8 + unit))
+
+
 @dataclass
 class Candidate:
     """A network with all that is needed to save, lower and run it.
@@ -138,7 +166,7 @@ class Candidate:
     returning an object with ``.logits`` of shape (B, C), or (B, S, C) for token tasks. Its shapes are read off
     the network itself when it is saved, so a step that changes shapes leaves nothing else to update but
     ``subject``. ``lowering`` is applied in order to the exported ONNX file; ``runtime`` names how the result
-    is run (``engine``: ``"onnxruntime"`` or ``"torch"``, and that engine's own options).
+    is run (``engine``: ``"onnxruntime"``, ``"torch"`` or ``"compile"``, and options: see compress_search.runtimes).
     ``simulated`` marks arithmetic that this machine has no kernel for: its latency means nothing.
     """
 

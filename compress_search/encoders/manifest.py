@@ -21,7 +21,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
-from compress_search.encoders import surgery, view
+from compress_search.encoders import sparse_storage, surgery, view
 from compress_search.encoders.factors import KINDS, Factored
 from compress_search.errors import ExportError
 
@@ -39,6 +39,7 @@ def describe(network: nn.Module) -> dict[str, Any]:
 
     Returns:
         ``class`` and ``config`` of the network that is built first; ``layers``: heads, head_dim and ffn of each;
+        ``hidden``: the width, where it is not that of the configuration;
         ``factors``: module path -> ``kind`` and ``rank`` of a factored module; ``shared``: module path -> path of
         the module it is; ``tied``: the same for single tensors; ``dtype``.
 
@@ -56,6 +57,9 @@ def describe(network: nn.Module) -> dict[str, Any]:
         "shared": shared,
         "tied": _tied_tensors(network, shared),
     }
+    width = len(view.parts(view.layers(network)[0]).output_norm.weight)
+    if width != cast(Any, network.config).hidden_size:
+        manifest["hidden"] = width
     _check_complete(network, manifest)
     return manifest
 
@@ -75,22 +79,26 @@ def build(manifest: Manifest, device: str = "cpu") -> nn.Module:
     with no_init_weights(), torch.device(device):
         network: nn.Module = getattr(transformers, manifest["class"])(config)
     _cut(network, manifest["layers"])
+    if "hidden" in manifest:
+        surgery.prune_hidden(network, range(manifest["hidden"]))
     _factor(network, manifest.get("factors", {}))
     _alias(network, manifest)
     return network.to(getattr(torch, manifest["dtype"])).eval()
 
 
 def save(network: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write manifest, canonical tensors and tokenizer; each shared tensor once.
+    """Write manifest, canonical tensors and tokenizer; each shared tensor once, and packed if that takes less space.
+
+    The manifest then has ``sparse``, the forms of the packed tensors.
 
     Raises:
         ExportError: the network would not load again (see :func:`describe`).
     """
     manifest = describe(network)
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: tensor.contiguous().cpu() for name, tensor in _canonical(network, manifest)}, directory / WEIGHTS
-    )
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in _canonical(network, manifest)}
+    stored, manifest["sparse"] = sparse_storage.pack_tensors(tensors)
+    save_file(stored, directory / WEIGHTS)
     tokenizer.save_pretrained(directory)
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
 
@@ -108,7 +116,7 @@ def load_network(directory: Path) -> nn.Module:
     """Only the network of :func:`load`."""
     manifest = read(directory)
     network = build(manifest)
-    tensors = load_file(directory / WEIGHTS)
+    tensors = sparse_storage.unpack_tensors(load_file(directory / WEIGHTS), manifest.get("sparse", {}))
     expected = {name: tensor.shape for name, tensor in _canonical(network, manifest)}
     if expected != {name: tensor.shape for name, tensor in tensors.items()}:
         wrong = sorted(expected.keys() ^ tensors.keys()) or [n for n in expected if expected[n] != tensors[n].shape]
@@ -137,6 +145,7 @@ def shape_key(manifest: Manifest) -> str:
     config = manifest["config"]
     sizes = {name: value for name, value in config.items() if type(value) is int and not name.endswith("_id")}
     facts = [manifest[part] for part in ("class", "dtype", "layers", "factors", "shared", "tied")]
+    facts += [manifest["hidden"]] if "hidden" in manifest else []
     activation = config.get("hidden_act", config.get("activation"))
     outputs = len(config.get("id2label", ()))
     text = json.dumps([facts, sizes, activation, outputs], sort_keys=True)

@@ -1,0 +1,129 @@
+"""Sparse weights in an ONNX file: stored packed, and expanded by nodes that ONNX Runtime folds when it loads.
+
+Owns the nodes. The file stays an ordinary one, which any ONNX Runtime runs without code of ours; once loaded, the
+graph and its speed are those of the dense file. The forms are :mod:`compress_search.encoders.sparse_storage`'s.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress_search.encoders import sparse_storage
+from compress_search.encoders.sparse_storage import Packed
+
+if TYPE_CHECKING:
+    import onnx
+
+_PREFIX = "sparse/"
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+
+
+def pack(path: Path) -> int:
+    """Store the initializers of a file, in place, in the smallest form; how many are packed.
+
+    What is not stored is 0, or in arrays of bytes, which may hold two weights each, the most frequent byte.
+    """
+    import onnx
+
+    model = onnx.load(path)
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    packed = {name: found for name, tensor in tensors.items() if (found := _packed(tensor))}
+    if packed:
+        _expand(model.graph, packed)
+        onnx.save(model, path)
+    return len(packed)
+
+
+def _packed(tensor: onnx.TensorProto) -> tuple[Packed, NDArray[Any], NDArray[Any]] | None:
+    """The packed form, the array itself and its fill (1,); None where the array is better left as it is."""
+    from onnx import TensorProto, numpy_helper
+
+    types = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT8, TensorProto.UINT8)
+    if tensor.data_type not in types or np.prod(tensor.dims) < sparse_storage.LEAST_ELEMENTS:
+        return None
+    array = numpy_helper.to_array(tensor)
+    bits = array.reshape(-1).view(_UNSIGNED[array.itemsize])
+    fill = int(np.bincount(bits).argmax()) if array.itemsize == 1 else 0
+    packed = sparse_storage.pack(bits, fill)
+    return packed and (packed, array, np.array([fill], bits.dtype).view(array.dtype))
+
+
+def _expand(graph: onnx.GraphProto, packed: dict[str, tuple[Packed, NDArray[Any], NDArray[Any]]]) -> None:
+    """Put nodes of the same outputs in place of these initializers."""
+    writer = _Writer()
+    for name, (form, array, fill) in packed.items():
+        writer.expand(name, form, array, fill)
+    kept = [tensor for tensor in graph.initializer if tensor.name not in packed]
+    nodes = [*writer.nodes, *graph.node]
+    del graph.initializer[:], graph.node[:]
+    graph.initializer.extend([*kept, *writer.constants.values()])
+    graph.node.extend(nodes)
+
+
+class _Writer:
+    """Collects nodes and constants, under names that no exporter gives."""
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: dict[str, onnx.TensorProto] = {}
+        self.axis = self._constant("axis", np.array(0))
+        self.one = self._constant("one", np.array(1))
+
+    def expand(self, name: str, packed: Packed, array: NDArray[Any], fill: NDArray[Any]) -> None:
+        """Nodes whose last output is the array, under its name."""
+        values = packed.values.view(array.dtype)
+        places = self._constant(f"{name}/places", packed.places)
+        if packed.form == "bitmap":
+            table = self._constant(f"{name}/values", np.concatenate([fill, values]))
+            flat = self._node("Gather", table, self._rows(places, array.size))
+        else:
+            dense = self._filled(array.size, fill)
+            indices = self._node("Sub", self._sums(self._counted(places)), self.one)
+            flat = self._node("ScatterElements", dense, indices, self._constant(f"{name}/values", values), axis=0)
+        self._node("Reshape", flat, self._constant(f"{name}/shape", np.array(array.shape)), output=name)
+
+    def _rows(self, bitmap: str, count: int) -> str:
+        """For each of so many elements its row in a table of the common element and then the values."""
+        bytes_ = self._node("Unsqueeze", bitmap, self._constant("columns", np.array([1])))
+        shifts = self._constant("shifts", np.arange(8, dtype=np.uint8))
+        shifted = self._node("BitShift", bytes_, shifts, direction="RIGHT")  # (⌈n/8⌉, 8)
+        bits = self._node("Mod", shifted, self._constant("two", np.array(2, np.uint8)))
+        flat = self._node("Reshape", bits, self._constant("flat", np.array([-1])))
+        limits = self._constant("start", np.array([0])), self._constant(f"{count}", np.array([count]))
+        known = self._integers(self._node("Slice", flat, *limits))
+        return self._node("Mul", known, self._sums(known))
+
+    def _counted(self, gaps: str) -> str:
+        return self._node("Add", self._integers(gaps), self.one)
+
+    def _filled(self, count: int, fill: NDArray[Any]) -> str:
+        from onnx import numpy_helper
+
+        shape = self._constant(f"{count}", np.array([count]))
+        return self._node("ConstantOfShape", shape, value=numpy_helper.from_array(fill))
+
+    def _integers(self, name: str) -> str:
+        from onnx import TensorProto
+
+        return self._node("Cast", name, to=TensorProto.INT64)
+
+    def _sums(self, name: str) -> str:
+        return self._node("CumSum", name, self.axis)
+
+    def _node(self, kind: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
+        from onnx import helper
+
+        name = output or f"{_PREFIX}{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, list(inputs), [name], **attributes))
+        return name
+
+    def _constant(self, name: str, array: NDArray[Any]) -> str:
+        from onnx import numpy_helper
+
+        name = _PREFIX + name
+        self.constants[name] = numpy_helper.from_array(array, name)
+        return name
