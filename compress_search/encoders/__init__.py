@@ -1,10 +1,11 @@
 """BERT-like encoders as methods see them: one view of their parts, surgery on them, and saving what results."""
 
 from compress_search.encoders.factors import Factored, FactoredEmbedding
-from compress_search.encoders.features import masked_softmax, read_features, recording, relation
+from compress_search.encoders.features import feature_shape, read_features, recording
 from compress_search.encoders.layer_drop import layer_drop
 from compress_search.encoders.manifest import build, describe, load, load_network, save, shape_key
 from compress_search.encoders.surgery import bake, keep_layers, keep_tokens, prune_heads, prune_neurons, share_parts
+from compress_search.encoders.surgery import prune_hidden as prune_hidden
 from compress_search.encoders.view import (
     FAMILIES,
     LayerParts,
@@ -33,6 +34,7 @@ __all__ = [
     "describe",
     "embeddings",
     "family",
+    "feature_shape",
     "head",
     "inputs",
     "keep_layers",
@@ -43,14 +45,13 @@ __all__ = [
     "layers",
     "load",
     "load_network",
-    "masked_softmax",
     "parts",
     "prune_heads",
+    "prune_hidden",
     "prune_neurons",
     "read_features",
     "recording",
     "refusal",
-    "relation",
     "save",
     "set_attention",
     "set_layers",

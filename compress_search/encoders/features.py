@@ -22,18 +22,17 @@ What lies at padding is undefined, and so are the rows and columns of padding in
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from compress_search.encoders import view
 from compress_search.errors import TrialError
+from compress_search.losses import masked_softmax, relation
 
 PROJECTIONS = ("query", "key", "value")
 DERIVED: Mapping[str, tuple[str, ...]] = {
@@ -76,18 +75,6 @@ def derive(read: Mapping[str, Tensor], names: Collection[str], attention_mask: T
         attention_mask: (B, S), 1 = no padding.
     """
     return {name: read[name] if name in read else _derived(name, read, attention_mask) for name in names}
-
-
-def relation(left: Tensor, right: Tensor) -> Tensor:
-    """Scaled dot products (…, S, d), (…, S, d) -> (…, S, S); scores of queries with keys, or values with values."""
-    return left @ right.transpose(-1, -2) / math.sqrt(left.shape[-1])
-
-
-def masked_softmax(relations: Tensor, attention_mask: Tensor) -> Tensor:
-    """Row-wise softmax of (B, A, S, S) over the keys that ``attention_mask`` (B, S) leaves."""
-    padding = ~attention_mask.bool()[:, None, None, :]
-    # half the least number: adding to it, as a mask is added, must not overflow
-    return relations.masked_fill(padding, torch.finfo(relations.dtype).min / 2).softmax(-1)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Distillation losses: pure functions of logits.
+"""Distillation losses of logits, pure.
 
 Owns the arithmetic of soft targets and its one rule of reduction: sum over classes, mean over the rows that
 count. Knows nothing of networks, batches or training.
@@ -29,7 +29,7 @@ LOWEST_TEMPERATURE = 0.1
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of ``values`` (…, features) over the positions where ``mask`` (…) is set; zero where none is."""
-    selected = _wide(values[mask.bool()])
+    selected = wide(values[mask.bool()])
     return selected.sum() / max(selected.numel(), 1)
 
 
@@ -126,7 +126,7 @@ def row_temperatures(
     """
     if scheduler == "constant":
         return base
-    student, teacher = _wide(student.detach()), _wide(teacher)
+    student, teacher = wide(student.detach()), wide(teacher)
     if scheduler == "flsw":
         # rounding may take the cosine of equal rows above 1
         weights = (1 - F.cosine_similarity(student, teacher, dim=-1)).clamp(min=0) ** gamma
@@ -166,14 +166,15 @@ def annealed(start: float, end: float, progress: float) -> float:
     return start + (end - start) * min(max(progress, 0.0), 1.0)
 
 
-def _wide(values: Tensor) -> Tensor:
+def wide(values: Tensor) -> Tensor:
+    """In float32, or in float64 if that is what it is."""
     return values if values.dtype == torch.float64 else values.float()
 
 
 def _rows(logits: Tensor, mask: Tensor | None) -> Tensor:
     """The rows that count, (N, C)."""
     # selected rather than multiplied by 0: an infinity in a row that does not count would turn into NaN
-    return _wide(logits.flatten(0, -2) if mask is None else logits[mask.bool()])
+    return wide(logits.flatten(0, -2) if mask is None else logits[mask.bool()])
 
 
 def _per_row(temperature: Temperature, mask: Tensor | None) -> Temperature:
