@@ -37,8 +37,8 @@ class Subject:
     ``threads`` are those that models are timed with unless a step says otherwise, ``cpus`` the cores of a trial.
 
     Traits the engine itself sets on the teacher: ``"timed"`` (an objective or constraint depends on running
-    time, so only real kernels count), ``"sized"`` (one depends on the stored size), ``"tokenizer:<kind>"`` (``tokenizer:WordPiece``, as the ``tokenizers``
-    library names it) and ``"kernel:<name>"`` for each kernel that a probe found to be real on
+    time, so only real kernels count), ``"sized"`` (one depends on the stored size), ``"tokenizer:<kind>"``
+    (``tokenizer:WordPiece``, as the ``tokenizers`` library names it) and ``"kernel:<name>"`` for each kernel that a probe found to be real on
     this machine (``kernel:int8``, ``kernel:bf16``, ``kernel:weight-only``); ``"unlabelled"`` (the study names text
     without labels). Steps add their own, such as
     ``"lossy"`` (training could win back accuracy), ``"non-uniform"``, ``"shared"``, ``"sparse"`` (zeros that must
@@ -154,7 +154,7 @@ def packed_bits(bits: float, density: float) -> float:
     bits share bytes, of which those are left out that hold nothing but zeros. See encoders.sparse_storage.
     """
     unit = max(8.0, bits)
-    filled = 1 - (1 - density) ** (unit / bits)
+    filled = float(1 - (1 - density) ** (unit / bits))
     return bits / unit * min(unit, 1 + filled * unit, filled * (8 + unit))
 
 

@@ -87,9 +87,9 @@ def build(manifest: Manifest, device: str = "cpu") -> nn.Module:
 
 
 def save(network: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write manifest, canonical tensors and tokenizer; each shared tensor once, and packed if that takes less space.
+    """Write manifest, canonical tensors and tokenizer; each shared tensor once.
 
-    The manifest then has ``sparse``, the forms of the packed tensors.
+    Tensors with many zeros are packed; the manifest then has their forms in ``sparse``.
 
     Raises:
         ExportError: the network would not load again (see :func:`describe`).

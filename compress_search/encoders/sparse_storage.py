@@ -3,10 +3,11 @@
 Owns the two forms, the choice between them, and how a dictionary of tensors is written and read back bit for bit.
 Knows nothing of files or of why the elements are equal.
 
-``bitmap``   one bit for each element, set where a value is stored: n/8 + b·k bytes for k values of b bytes among n.
-``gaps``     one byte for each value, how many elements lie between it and the one before: (1 + b)·k bytes. Where more
-             than 255 lie between, the common element itself is stored as a value on the way. The smaller of the two
-             below one value in eight (Han et al. 2016, Deep Compression, section 2).
+``bitmap``   one bit for each element, set where a value is stored: n/8 + b·k bytes for k of n elements, of b bytes.
+``gaps``     one byte for each value, how many elements lie between it and the one before: (1 + b)·k bytes. Where
+             more than 255 do, the common element is stored on the way. The smaller one below one value in eight.
+
+Source: Han et al. 2016, Deep Compression, section 2 (gaps).
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def _packed(tensor: onnx.TensorProto) -> tuple[Packed, NDArray[Any], NDArray[Any
     bits = array.reshape(-1).view(_UNSIGNED[array.itemsize])
     fill = int(np.bincount(bits).argmax()) if array.itemsize == 1 else 0
     packed = sparse_storage.pack(bits, fill)
-    return packed and (packed, array, np.array([fill], bits.dtype).view(array.dtype))
+    return None if packed is None else (packed, array, np.array([fill], bits.dtype).view(array.dtype))
 
 
 def _expand(graph: onnx.GraphProto, packed: dict[str, tuple[Packed, NDArray[Any], NDArray[Any]]]) -> None:
