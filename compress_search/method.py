@@ -83,6 +83,12 @@ class Context(Protocol):
     def teacher(self) -> nn.Module:
         """The frozen teacher in evaluation mode on ``device``; never to be changed."""
 
+    def untrained(self) -> nn.Module | None:
+        """The teacher as it was before it was trained on the task: a network of the caller's own, on ``device``.
+
+        None where the study's model came trained, so that nothing is known of its start.
+        """
+
     def fit(
         self,
         network: nn.Module,
@@ -115,7 +121,10 @@ class Context(Protocol):
         """The task's loss on the labels of a batch."""
 
     def teacher_logits(self, batch: Batch) -> torch.Tensor:
-        """The teacher's logits, (B, C) or (B, S, C); read from disk for training rows, else computed."""
+        """The teacher's logits, (B, C) or (B, S, C); read from disk for training rows, else computed.
+
+        Where the study names further teachers, the average of all; ``teacher`` is the first alone.
+        """
 
     def teacher_outputs(self, batch: Batch, features: Collection[str]) -> dict[str, torch.Tensor]:
         """What the teacher computes on the way, by the names of :mod:`compress_search.encoders.features`.
@@ -165,6 +174,10 @@ class Method(ABC):
         Recipes that agree in these are the same recipe. Pure and idempotent.
         """
         return params
+
+    def changes_nothing(self, subject: Subject, params: Params) -> bool:
+        """Whether with these effective parameters the step leaves all as it is; a recipe does not hold it then."""
+        return False
 
     def after(self, subject: Subject, params: Params) -> Subject:
         """What the step will leave: shapes in closed form and traits."""

@@ -26,7 +26,7 @@ from compress_search.method import Batch, Method, Stage
 from compress_search.recipe import Recipe, digest
 from compress_search.study import TrainingConfig
 from compress_search.tasks import Task
-from compress_search.teacher.logits import LogitCache
+from compress_search.teacher.logits import TeacherLogits
 from compress_search.teacher.outputs import TeacherOutputs
 
 RUNG_FRACTIONS = (1 / 9, 1 / 3)
@@ -51,11 +51,12 @@ class Materials:
     task: Task
     train: Split
     validation: Split
-    logits: LogitCache
+    logits: TeacherLogits
     outputs: TeacherOutputs
     device: torch.device
     training: TrainingConfig
     unlabelled: Split | None = None
+    untrained: Callable[[], nn.Module | None] = lambda: None
 
     @property
     def steps(self) -> int:
@@ -109,6 +110,11 @@ class StepContext:
         """The frozen teacher."""
         return self.materials.teacher.network
 
+    def untrained(self) -> nn.Module | None:
+        """A network of the caller's own, the teacher before it was trained on the task."""
+        network = self.materials.untrained()
+        return network and network.to(self.device)
+
     def fit(self, network: nn.Module, **options: Any) -> None:
         """Train in place on a share of the step's budget; see the interface for the options."""
         phase = training.Phase(**options)
@@ -146,12 +152,8 @@ class StepContext:
         return training.task_loss(self.materials.task)(network, batch)
 
     def teacher_logits(self, batch: Batch) -> torch.Tensor:
-        """The teacher's logits, (B, C) or (B, S, C): from the cache for training rows, else computed."""
-        rows = self.materials.train.rows_of(batch)
-        if rows is None:
-            with torch.no_grad():
-                return training.forward(self.teacher, batch)
-        return self.materials.logits.batch(torch.from_numpy(rows), batch["input_ids"].shape[1]).to(self.device)
+        """The teacher's logits, or those of several, (B, C) or (B, S, C)."""
+        return self.materials.logits(batch)
 
     def teacher_outputs(self, batch: Batch, features: Collection[str]) -> dict[str, Tensor]:
         """What the teacher computes on the way, by the features' names."""

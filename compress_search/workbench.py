@@ -12,15 +12,16 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
+from transformers import AutoTokenizer
 
 from compress_search.candidate import Candidate, Subject
-from compress_search.data import Split, tokenize
+from compress_search.data import Split, tokenize, tokenize_rows
 from compress_search.data.rows import read
 from compress_search.encoders import describe, shape_key, subject_of
 from compress_search.environment import host_kind
@@ -29,14 +30,26 @@ from compress_search.method import Stage
 from compress_search.pipeline import Materials
 from compress_search.recipe import Recipe, digest
 from compress_search.registry import PluginFile, Registry
-from compress_search.runtimes import lower, size_mb
+from compress_search.runtimes import Artifact, lower, size_mb
 from compress_search.study import Study
-from compress_search.teacher import load_teacher, prepare_teacher
-from compress_search.teacher.logits import teacher_logits
+from compress_search.teacher import load_teacher, prepare_ensemble, prepare_teacher, untrained
+from compress_search.teacher.logits import TeacherLogits
 from compress_search.teacher.outputs import TeacherOutputs
 
 SCORING_BATCH = 64
 """Batch size of scoring where the result does not depend on an example's companions."""
+
+
+HANGING = 900.0
+"""Seconds after which a bench that does not answer is taken to hang, were there nothing to compute or compile."""
+
+SECONDS_AN_EXAMPLE, SECONDS_A_COMPILATION = 1.0, 180.0
+"""What is granted beyond that: many times what they take."""
+
+
+def patience(examples: int = 0, compilations: int = 0) -> float:
+    """Seconds to wait for an answer of the bench."""
+    return HANGING + SECONDS_AN_EXAMPLE * examples + SECONDS_A_COMPILATION * compilations
 
 
 @dataclass(frozen=True)
@@ -102,12 +115,16 @@ class Workbench:
     def materials(self) -> Materials:
         """Teacher, splits and cached teacher outputs."""
         raw, task = read(self.study)
+        self.raw = {name: rows for name, rows in raw.splits().items() if name in ("validation", "test")}
         self.teacher_directory = prepare_teacher(self.study, raw, task, self.cache)
         network, tokenizer = load_teacher(self.teacher_directory, self.device)
         self.splits = tokenize(raw, tokenizer, self.study, task, self.cache)
         train = self.splits["train"]
-        logits = teacher_logits(self.teacher_directory, train, self.cache, self.device)
-        subject = subject_of(network, task.name, self.device.type).having(*self.subject.traits)
+        self.teachers = prepare_ensemble(self.study, self.teacher_directory, raw, task, self.cache)
+        logits = TeacherLogits(network, self.teachers, train, self.cache, self.study.teacher.average)
+        known = self.subject
+        subject = subject_of(network, task.name, self.device.type)
+        subject = subject.having(*known.traits, threads=known.threads, cpus=known.cpus)
         teacher = Candidate(network, tokenizer, subject)
         limit = self.study.training.teacher_cache_gb * 1e9
         return Materials(
@@ -120,6 +137,7 @@ class Workbench:
             self.device,
             self.study.training,
             self.splits.get("unlabelled"),
+            partial(untrained, self.study, task),
         )
 
     def split(self, name: str) -> Split | None:
@@ -144,6 +162,7 @@ class Workbench:
         if recipe.steps:
             plugins = [self.registry.fingerprint(name) for name in recipe.methods]
             parts += [recipe.key, seed, self.study.training.identity(), plugins]
+            parts += [self.study.teacher.average, *(path.name for path in self.teachers[1:])]
         return self.output / "artifacts" / digest(parts)[:20]
 
     def lower(self, candidate: Candidate, directory: Path) -> None:
@@ -154,21 +173,35 @@ class Workbench:
             shutil.rmtree(directory, ignore_errors=True)
             lower(candidate, directory, self.materials.task)
 
-    def score(self, directory: Path, split: Split, *, as_deployed: bool) -> Score:
-        """Metrics of an artefact.
+    def as_read(self, directory: Path, name: str) -> Split:
+        """A split's rows as an artefact reads them: by its own tokenizer, cut at its own longest input."""
+        _ = self.materials
+        limit = min(Artifact.read(directory).max_length or self.study.data.max_length, self.study.data.max_length)
+        tokenizer = AutoTokenizer.from_pretrained(directory / "weights")
+        return tokenize_rows(self.raw[name], tokenizer, limit, self.materials.task, self.cache)
+
+    def score(self, directory: Path, name: str, *, as_deployed: bool) -> Score:
+        """Metrics of an artefact on a split.
 
         Arithmetic with one scale for a whole batch depends on an example's companions; ``as_deployed`` scores
         at the study's measured batch size, as it must be for lowered arithmetic.
         """
         batch_size = self.study.measure.batch_size if as_deployed else SCORING_BATCH
-        return self.bench.score(directory, split.path, self.materials.task, batch_size)
+        split, task = self.as_read(directory, name), self.materials.task
+        return self.bench.score(directory, split.path, task, batch_size, timeout=patience(len(split)))
 
     def latency(self, directory: Path, *, repeats: int, seed: int) -> Latency:
-        """Time an artefact against the teacher on the validation data's own lengths."""
-        validation = self.materials.validation.path
-        batch_size = self.study.measure.batch_size
+        """Time an artefact against the teacher on the validation data's own lengths, as the teacher reads it."""
+        buckets = Artifact.read(directory).buckets
         return self.bench.latency(
-            directory, self.reference, validation, batch_size=batch_size, repeats=repeats, seed=seed
+            directory,
+            self.reference,
+            self.as_read(directory, "validation").path,
+            reference_split=self.materials.validation.path,
+            batch_size=self.study.measure.batch_size,
+            repeats=repeats,
+            seed=seed,
+            timeout=patience(compilations=len(buckets)),
         )
 
     def shape(self, candidate: Candidate, directory: Path, recipe: Recipe) -> Shape:
@@ -199,7 +232,9 @@ class Workbench:
         """Peak memory, which takes two more processes, where the study asks for it."""
         if not self._memory_counts:
             return None
-        return self.bench.memory(directory, self.materials.validation.path, self.study.measure.batch_size)
+        split = self.as_read(directory, "validation")
+        batch_size = self.study.measure.batch_size
+        return self.bench.memory(directory, split.path, batch_size, timeout=patience(compilations=1))
 
     def _shape_key(self, candidate: Candidate, recipe: Recipe) -> str:
         late = [

@@ -6,7 +6,8 @@ import torch
 from compress_search.data import read, tokenize, training_batches
 from compress_search.study import load_study
 from compress_search.teacher import load_teacher, logits, prepare_teacher
-from compress_search.teacher.logits import teacher_logits
+from compress_search.teacher.ensemble import average
+from compress_search.teacher.logits import TeacherLogits, teacher_logits
 from compress_search.training import forward
 from tests import tiny
 
@@ -78,3 +79,28 @@ def test_nothing_can_write_through_it(prepared, tmp_path):
     before = cache.batch(torch.tensor([1]), 9).clone()
     cache.batch(torch.tensor([1]), 9).zero_()
     assert torch.equal(cache.batch(torch.tensor([1]), 9), before)
+
+
+@pytest.mark.parametrize("how", ["logits", "probabilities"])
+@pytest.mark.parametrize("kind", ["text-classification", "token-classification"])
+def test_several_teachers_say_their_average_on_every_batch(prepared, tmp_path, kind, how):
+    directory, network, split = prepared(kind)
+    further = tiny.tiny_teacher(tmp_path / "further", kind, "distilbert", layers=3)
+    other, _ = load_teacher(further)
+    ask = TeacherLogits(network, [directory, further], split, tmp_path / "cache", how)
+    batch = next(training_batches(split, 16, seed=3))
+    real = batch["attention_mask"].bool() if split.token_labels else slice(None)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        expected = average([forward(network, batch), forward(other, inputs)], how)[real]
+    torch.testing.assert_close(ask(batch)[real], expected, atol=1e-5, rtol=0)
+    unknown = {name: value for name, value in batch.items() if name not in ("index", "labels")}
+    torch.testing.assert_close(ask(unknown)[real], expected, atol=1e-5, rtol=0)
+
+
+def test_an_ensemble_of_one_reads_that_teachers_logits_to_the_bit(prepared, tmp_path):
+    directory, network, split = prepared("text-classification")
+    cache = teacher_logits(directory, split, tmp_path / "cache")
+    ask = TeacherLogits(network, [directory], split, tmp_path / "cache")
+    batch = next(training_batches(split, 16, seed=3))
+    assert torch.equal(ask(batch), cache.batch(batch["index"], batch["input_ids"].shape[1]))

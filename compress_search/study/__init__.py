@@ -197,7 +197,7 @@ class Study(Section):
         """What must not change between two runs of a study; files inside its folder by their relative paths."""
         fields = {"task", "teacher", "data", "constraints", "methods", "plugins", "training", "measure"}
         plain = self.model_dump(mode="json", include=fields, exclude_none=True)
-        plain["training"] = self.training.identity()
+        plain["training"], plain["teacher"] = self.training.identity(), self.teacher.identity()
         if not self.data.unlabeled:  # as if there were no such key: studies from before it go on
             del plain["data"]["unlabeled"]
         return {"objectives": self.directions, **_portable(plain, self._folder)}

@@ -115,6 +115,15 @@ class TeacherConfig(Section):
         default="logits", description="what of several teachers is averaged"
     )
 
+    def identity(self) -> dict[str, Any]:
+        """What of these decides the result of a trial; keys that came later count where they are used."""
+        plain = self.model_dump(mode="json", exclude_none=True)
+        if not self.ensemble:
+            del plain["ensemble"], plain["average"]
+        if self.fine_tune and not self.fine_tune.layer_drop:
+            del plain["fine_tune"]["layer_drop"]
+        return plain
+
     @field_validator("fine_tune", mode="before")
     @classmethod
     def _say_which(cls, value: Any) -> Any:
@@ -147,7 +156,9 @@ class DataConfig(Section):
     )
     test: _DataSource | None = Field(default=None, description="scored once, for the front")
     unlabeled: Annotated[
-        tuple[str, ...], PlainValidator(located(data_sources), json_schema_input_type=str | list[str])
+        tuple[str, ...],
+        PlainValidator(located(data_sources), json_schema_input_type=str | list[str]),
+        PlainSerializer(list),
     ] = Field(
         default=(),
         description="text without labels, one such source or a list; for methods that can learn from the teacher "

@@ -37,7 +37,8 @@ def data_sources(value: Any, folder: Path | None) -> tuple[str, ...]:
     """Each of one or several data sources; see :func:`data_source`."""
     if isinstance(value, str):
         return (data_source(value, folder),)
-    if not isinstance(value, list | tuple) or not value:
+    # plain data of a study without any is an empty list
+    if not isinstance(value, list | tuple) or not (value or folder is None):
         raise ValueError(f"expected a data source or a list of them, such as [a.jsonl, b.jsonl], got {show(value)}")
     found: list[str] = []
     for number, item in enumerate(value):

@@ -172,6 +172,13 @@ class TinyContext:
         self.task = Task(task, LABELS[task], entities=task == "token-classification")
         self.teacher: nn.Module = deepcopy(self.candidate.network).eval().requires_grad_(False)
 
+    def untrained(self) -> nn.Module | None:
+        """The tiny network of the teacher's configuration with other random weights."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            network: nn.Module = type(self.candidate.network)(self.candidate.network.config)  # type: ignore[operator]
+        return network.eval()
+
     def fit(self, network: nn.Module, **options: Any) -> None:
         """Train on tiny batches for ``share`` of the budget, as the engine's loop does."""
         phase = Phase(**options)
