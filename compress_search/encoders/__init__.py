@@ -4,8 +4,15 @@ from compress_search.encoders.factors import Factored, FactoredEmbedding
 from compress_search.encoders.features import feature_shape, read_features, recording
 from compress_search.encoders.layer_drop import layer_drop
 from compress_search.encoders.manifest import build, describe, load, load_network, save, shape_key
-from compress_search.encoders.surgery import bake, keep_layers, keep_tokens, prune_heads, prune_neurons, share_parts
-from compress_search.encoders.surgery import prune_hidden as prune_hidden
+from compress_search.encoders.surgery import (
+    bake,
+    keep_layers,
+    keep_tokens,
+    prune_heads,
+    prune_hidden,
+    prune_neurons,
+    share_parts,
+)
 from compress_search.encoders.view import (
     FAMILIES,
     LayerParts,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from compress_search.encoders import view
+from compress_search.encoders.stream import stream
 
 
 class Offset(nn.Linear):
@@ -91,6 +92,34 @@ def prune_neurons(network: nn.Module, keep: Mapping[int, Sequence[int]]) -> None
     for layer in view.layers(network):
         if not view.parts(layer).neurons:
             _remove_feed_forward(layer)
+
+
+def prune_hidden(network: nn.Module, keep: Sequence[int]) -> None:
+    """Keep only these channels of the residual stream, in everything that reads, writes or normalises it.
+
+    Heads keep their width, so that the hidden width is no more their number times their width; the configuration
+    stays that of the network before, and the manifest says what is left.
+
+    Raises:
+        ValueError: no channel, unknown channels or duplicates.
+        TrialError: the word embeddings are factorized.
+    """
+    found = stream(network)
+    if not keep:
+        raise ValueError("an encoder needs at least one hidden channel")
+    _check(keep, found.width, "channels")
+    channels = torch.tensor(keep, dtype=torch.long)
+    for table in found.tables:
+        table.weight = _parameter(table.weight[:, channels.to(table.weight.device)], table.weight)
+        table.embedding_dim = len(channels)
+    for norm in found.norms:
+        here = channels.to(norm.weight.device)
+        norm.weight, norm.bias = _parameter(norm.weight[here], norm.weight), _parameter(norm.bias[here], norm.bias)
+        norm.normalized_shape = (len(channels),)
+    for linear in found.writers:
+        _keep_rows(linear, channels)
+    for linear in found.readers:
+        _keep_columns(linear, channels)
 
 
 def keep_layers(network: nn.Module, keep: Sequence[int]) -> None:
