@@ -74,8 +74,8 @@ class VocabularyPruning(Method):
     def apply(self, candidate: Candidate, params: Params, context: Context) -> Candidate:
         """Count, choose, and cut tokenizer and network alike."""
         pieces = Pieces(candidate.tokenizer)
-        if pieces.refusal:
-            raise TrialError(pieces.refusal)
+        if reason := refusal(pieces.kind):
+            raise TrialError(reason)
         subject = candidate.subject
         kept = choose(pieces, np.concatenate(list(_texts(context))), subject.vocabulary, params)
         pruned = candidate.copy()

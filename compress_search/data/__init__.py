@@ -93,6 +93,11 @@ class Split:
         rows = np.split(np.asarray(labels), self._offsets[1:-1])
         return [row[row != IGNORED] for row in rows]
 
+    @property
+    def labelled(self) -> Array:
+        """(tokens,) whether each token of a token task carries a label: the first of each word does."""
+        return np.asarray(self._columns["labels"]) != IGNORED
+
     def places(self, rows: Array) -> Array:
         """Where the tokens of these rows stand among all tokens, row after row."""
         lengths = self.lengths[rows]

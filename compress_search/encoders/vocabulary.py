@@ -17,10 +17,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 CONTINUATION = "##"
 """What WordPiece writes before a piece that does not begin a word."""
 
+BYTES = "ByteLevelBPE"
+"""The kind of a BPE that spells text in bytes; other kinds are called as the library calls them."""
+
 _REASONS = {
     "Unigram": "its tokenizer is Unigram's (SentencePiece), which weighs all pieces of a word against each other",
     "WordLevel": "its tokenizer knows whole words only, and could not spell a word whose piece is gone",
-    "BPE": "its tokenizer's BPE does not fall back to bytes",
+    "BPE": "its tokenizer's BPE does not spell in bytes, and could meet what it cannot spell",
 }
 _EXPECTED = "expected WordPiece or byte-level BPE"
 
@@ -28,24 +31,20 @@ _EXPECTED = "expected WordPiece or byte-level BPE"
 class Pieces:
     """What a tokenizer is made of, read off its JSON form.
 
-    ``ids``: piece -> id, without what was added to the model's own; ``special``: ids of all that was added.
+    ``kind``: of the model, as the library calls it, or :data:`BYTES`; ``ids``: piece -> id of the model's own, of
+    Unigram none; ``special``: ids of what was added to them.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
         self.model: dict[str, Any] = self.state["model"]
         self.kind = str(self.model.get("type"))
+        if self.kind == "BPE" and _reads_bytes(self.state["pre_tokenizer"]):
+            self.kind = BYTES
         self.ids: dict[str, int] = {} if self.kind == "Unigram" else self.model["vocab"]
         self.special = {int(token["id"]) for token in self.state["added_tokens"]}
         self.special |= {int(number) for number in tokenizer.all_special_ids}
         self.padding = cast(int, tokenizer.pad_token_id)
-
-    @property
-    def refusal(self) -> str | None:
-        """Why pieces cannot be taken out of this tokenizer; None when they can."""
-        if self.kind == "WordPiece" or (self.kind == "BPE" and _reads_bytes(self.state["pre_tokenizer"])):
-            return None
-        return refusal(self.kind)
 
     @property
     def reserved(self) -> set[int]:
@@ -55,7 +54,7 @@ class Pieces:
     @property
     def characters(self) -> set[int]:
         """Single characters, at the start of a word or within it; for BPE, the pieces that no merge makes."""
-        if self.kind == "BPE":
+        if self.parents:
             return set(self.ids.values()) - self.parents.keys()
         return {number for piece, number in self.ids.items() if len(piece.removeprefix(CONTINUATION)) == 1}
 
@@ -67,8 +66,8 @@ class Pieces:
 
 
 def refusal(kind: str) -> str | None:
-    """Why no pieces can be taken out of tokenizers of this kind, as the library names it; None when they can."""
-    if kind == "WordPiece":
+    """Why no pieces can be taken out of tokenizers of this kind (:attr:`Pieces.kind`); None when they can."""
+    if kind in ("WordPiece", BYTES):
         return None
     return f"{_REASONS.get(kind, f'its tokenizer is of the kind {kind}')}: {_EXPECTED}"
 
@@ -82,8 +81,8 @@ def keep_pieces(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int]) -> PreT
         ValueError: a special piece is missing, or the tokenizer is of a kind that is not supported.
     """
     pieces = Pieces(tokenizer)
-    if pieces.refusal:
-        raise ValueError(pieces.refusal)
+    if reason := refusal(pieces.kind):
+        raise ValueError(reason)
     number = {old: new for new, old in enumerate(kept)}
     if lost := pieces.special - number.keys():
         raise ValueError(f"special pieces must stay, and {sorted(lost)} would go")

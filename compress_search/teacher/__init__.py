@@ -41,6 +41,20 @@ def teacher_subject(study: Study, task: Task) -> Subject:
     return subject_of(network, task.name, _device(study))
 
 
+def teacher_pieces(study: Study) -> tuple[str, int]:
+    """The kind of the teacher's tokenizer, and how many of its pieces it takes to spell every text.
+
+    The number is 0 where the tokenizer is yet to be made. Nothing is created.
+
+    Raises:
+        StudyError: the tokenizer cannot be loaded.
+    """
+    if study.teacher.architecture:
+        return "WordPiece", 0
+    pieces = Pieces(pretrained.load_tokenizer(study))
+    return pieces.kind, len(pieces.reserved | pieces.characters)
+
+
 def prepare_teacher(
     study: Study, raw: Raw, task: Task, cache: Path, *, on_progress: Callable[[int], None] | None = None
 ) -> Path:

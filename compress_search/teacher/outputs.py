@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 from collections.abc import Collection
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,12 @@ class TeacherOutputs:
         arrays = self._arrays(wanted)
         read = {name: self._padded(name, arrays[name], rows, width).to(device) for name in wanted}
         return derive(read, features, batch["attention_mask"])
+
+    def read_by(self, teacher: nn.Module, split: Split) -> TeacherOutputs:
+        """The same for a teacher that reads other pieces: computed when asked, as few trials share its reading."""
+        reader = copy(self)
+        reader.teacher, reader.split, reader.limit, reader._open = teacher, split, 0, {}
+        return reader
 
     def fits(self, names: Collection[str]) -> bool:
         """Whether these primitive features together stay within the limit."""

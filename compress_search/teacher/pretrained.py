@@ -203,19 +203,32 @@ def _tokenizer(study: Study, source: Path, network: Any, task: Task) -> PreTrain
     """The model's tokenizer, told which inputs the network takes."""
     # byte-level BPE writes the space into a word's first piece; words that come one by one bring none
     prefix = {"add_prefix_space": True} if task.tokens and network.config.model_type == "roberta" else {}
-    names = list(inputs(network))
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(source, model_input_names=names, **prefix)
-    except Exception as error:  # damaged files fail in as many ways as there are formats
-        raise study.error("teacher.model", f"cannot load the tokenizer: {_first_line(error)}") from error
-    if not tokenizer.is_fast:
-        raise study.error("teacher.model", f"{type(tokenizer).__name__} cannot tell which word a token came from")
+    tokenizer = load_tokenizer(study, source, model_input_names=list(inputs(network)), **prefix)
     if len(tokenizer) > network.config.vocab_size:
         raise study.error(
             "teacher.model",
             f"the tokenizer has {len(tokenizer)} pieces, the model embeds only {network.config.vocab_size}",
         )
+    return tokenizer
+
+
+def load_tokenizer(study: Study, source: Path | str | None = None, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the study's model, by default where the study names it.
+
+    Raises:
+        StudyError: it cannot be loaded, or cannot tell which word a token came from.
+    """
+    try:
+        with quiet():
+            local = source is not None or not hub.reachable()
+            place = source or str(study.teacher.model)
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                place, local_files_only=local, **options
+            )
+    except Exception as error:  # damaged files fail in as many ways as there are formats
+        raise study.error("teacher.model", f"cannot load the tokenizer: {_first_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise study.error("teacher.model", f"{type(tokenizer).__name__} cannot tell which word a token came from")
     return tokenizer
 
 
