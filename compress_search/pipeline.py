@@ -9,9 +9,9 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from compress_search import training
 from compress_search.candidate import Candidate
 from compress_search.data import Split, training_batches, unlabelled_batches
-from compress_search.encoders import bake
+from compress_search.encoders import bake, kept_ids
 from compress_search.errors import CompressSearchError, TrialError
 from compress_search.method import Batch, Method, Stage
 from compress_search.recipe import Recipe, digest
@@ -28,6 +28,10 @@ from compress_search.study import TrainingConfig
 from compress_search.tasks import Task
 from compress_search.teacher.logits import TeacherLogits
 from compress_search.teacher.outputs import TeacherOutputs
+from compress_search.teacher.reading import cut
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 RUNG_FRACTIONS = (1 / 9, 1 / 3)
 """Parts of a trial's planned optimizer steps after which it is compared with the others."""
@@ -57,12 +61,40 @@ class Materials:
     training: TrainingConfig
     unlabelled: Split | None = None
     untrained: Callable[[], nn.Module | None] = lambda: None
+    tokenize: Callable[[PreTrainedTokenizerBase], Mapping[str, Split]] | None = None
+    """Every split as another tokenizer cuts it."""
 
     @property
     def steps(self) -> int:
         """Optimizer steps a whole trial may spend."""
         per_epoch = -(-len(self.train) // self.training.batch_size)
         return max(1, round(self.training.epochs * per_epoch))
+
+    def read_by(self, tokenizer: PreTrainedTokenizerBase) -> Materials:
+        """The same texts in the pieces of a candidate's tokenizer, and teachers that read them.
+
+        What the teachers said of a text stays what it was.
+
+        Raises:
+            TrialError: the tokenizer has pieces that the teacher's has not.
+        """
+        if tokenizer is self.teacher.tokenizer:
+            return self
+        kept = kept_ids(self.teacher.tokenizer, tokenizer)
+        if kept is None or self.tokenize is None:
+            raise TrialError("its tokenizer has pieces of its own: expected only such as the teacher's has, in order")
+        splits, network = self.tokenize(tokenizer), cut(self.teacher.network, kept)
+        untrained = self.untrained
+        return replace(
+            self,
+            teacher=self.teacher.replace(network=network, tokenizer=tokenizer),
+            train=splits["train"],
+            validation=splits["validation"],
+            unlabelled=splits.get("unlabelled"),
+            logits=self.logits.read_by(splits["train"], kept),
+            outputs=self.outputs.read_by(network, splits["train"]),
+            untrained=lambda: (start := untrained()) and cut(start, kept),
+        )
 
 
 @dataclass
@@ -221,6 +253,7 @@ def run_recipe(
             # which step failed is known here, and not where a helper raised
             raise type(error)(error.message, method=step.method, params=step.params) from error
         candidate.network.eval()
+        materials = materials.read_by(candidate.tokenizer)
     bake(candidate.network)
     return candidate, budget
 

@@ -96,7 +96,8 @@ class Split:
     @property
     def labelled(self) -> Array:
         """(tokens,) whether each token of a token task carries a label: the first of each word does."""
-        return np.asarray(self._columns["labels"]) != IGNORED
+        labelled: Array = np.asarray(self._columns["labels"]) != IGNORED
+        return labelled
 
     def places(self, rows: Array) -> Array:
         """Where the tokens of these rows stand among all tokens, row after row."""

@@ -19,7 +19,7 @@ from compress_search.cache import content_addressed
 from compress_search.candidate import Subject
 from compress_search.data import tokenize_rows, training_batches
 from compress_search.data.rows import Raw
-from compress_search.encoders import layer_drop, subject_of
+from compress_search.encoders import Pieces, layer_drop, subject_of
 from compress_search.recipe import digest
 from compress_search.study import Study
 from compress_search.tasks import Task
