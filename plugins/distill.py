@@ -1,6 +1,7 @@
 """Recovery by knowledge distillation: train what earlier steps damaged on the labels and the teacher's logits.
 
-Owns the schedule of the two terms. Changes weights only: no shape, no size, no latency. After it nothing is
+Where a study names unlabelled text, the teacher's logits on that can come first (Hinton's transfer set). Owns the
+schedule of the two terms. Changes weights only: no shape, no size, no latency. After it nothing is
 left to recover, so the trait "lossy" goes.
 
 Sources: Hinton et al. 2015, Distilling the Knowledge in a Neural Network; Clark et al. 2019, BAM! Born-Again
@@ -12,9 +13,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subject
-from compress_search.losses import annealed
 
-from .soft_targets import SoftTerm, soft_space, soft_target_loss
+from .soft_targets import SoftTerm, annealed_loss, mix_space, soft_space, transfer_loss
+
+LONGEST_TRANSFER = 0.9
+"""The part of the training that unlabelled text may take: the labels have the last word."""
+
+TRANSFER_BATCH = 32
+"""Unlabelled texts in a training step."""
 
 
 class Distill(Method):
@@ -23,18 +29,21 @@ class Distill(Method):
     stage = Stage.RECOVERY
 
     def search_space(self, teacher: Subject) -> Mapping[str, Dim]:
-        """``alpha`` weighs the soft term; with annealing it goes linearly to ``anneal_to`` over the training."""
+        """``transfer`` is the part of the training that goes before, on unlabelled text and the soft term alone."""
         return {
-            "alpha": Dim.real(0.0, 1.0, 0.5),
+            **mix_space(),
             **soft_space(teacher),
-            "annealing": Dim.choice(("none", "linear"), "none", expert=True),
-            "anneal_to": Dim.real(0.0, 1.0, 0.0, when={"annealing": ("linear",)}, expert=True),
+            "transfer": Dim.real(0.0, LONGEST_TRANSFER, 0.0, expert=True),
             "learning_rate": Dim.real(1e-6, 1e-2, 5e-5, log=True, expert=True),
         }
 
     def unsupported(self, subject: Subject) -> str | None:
         """Only what a lossy step left can be recovered."""
         return None if "lossy" in subject.traits else "there is nothing to recover: no step before it was lossy"
+
+    def effective(self, subject: Subject, params: Params) -> Params:
+        """Nothing can be transferred by text that is not there."""
+        return params if "unlabelled" in subject.traits else {**params, "transfer": 0.0}
 
     def after(self, subject: Subject, params: Params) -> Subject:
         """The same shapes, recovered."""
@@ -47,17 +56,16 @@ class Distill(Method):
     def apply(self, candidate: Candidate, params: Params, context: Context) -> Candidate:
         """Train a copy on its whole share of the budget."""
         candidate = candidate.copy()
-        alpha, progress = float(params["alpha"]), 0.0
-        end = float(params.get("anneal_to", alpha))
-
-        def on_step(step: int, steps: int) -> None:
-            nonlocal progress
-            progress = step / steps
-
-        loss = soft_target_loss(
-            context,
-            SoftTerm.of(candidate.subject.task, params),
-            alpha=lambda: annealed(alpha, end, progress),
-        )
-        context.fit(candidate.network, loss=loss, learning_rate=float(params["learning_rate"]), on_step=on_step)
+        term, transfer = SoftTerm.of(candidate.subject.task, params), float(params["transfer"])
+        rate = float(params["learning_rate"])
+        if transfer:
+            context.fit(
+                candidate.network,
+                loss=transfer_loss(context, term),
+                batches=context.unlabelled(TRANSFER_BATCH),
+                share=transfer,
+                learning_rate=rate,
+            )
+        loss, on_step = annealed_loss(context, term, params)
+        context.fit(candidate.network, loss=loss, share=1 - transfer, learning_rate=rate, on_step=on_step)
         return candidate.replace(subject=self.after(candidate.subject, params))

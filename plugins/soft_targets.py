@@ -7,7 +7,7 @@ which methods train under this loss, and when, is theirs to say.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from compress_search.losses import (
     SoftLoss,
     TemperatureScheduler,
     TokenScope,
+    annealed,
     mixed,
     row_temperatures,
     shifted,
@@ -63,7 +64,8 @@ class SoftTerm:
             return soft_loss(student, teacher, "mse_logits")
         mask = None
         if self.task == "token-classification":
-            mask = valid_tokens(batch["labels"], batch["attention_mask"], self.scope)
+            labels = batch.get("labels", batch["input_ids"])  # looked at in the scope "labelled" alone
+            mask = valid_tokens(labels, batch["attention_mask"], self.scope)
         if self.shift:
             teacher = shifted(teacher, batch["labels"])
         tau = row_temperatures(
@@ -119,6 +121,52 @@ def soft_target_loss(
         return hard if weight == 0 else mixed(soft(logits, targets(batch), batch), hard, weight)
 
     return loss
+
+
+def mix_space() -> dict[str, Dim]:
+    """``alpha`` weighs the soft term; with annealing it goes linearly to ``anneal_to`` over the training."""
+    return {
+        "alpha": Dim.real(0.0, 1.0, 0.5),
+        "annealing": Dim.choice(("none", "linear"), "none", expert=True),
+        "anneal_to": Dim.real(0.0, 1.0, 0.0, when={"annealing": ("linear",)}, expert=True),
+    }
+
+
+def annealed_loss(
+    context: Context, term: SoftTerm, params: Params, teacher: Callable[[Batch], Tensor] | None = None
+) -> tuple[Loss, Callable[[int, int], None]]:
+    """The mixed loss with the weight that :func:`mix_space` describes, and the ``on_step`` that moves it.
+
+    Source: Clark et al. 2019, BAM! Born-Again Multi-Task Networks, section 3.2 (teacher annealing).
+    """
+    start, progress = float(params["alpha"]), 0.0
+    end = float(params.get("anneal_to", start))
+
+    def on_step(step: int, steps: int) -> None:
+        nonlocal progress
+        progress = step / steps
+
+    def alpha() -> float:
+        return annealed(start, end, progress)
+
+    return soft_target_loss(context, term, alpha=alpha, teacher=teacher), on_step
+
+
+def transfer_loss(context: Context, term: SoftTerm) -> Loss:
+    """The soft term alone, for batches without labels; of token tasks all positions but padding count."""
+    soft = replace(term, scope="attended", shift=False)
+
+    def loss(network: nn.Module, batch: Batch) -> Tensor:
+        return soft(logits_of(network, batch), context.teacher_logits(batch), batch)
+
+    return loss
+
+
+def logits_of(network: nn.Module, batch: Batch) -> Tensor:
+    """The network's logits, (B, C) or (B, S, C)."""
+    given = {name: tensor for name, tensor in batch.items() if name not in ("labels", "index")}
+    logits: Tensor = network(**given).logits
+    return logits
 
 
 def logits_and_task_loss(network: nn.Module, batch: Batch, context: Context) -> tuple[Tensor, Tensor]:

@@ -146,6 +146,34 @@ def test_the_scheduler_and_the_shift_reach_the_soft_term() -> None:
     torch.testing.assert_close(loss, kl(student, teacher, tau))
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_unlabelled_text_comes_first_and_only_the_teacher_speaks_on_it(task: str) -> None:
+    candidate, context = lossy(task)
+    candidate = candidate.replace(subject=candidate.subject.having("unlabelled"))
+    spy = Spy(context)
+    params = Distill().effective(candidate.subject, parameters(candidate, transfer=0.4))
+    Distill().apply(candidate, params, spy)
+    first, second = spy.calls
+    assert (first["share"], second["share"]) == (0.4, 0.6)
+    batch = next(first["batches"])
+    assert "labels" not in batch
+    student, teacher = candidate.network(**batch).logits, context.teacher_logits(batch)
+    mask = batch["attention_mask"] if task == "token-classification" else None
+    expected = mse_logits(student, teacher) if task == "text-regression" else kl(student, teacher, 2.0, mask)
+    torch.testing.assert_close(first["loss"](candidate.network, batch), expected)
+    context.steps = 5
+    Distill().apply(candidate, params, context)
+    assert context.fits == [2, 3]
+
+
+def test_text_that_is_not_there_transfers_nothing() -> None:
+    candidate, context = lossy()
+    params = Distill().effective(candidate.subject, parameters(candidate, transfer=0.4))
+    assert params["transfer"] == 0.0
+    Distill().apply(candidate, params, context)
+    assert context.fits == [context.steps]
+
+
 def test_its_argument_is_left_alone_and_the_result_is_recovered() -> None:
     candidate, context = lossy()
     before = {name: value.clone() for name, value in candidate.network.state_dict().items()}

@@ -1,0 +1,90 @@
+"""Born-again networks: the teacher's own architecture, trained anew on the labels and on what the teacher says.
+
+Each generation starts where the teacher once started, before it was trained on the task, and learns from the
+generation before it. Nothing gets smaller: a better network of the same shape is to gain what later steps lose,
+and is the control for every method that replaces layers by equal ones. Owns the generations and their shares of the
+budget.
+
+Sources: Furlanello et al. 2018, Born-Again Neural Networks; Clark et al. 2019, BAM! (annealing).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from compress_search import Batch, Candidate, Context, Dim, Method, Params, Stage, Subject
+
+from .soft_targets import SoftTerm, annealed_loss, logits_of, mix_space, soft_space
+
+
+class BornAgain(Method):
+    """Generations of networks of the same shape, each the student of the one before."""
+
+    stage = Stage.STUDENT
+
+    def search_space(self, teacher: Subject) -> Mapping[str, Dim]:
+        """With ``average`` a generation learns from the mean logits of the teacher and all generations before."""
+        return {
+            "generations": Dim.integer(1, 3, 1),
+            **mix_space(),
+            **soft_space(teacher),
+            "average": Dim.flag(False, expert=True),
+            "learning_rate": Dim.real(1e-6, 1e-2, 5e-5, log=True, expert=True),
+        }
+
+    def effective(self, subject: Subject, params: Params) -> Params:
+        """The first generation has one network to learn from: nothing to average."""
+        return {**params, "average": bool(params["average"]) and params["generations"] != 1}
+
+    def trains(self, params: Params) -> bool:
+        """Always."""
+        return True
+
+    def apply(self, candidate: Candidate, params: Params, context: Context) -> Candidate:
+        """Train generation after generation on equal shares of the budget; the last one is the result."""
+        ancestors: list[nn.Module] = []
+        generations = int(params["generations"])
+        for _ in range(generations):
+            student = reborn(candidate, context.untrained())
+            elders = ancestors[:] if params["average"] else ancestors[-1:]
+            _train(student, candidate.subject.task, elders, params, context)
+            ancestors.append(student.requires_grad_(False))
+        return candidate.replace(network=ancestors[-1].requires_grad_(True))
+
+
+def reborn(candidate: Candidate, start: nn.Module | None) -> nn.Module:
+    """A copy of the candidate's network with the weights of ``start``.
+
+    A tensor whose shape an earlier step changed stays as that step left it; without a start all do.
+    """
+    network = candidate.copy().network
+    if start is not None:
+        fresh = start.state_dict()
+        own = network.state_dict()
+        network.load_state_dict(
+            {n: fresh[n] if n in fresh and fresh[n].shape == t.shape else t for n, t in own.items()}
+        )
+    return network
+
+
+def _train(student: nn.Module, task: str, elders: Sequence[nn.Module], params: Params, context: Context) -> None:
+    teacher = targets(elders, context, with_teacher=not elders or bool(params["average"]))
+    loss, on_step = annealed_loss(context, SoftTerm.of(task, params), params, teacher)
+    share, rate = 1 / int(params["generations"]), float(params["learning_rate"])
+    context.fit(student, loss=loss, share=share, learning_rate=rate, on_step=on_step)
+
+
+def targets(elders: Sequence[nn.Module], context: Context, *, with_teacher: bool) -> Callable[[Batch], Tensor]:
+    """The mean logits of these networks, and of the teacher if it counts among them."""
+
+    def mean(batch: Batch) -> Tensor:
+        with torch.no_grad():
+            said = [logits_of(elder, batch) for elder in elders]
+        if with_teacher:
+            said.append(context.teacher_logits(batch))
+        return torch.stack(said).mean(0)
+
+    return mean
