@@ -26,12 +26,7 @@ import yaml
 from scipy import stats
 
 from benchmarks import tables
-from compress_search.driver import prepare
-from compress_search.pipeline import run_recipe
-from compress_search.plan import Plan, make_plan
-from compress_search.study import Study, load_study
-from compress_search.training import evaluate
-from compress_search.workbench import Workbench
+from benchmarks.ground import Ground
 
 RECORDS = tables.RESULTS / "distillation_quality.jsonl"
 LAYERS = 6
@@ -143,49 +138,15 @@ FILES = {"train": "train", "validation": "dev", "test": "test"}
 BATCH = 32
 
 
-class Ground:
-    """One data set with its teacher, on which every method is tried."""
-
-    def __init__(self, name: str, path: Path) -> None:
-        self.name, self.path = name, path
-        self.prepared = prepare(load_study(path))
-        self.bench = Workbench(self.prepared.brief)
-        self.materials = self.bench.materials
-
-    def plan(self, methods: Mapping[str, Any]) -> Plan:
-        """The space of exactly these methods with exactly these parameters."""
-        content = yaml.safe_load(self.path.read_text(encoding="utf-8"))
-        content["methods"] = [{method: {"use": True, **params}} for method, params in methods.items()]
-        narrowed = self.path.with_suffix(".arm.yaml")
-        narrowed.write_text(yaml.safe_dump(content), encoding="utf-8")
-        study: Study = load_study(narrowed)
-        study = study.model_copy(update={"objectives": self.prepared.study.objectives})
-        return make_plan(study, self.bench.registry, self.prepared.plan.teacher)
-
-    def scores(self, network: Any) -> tuple[float, float]:
-        """(validation, test) by the task's primary metric."""
-        found = []
-        for split in (self.materials.validation, self.bench.split("test")):
-            assert split is not None
-            logits, labels = evaluate(network, split, self.materials.task)
-            found.append(self.materials.task.score(logits, labels)[self.materials.task.primary])
-        return found[0], found[1]
-
-    def teacher(self) -> tuple[float, float]:
-        """What the teacher scores."""
-        return self.scores(self.materials.teacher.network)
-
-    def run(self, depth: str, method: str, seed: int, scratch: Path) -> Cell:
-        """Train one student from scratch and score it."""
-        methods = arms(DEPTHS[depth])[method]
-        recipe, _ = self.plan(methods).at_defaults(methods)
-        started = time.perf_counter()
-        candidate, budget = run_recipe(recipe, self.bench.registry, self.materials, seed=seed, scratch=scratch)
-        seconds = time.perf_counter() - started
-        assert candidate.subject.layers == DEPTHS[depth], recipe
-        assert budget.done == self.materials.steps, "every method trains for as many steps"
-        validation, test = self.scores(candidate.network)
-        return Cell(self.name, depth, method, seed, budget.done, validation, test, seconds)
+def student(ground: Ground, name: str, depth: str, method: str, seed: int, scratch: Path) -> Cell:
+    """Train one student and score it."""
+    recipe = ground.recipe(arms(DEPTHS[depth])[method])
+    started = time.perf_counter()
+    candidate, steps = ground.apply(recipe, scratch, seed=seed)
+    seconds = time.perf_counter() - started
+    assert candidate.subject.layers == DEPTHS[depth], recipe
+    assert steps == ground.materials.steps, "every method trains for as many steps"
+    return Cell(name, depth, method, seed, steps, *ground.scores(candidate.network), seconds)
 
 
 def stored() -> list[Cell]:
@@ -264,13 +225,14 @@ def main(shared: Path, sets: str, methods: str, seeds: str, steps: int, learning
     with tempfile.TemporaryDirectory() as folder:
         for name in sets.split(","):
             wanted = list(product(map(int, seeds.split(",")), depths, methods.split(",")))
-            ground = Ground(name, write_study(Path(folder), shared.resolve(), name, steps, learning_rate))
+            ground = Ground(write_study(Path(folder), shared.resolve(), name, steps, learning_rate))
             budget = ground.materials.steps
             if (name, "-", "teacher", 0, 0) not in have:
-                keep(Cell(name, "-", "teacher", 0, 0, *ground.teacher(), 0.0))
+                teacher = ground.scores(ground.materials.teacher.network)
+                keep(Cell(name, "-", "teacher", 0, 0, *teacher, 0.0))
             for seed, depth, method in wanted:
                 if (name, depth, method, seed, budget) not in have:
-                    cell = ground.run(depth, method, seed, Path(folder))
+                    cell = student(ground, name, depth, method, seed, Path(folder))
                     keep(cell)
                     click.echo(json.dumps(asdict(cell)))
             click.echo(report(stored(), budget))

@@ -1,0 +1,162 @@
+"""What each knob alone, and combinations of them, do to bytes and latency of a 6 × 384 encoder.
+
+``python -m benchmarks.knobs SHARED [--repeats 100] [--only name,…]``
+
+Shapes decide, not weights, so nothing is trained. Every artefact is timed in the bench process at 64 tokens, batch
+1, one thread, interleaved with the same encoder in fp32: once on ONNX Runtime and once in eager torch.
+SHARED is a folder with ``models/all-minilm-l6-v2``.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import optuna
+import yaml
+
+from benchmarks import tables
+from benchmarks.ground import Ground, Methods
+from compress_search.errors import CompressSearchError
+from compress_search.measure import Latency
+from compress_search.runtimes import lower, size_mb
+
+LENGTH = 64
+LAYERS = {"head_ratio": 0.0, "ffn_ratio": 0.0, "layer_ratio": 0.0, "schedule": "one_shot"}
+INT8: Methods = {"quantization": {}}
+HALF_LAYERS: Methods = {"structured_pruning": {**LAYERS, "layer_ratio": 0.5}}
+HALF_FFN: Methods = {"structured_pruning": {**LAYERS, "ffn_ratio": 0.5}}
+QUARTER_FFN: Methods = {"structured_pruning": {**LAYERS, "ffn_ratio": 0.75}}
+HALF_HEADS: Methods = {"structured_pruning": {**LAYERS, "head_ratio": 0.5}}
+HALF_BOTH: Methods = {"structured_pruning": {**LAYERS, "head_ratio": 0.5, "ffn_ratio": 0.5}}
+SHARED_ALL: Methods = {"sharing": {"mode": "all"}}
+SHARED_ATTENTION: Methods = {"sharing": {"mode": "attention"}}
+NARROW_EMBEDDING: Methods = {"embedding_factorization": {"embedding_size": 128}}
+SMALL_VOCABULARY: Methods = {"vocabulary_pruning": {}}
+
+ALONE: Mapping[str, Methods] = {
+    "fp32": {},
+    "int8, dynamic": INT8,
+    "3 of 6 layers": HALF_LAYERS,
+    "theseus, 2 of 6 layers": {"theseus": {"block_size": 3}},
+    "heads 6 of 12": HALF_HEADS,
+    "FFN 768": HALF_FFN,
+    "FFN 384": QUARTER_FFN,
+    "heads 6 + FFN 768": HALF_BOTH,
+    "all layers shared": SHARED_ALL,
+    "attention shared": SHARED_ATTENTION,
+    "embedding E = 128": NARROW_EMBEDDING,
+    "low-rank FFN": {"low_rank": {}},
+    "vocabulary pruned": SMALL_VOCABULARY,
+    "80 % unstructured zeros": {"unstructured_pruning": {"sparsity": 0.8}},
+    "torch eager": {"runtimes": {"engine": "torch"}},
+}
+TOGETHER: Mapping[str, Methods] = {
+    "3 layers + int8": {**HALF_LAYERS, **INT8},
+    "2 layers + int8": {"theseus": {"block_size": 3}, **INT8},
+    "heads 6 + int8": {**HALF_HEADS, **INT8},
+    "FFN 768 + int8": {**HALF_FFN, **INT8},
+    "FFN 384 + int8": {**QUARTER_FFN, **INT8},
+    "heads 6 + FFN 768 + int8": {**HALF_BOTH, **INT8},
+    "all shared + int8": {**SHARED_ALL, **INT8},
+    "E = 128 + int8": {**NARROW_EMBEDDING, **INT8},
+    "low-rank FFN + int8": {"low_rank": {}, **INT8},
+    "all shared + E = 128 + int8": {**SHARED_ALL, **NARROW_EMBEDDING, **INT8},
+    "3 layers + heads 6 + FFN 768 + int8": {"theseus": {"block_size": 2}, **HALF_BOTH, **INT8},
+    "vocabulary + 3 layers + E = 128 + int8": {
+        **SMALL_VOCABULARY,
+        "theseus": {"block_size": 2},
+        **NARROW_EMBEDDING,
+        **INT8,
+    },
+}
+
+
+def write_study(folder: Path, shared: Path) -> Path:
+    """A study whose every example has 64 tokens and whose teacher is hardly trained."""
+    text = "of all the films made this year it is the one that we will remember " * (LENGTH // 15 + 1)
+    for name, rows in {"train": 64, "validation": 32}.items():
+        lines = (json.dumps({"text": text, "label": row % 4}) for row in range(rows))
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    content = {
+        "name": "knobs",
+        "task": "text-classification",
+        "teacher": {"model": str(shared / "models/all-minilm-l6-v2"), "fine_tune": {"epochs": 1}},
+        "data": {"train": "train.jsonl", "validation": "validation.jsonl", "max_length": LENGTH},
+        "methods": ["distill"],
+        "output": "run",
+    }
+    path = folder / "knobs.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+class Stand:
+    """Where artefacts are made and timed, beside the encoder itself on both runtimes."""
+
+    def __init__(self, folder: Path, shared: Path, repeats: int) -> None:
+        self.folder, self.repeats = folder, repeats
+        self.ground = Ground(write_study(folder, shared))
+        teacher, task = self.ground.materials.teacher, self.ground.materials.task
+        self.references = {"onnxruntime": folder / "reference-onnx", "torch": folder / "reference-torch"}
+        for engine, directory in self.references.items():
+            lower(teacher.replace(runtime={"engine": engine}), directory, task)
+
+    def row(self, number: int, name: str, methods: Methods) -> list[object]:
+        """Bytes and the two ratios of one combination."""
+        try:
+            recipe = self.ground.recipe(methods)
+            candidate, _ = self.ground.apply(recipe, self.folder / "scratch", dry=True)
+            directory = self.folder / f"artifact-{number}"
+            lower(candidate, directory, self.ground.materials.task)
+        except (CompressSearchError, AssertionError) as error:
+            return [name, "not here", str(error).splitlines()[0], "", ""]
+        ratios = [self.ratio(directory, reference) for reference in self.references.values()]
+        simulated = " (simulated)" if candidate.simulated else ""
+        return [name, f"{size_mb(directory):.1f}", f"{candidate.subject.megabytes:.1f}", *ratios, simulated]
+
+    def ratio(self, directory: Path, reference: Path) -> str:
+        """Latency against a reference, with its 95 % interval."""
+        split = self.ground.materials.validation.path
+        found: Latency = self.ground.bench.bench.latency(directory, reference, split, repeats=self.repeats)
+        noisy = " (noisy)" if found.noisy else ""
+        return f"{found.ratio:.3f} ({found.low:.3f} … {found.high:.3f}){noisy}"
+
+
+def rows(stand: Stand, wanted: Mapping[str, Methods]) -> Iterator[list[object]]:
+    """One row a combination; told as they come, since each takes a while."""
+    for number, (name, methods) in enumerate(wanted.items()):
+        row = stand.row(number, name, methods)
+        click.echo(" | ".join(map(str, row)))
+        yield row
+
+
+def selected(knobs: Mapping[str, Methods], only: str | None) -> dict[str, Any]:
+    """The combinations asked for."""
+    return {name: methods for name, methods in knobs.items() if only is None or name in only.split(",")}
+
+
+@click.command()
+@click.argument("shared", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--repeats", default=100, show_default=True, help="Interleaved rounds of one comparison.")
+@click.option("--only", help="Names of combinations, by comma; all of them when not given.")
+def main(shared: Path, repeats: int, only: str | None) -> None:
+    """Measure and write benchmarks/results/knobs.md."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    header = ["knob", "MB", "MB in closed form", "× ONNX Runtime fp32", "× torch eager fp32", ""]
+    parts = [f"6 layers × 384, 12 heads, FFN 1536, {LENGTH} tokens, batch 1, 1 thread; ratios below 1 are faster."]
+    with tempfile.TemporaryDirectory() as folder:
+        stand = Stand(Path(folder), shared.resolve(), repeats)
+        for title, knobs in (("Each alone", ALONE), ("Together", TOGETHER)):
+            if wanted := selected(knobs, only):
+                parts += [f"## {title}", tables.table(header, rows(stand, wanted))]
+        stand.ground.bench.close()
+    click.echo(tables.write("knobs", "What each knob does to bytes and latency", parts))
+
+
+if __name__ == "__main__":
+    main()
