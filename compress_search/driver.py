@@ -34,7 +34,7 @@ from compress_search.storage import Store, TrialRow
 from compress_search.study import Study
 from compress_search.study.goals import default_objectives
 from compress_search.tasks import Task
-from compress_search.teacher import teacher_subject
+from compress_search.teacher import teacher_pieces, teacher_subject
 from compress_search.trial import TrialWorker, clear_scratch, read_death, read_result
 from compress_search.workbench import Brief
 
@@ -114,11 +114,17 @@ def stored_subject(study: Study, store: Store) -> Subject | None:
 
 
 def _with_engine_traits(study: Study, teacher: Subject) -> Subject:
-    """What the engine itself tells methods of a teacher: whether time counts, and which kernels are real."""
+    """What the engine itself tells methods of a teacher: whether time counts, which kernels are real, and what
+    its tokenizer is made of.
+    """
     device = device_of(study)
     traits = {f"kernel:{name}" for name in kernels(device)} | ({"timed"} if study.timed else set())
+    traits |= {"sized"} if study.sized else set()
     traits |= {"unlabelled"} if study.data.unlabeled else set()
-    return teacher.having(*traits, device=device)
+    kind, alphabet = teacher_pieces(study)
+    traits.add(f"tokenizer:{kind}")
+    threads, cpus = study.measure.threads, study.cluster.cpus_per_trial
+    return teacher.having(*traits, device=device, alphabet=alphabet, threads=threads, cpus=cpus)
 
 
 def device_of(study: Study) -> str:

@@ -149,6 +149,8 @@ class Plan:
             if name == NONE or self._hook(name, "unsupported", subject):
                 continue
             params = self._hook(name, "effective", subject, parameters(name))
+            if self._hook(name, "changes_nothing", subject, params):
+                continue
             subject = self._hook(name, "after", subject, params)
             steps.append(Step.of(name, params))
         return Recipe(tuple(steps))

@@ -90,7 +90,7 @@ class Recipe:
 
 
 def settle(recipe: Recipe, methods: Mapping[str, Method], teacher: Subject) -> tuple[Recipe, Subject]:
-    """The recipe in order with effective parameters, and the subject it leaves.
+    """The recipe in order with effective parameters, and the subject it leaves; steps that change nothing go.
 
     Raises:
         TrialError: a method twice, two steps of an exclusive stage, or a step that cannot follow.
@@ -101,6 +101,8 @@ def settle(recipe: Recipe, methods: Mapping[str, Method], teacher: Subject) -> t
         if reason := method.unsupported(subject):
             raise TrialError(reason, method=step.method, params=step.params)
         params = method.effective(subject, step.params)
+        if method.changes_nothing(subject, params):
+            continue
         subject = method.after(subject, params)
         steps.append(Step.of(step.method, params))
     return Recipe(tuple(steps)), subject

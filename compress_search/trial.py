@@ -31,7 +31,7 @@ from compress_search.pipeline import (
     run_recipe,
 )
 from compress_search.records import Assignment, Failure, Report, Result, Rung, State
-from compress_search.runtimes import lower
+from compress_search.runtimes import COMPILE, Artifact, lower
 from compress_search.workbench import Brief, Shape, Workbench, write_atomically
 
 PROVISIONAL_MARGIN = 0.10
@@ -92,6 +92,11 @@ def intervals_of(score: Score, shape: Shape, metrics: Mapping[str, float]) -> di
     }
 
 
+def _as_deployed(candidate: Candidate) -> bool:
+    """Whether it is scored in batches as it will be run: lowered arithmetic, and what compiles for each size."""
+    return bool(candidate.lowering) or candidate.runtime.get("engine") == COMPILE
+
+
 @dataclass
 class Stopwatch:
     """Seconds by phase."""
@@ -145,14 +150,14 @@ class TrialWorker:
         """Measure these trials once more, interleaved with the teacher, and score them once on test."""
         bench = self.workbench
         bench.prepare()
-        test, repeats = bench.split("test"), 2 * bench.study.measure.repeats
+        repeats = 2 * bench.study.measure.repeats
         found: dict[int, dict[str, Any]] = {}
         for number, artifact in artifacts.items():
             directory = bench.output / artifact
             seed = derive_seed(bench.study.search.seed, "final", number)
             found[number] = {"latency": bench.latency(directory, repeats=repeats, seed=seed).to_dict()}
-            if test is not None:
-                found[number]["test"] = bench.score(directory, test, as_deployed=True).to_dict()
+            if bench.split("test") is not None:
+                found[number]["test"] = bench.score(directory, "test", as_deployed=True).to_dict()
         return found
 
     def close(self) -> None:
@@ -209,14 +214,17 @@ class Attempt:
     latest: Metrics = field(default_factory=dict)
 
     def run(self) -> Result:
-        """The attempt's end as a result. Only a dead bench is raised: a fault of the machine, until it repeats."""
+        """The attempt's end as a result. Only a dead bench is raised: a fault of the machine, until it repeats.
+
+        A bench that hangs is none: what it was given hangs it, and would again.
+        """
         try:
             return self._run()
         except TrialStopped:
             return self._result("stopped", metrics=self.latest)
-        except BenchDied:
-            raise
         except Exception as error:  # a method, a stranger's perhaps, may raise anything; it costs this trial only
+            if isinstance(error, BenchDied) and error.kind != "timeout":
+                raise
             kind = "oom" if is_out_of_memory(error) else getattr(error, "kind", "error")
             message = str(error) if isinstance(error, TrialError) else f"{type(error).__name__}: {error}"
             failure = Failure(kind, message.split("\n")[0], traceback.format_exc())
@@ -238,8 +246,7 @@ class Attempt:
         with self.watch.time("lower"):
             self.bench.lower(candidate, directory)
         with self.watch.time("score"):
-            validation = self.bench.materials.validation
-            score = self.bench.score(directory, validation, as_deployed=bool(candidate.lowering))
+            score = self.bench.score(directory, "validation", as_deployed=_as_deployed(candidate))
         with self.watch.time("measure"):
             self.shape = self.bench.shape(candidate, directory, recipe)
         return self._complete(candidate, score, self.shape, extra, directory)
@@ -262,13 +269,13 @@ class Attempt:
         )
 
     def _dry_pass(self) -> bool:
-        """Measure the shapes without training; whether training may still change them."""
+        """Measure the shapes without training; whether training may still change them, or the size of the zeros."""
         candidate, _ = self._apply(dry=True)
         directory = self.scratch / "dry"
         lower(candidate, directory, self.bench.materials.task)
         self.shape = self.bench.shape(candidate, directory, self.assignment.recipe)
         shutil.rmtree(directory)
-        return "non-uniform" in candidate.subject.traits
+        return not candidate.subject.traits.isdisjoint({"non-uniform", "sparse"})
 
     def _rejected(self, provisional: bool) -> bool:
         metrics, tolerance = self._shape_metrics(), PROVISIONAL_MARGIN if provisional else 0.0
@@ -289,7 +296,8 @@ class Attempt:
 
     def _evaluate(self, candidate: Candidate, budget: Budget) -> Metrics:
         seed = derive_seed(self.assignment.seed, "evaluate")
-        context = StepContext(self.bench.materials, budget, 0, seed, self.scratch, dry=True)
+        materials = self.bench.materials.read_by(candidate.tokenizer)
+        context = StepContext(materials, budget, 0, seed, self.scratch, dry=True)
         return extra_metrics(self.assignment.recipe, self.bench.registry, candidate, context)
 
     def _complete(
@@ -301,7 +309,11 @@ class Attempt:
             "complete",
             metrics={**metrics, "parameters": float(parameters)},
             intervals=intervals_of(score, shape, metrics),
-            measurements={"latency": shape.latency.to_dict(), "simulated": candidate.simulated},
+            measurements={
+                "latency": shape.latency.to_dict(),
+                "simulated": candidate.simulated,
+                "runtime": dict(Artifact.read(directory).runtime),
+            },
             artifact=directory.relative_to(self.bench.output).as_posix(),
         )
 

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from compress_search.candidate import Candidate, Subject
-from compress_search.data import Split, tokenize, tokenize_rows
+from compress_search.data import Split, tokenize, tokenize_rows, tokenizer_digest
 from compress_search.data.rows import read
 from compress_search.encoders import describe, shape_key, subject_of
 from compress_search.environment import host_kind
@@ -93,6 +93,7 @@ class Workbench:
         self.registry = Registry(tuple(PluginFile(name, text) for name, text in brief.files))
         self.subject = Subject.from_dict(brief.teacher)
         self._bench: Bench | None = None
+        self._latest_reading: tuple[str, Mapping[str, Split]] = ("", {})
         torch.set_num_threads(self.study.cluster.cpus_per_trial)
 
     @property
@@ -124,7 +125,7 @@ class Workbench:
         logits = TeacherLogits(network, self.teachers, train, self.cache, self.study.teacher.average)
         known = self.subject
         subject = subject_of(network, task.name, self.device.type)
-        subject = subject.having(*known.traits, threads=known.threads, cpus=known.cpus)
+        subject = subject.having(*known.traits, threads=known.threads, cpus=known.cpus, alphabet=known.alphabet)
         teacher = Candidate(network, tokenizer, subject)
         limit = self.study.training.teacher_cache_gb * 1e9
         return Materials(
@@ -138,7 +139,16 @@ class Workbench:
             self.study.training,
             self.splits.get("unlabelled"),
             partial(untrained, self.study, task),
+            self.tokenized,
         )
+
+    def tokenized(self, tokenizer: PreTrainedTokenizerBase) -> Mapping[str, Split]:
+        """Every split as a candidate's own tokenizer cuts it; the latest reading is kept."""
+        key = tokenizer_digest(tokenizer)
+        if self._latest_reading[0] != key:
+            raw, task = read(self.study)
+            self._latest_reading = key, tokenize(raw, tokenizer, self.study, task, self.cache)
+        return self._latest_reading[1]
 
     def split(self, name: str) -> Split | None:
         """A tokenised split; None where the study has no such data."""
@@ -205,16 +215,19 @@ class Workbench:
         )
 
     def shape(self, candidate: Candidate, directory: Path, recipe: Recipe) -> Shape:
-        """Size, latency and memory, measured once for all candidates of equal shapes, precision and runtime."""
+        """The artefact's size, with latency and memory: measured once for all of equal shapes, precision and runtime.
+
+        Zeros among the weights change the size, which is each artefact's own, but no shape and no speed.
+        """
         key = self._shape_key(candidate, recipe)
         shelf = self.output / "shapes" / f"{key}.json"
         shelf.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{shelf}.lock"):  # whoever comes second waits for what the first measures
             if shelf.exists():
                 stored = json.loads(shelf.read_text(encoding="utf-8"))
-                return Shape(key, stored["size"], Latency.from_dict(stored["latency"]), stored["memory"])
+                return Shape(key, size_mb(directory), Latency.from_dict(stored["latency"]), stored["memory"])
             shape = self._measure(key, directory, recipe)
-            stored = {"size": shape.size, "latency": shape.latency.to_dict(), "memory": shape.memory}
+            stored = {"latency": shape.latency.to_dict(), "memory": shape.memory}
             write_atomically(shelf, json.dumps(stored))
         return shape
 
@@ -244,8 +257,10 @@ class Workbench:
         ]
         shape = shape_key(describe(candidate.network))
         what = [self.teacher_directory.name, shape, late, dict(candidate.runtime), self._memory_counts]
-        # the lengths that are timed are drawn from the validation data
-        drawn = [self.materials.validation.path.name, self.study.search.seed]
+        what += [candidate.subject.density] if self._memory_counts else []  # a packed file takes less to load
+        # the lengths that are timed are drawn from the validation data, as the candidate's tokenizer cuts it
+        reading = tokenizer_digest(candidate.tokenizer)
+        drawn = [self.materials.validation.path.name, reading, self.study.search.seed]
         where = [self.device.type, host_kind()]
         return digest([what, self.study.measure.model_dump(mode="json"), drawn, where])[:20]
 

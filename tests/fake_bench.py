@@ -42,7 +42,8 @@ def latency(request: dict) -> dict:
     rounds = request["repeats"]
     busy = request["artifact"].endswith("noisy-once") and len(CALLS) == 1
     control = [2.0] * rounds if busy or request["artifact"].endswith("always-noisy") else [1.0] * rounds
-    return {"candidate_ms": [0.5] * rounds, "reference_ms": [1.0] * rounds, "control_ms": control}
+    times = {"candidate_ms": [0.5] * rounds, "reference_ms": [1.0] * rounds, "control_ms": control}
+    return {"cells": [[8, 1.0]], "samples": {**times, "cell": [0] * rounds}}
 
 
 RESULTS = {

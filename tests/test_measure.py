@@ -19,13 +19,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compress_search.errors import BenchDied, BenchError
-from compress_search.measure import Bench, Latency, Score, median_interval, pinned, summarize
+from compress_search.measure import Bench, Latency, Score, pinned, summarize
 from compress_search.measure.bench import TRIES, undisturbed
 from compress_search.tasks import Task
 from tests import tiny
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PROTOCOL = {"batch_size": 1, "seed": 0}
+PROTOCOL = {"batch_size": 1, "seed": 0, "cells": [[8, 1.0]]}
 TASK = Task("text-classification", ("negative", "positive"))
 
 times = st.floats(0.01, 100.0)
@@ -48,6 +48,7 @@ def rounds(ratio: float, seed: int, *, size: int = 60, noise: float = 0.05, slow
         "candidate_ms": (ratio * base * jitter[0]).tolist(),
         "reference_ms": (base * jitter[1]).tolist(),
         "control_ms": (base * jitter[2]).tolist(),
+        "cell": [0] * size,
     }
 
 
@@ -84,27 +85,54 @@ def test_times_of_slow_rounds_that_hit_one_side_only_make_it_noisy():
 
 def test_every_figure_of_a_latency_by_hand():
     samples = {"candidate_ms": [1.0, 2.0, 3.0], "reference_ms": [2.0, 4.0, 6.0], "control_ms": [2.0, 4.0, 6.6]}
-    latency = summarize(samples, {"batch_size": 8, "seed": 0})
+    latency = summarize({**samples, "cell": [0, 0, 0]}, {**PROTOCOL, "batch_size": 8})
     assert (latency.ratio, latency.low, latency.high) == (0.5, 0.5, 0.5)
     assert (latency.p50_ms, latency.reference_ms, latency.control) == (2.0, 4.0, 1.0)
-    assert latency.p95_ms == pytest.approx(2.9)
-    assert latency.throughput == pytest.approx(1000 * 8 * 3 / 6.0)
+    assert latency.p95_ms == 3.0
+    assert latency.throughput == pytest.approx(1000 * 8 / 2.0)
     assert latency.spread == pytest.approx(1.0)
 
 
-@given(st.lists(times, min_size=1, max_size=40))
-def test_an_interval_holds_its_median_and_stays_within_the_data(values):
-    low, high = median_interval(values)
-    assert min(values) <= low <= np.median(values) * (1 + 1e-12)
-    assert np.median(values) * (1 - 1e-12) <= high <= max(values)
-    assert (low, high) == median_interval(values), "the same seed gives the same interval"
+def test_an_expectation_over_lengths_by_hand():
+    """Three in four inputs are short, where the candidate takes half the time; on long ones it gains nothing."""
+    samples = {
+        "candidate_ms": [1.0, 10.0, 1.0, 10.0, 3.0, 10.0],
+        "reference_ms": [2.0, 10.0, 2.0, 10.0, 6.0, 10.0],  # the third round of short ones was slow for both
+        "control_ms": [2.0, 10.0, 2.0, 10.0, 6.0, 10.0],
+        "cell": [0, 1, 0, 1, 0, 1],
+    }
+    latency = summarize(samples, {**PROTOCOL, "cells": [[8, 0.75], [40, 0.25]]})
+    reference, candidate = 0.75 * 2 + 0.25 * 10, 0.75 * 1 + 0.25 * 10
+    assert latency.reference_ms == pytest.approx(reference)
+    assert latency.ratio == pytest.approx(candidate / reference)
+    assert latency.throughput == pytest.approx(1000 / candidate)
+    assert (latency.control, latency.noisy) == (1.0, False)
+    assert latency.p50_ms == 1.0
+    assert latency.p95_ms == 10.0
+    assert latency.low <= latency.ratio <= latency.high
+
+
+@given(st.lists(st.tuples(times, times), min_size=1, max_size=40))
+def test_an_interval_lies_within_the_data_and_is_the_seeds(pairs):
+    ratios = [candidate / reference for candidate, reference in pairs]
+    samples = {
+        "candidate_ms": [candidate for candidate, _ in pairs],
+        "reference_ms": [reference for _, reference in pairs],
+        "control_ms": [reference for _, reference in pairs],
+        "cell": [0] * len(pairs),
+    }
+    latency = summarize(samples, PROTOCOL)
+    near = 1 + 1e-9
+    assert min(ratios) <= latency.low * near
+    assert latency.low <= latency.high <= max(ratios) * near
+    assert summarize(samples, PROTOCOL) == latency, "the same seed gives the same interval"
 
 
 @given(st.lists(times, min_size=2, max_size=30), st.floats(0.1, 10.0))
 def test_a_uniformly_slower_machine_changes_milliseconds_and_no_ratio(values, factor):
     samples = {"candidate_ms": values, "reference_ms": values[::-1], "control_ms": values}
     slower = {name: [factor * value for value in row] for name, row in samples.items()}
-    here, there = summarize(samples, PROTOCOL), summarize(slower, PROTOCOL)
+    here, there = (summarize({**taken, "cell": [0] * len(values)}, PROTOCOL) for taken in (samples, slower))
     assert there.ratio == pytest.approx(here.ratio)
     assert there.p50_ms == pytest.approx(factor * here.p50_ms)
     assert there.throughput == pytest.approx(here.throughput / factor)
@@ -254,18 +282,6 @@ def test_predictions_come_in_the_splits_order_from_batches_sorted_by_length():
     assert widths == [(2, 3), (2, 9)]
 
 
-def test_drawn_batches_follow_the_splits_lengths_and_the_seed():
-    from compress_search.measure.bench import draw
-
-    split = FakeSplit([4, 4, 4, 20], [0] * 4)
-    batches = draw(split, 1, 400, seed=1)
-    widths = [batch["input_ids"].shape[1] for batch in batches]
-    assert np.mean(np.array(widths) == 20) == pytest.approx(0.25, abs=0.08)
-    again = [batch["input_ids"].shape[1] for batch in draw(split, 1, 400, seed=1)]
-    assert widths == again
-    assert draw(FakeSplit([3], [0]), 8, 1, seed=0)[0]["input_ids"].shape == (8, 3), "fewer rows than a batch holds"
-
-
 def test_interleaving_shuffles_the_order_and_times_each_runner():
     from compress_search.measure.bench import interleave
 
@@ -279,7 +295,9 @@ def test_interleaving_shuffles_the_order_and_times_each_runner():
         return run
 
     runners = [runner("a", 1.0), runner("b", 2.5)]
-    elapsed = interleave(runners, range(40), seed=0, clock=lambda: now[0], preemptions=lambda: 0)
+    elapsed = interleave(
+        runners, ((number, number) for number in range(40)), seed=0, clock=lambda: now[0], preemptions=lambda: 0
+    )
     assert elapsed.tolist() == [[1.0, 2.5]] * 40
     assert [batch for _, batch in order] == [batch for batch in range(40) for _ in range(4)]
     assert order[::2] == order[1::2], "an untimed pass goes before each timed one"
@@ -302,7 +320,9 @@ def test_a_pass_that_the_scheduler_interrupted_is_timed_anew(interrupted, passes
     assert timed[0] == 2 * passes
 
 
-def test_the_latency_operation_warms_up_and_keeps_the_reference_loaded(monkeypatch, tmp_path):
+@pytest.fixture
+def station(monkeypatch, tmp_path):
+    """A bench whose artefacts are names: ``loads`` and ``passes`` tell what was loaded and which widths ran."""
     from compress_search.measure import bench
 
     loads, passes = [], []
@@ -311,18 +331,56 @@ def test_the_latency_operation_warms_up_and_keeps_the_reference_loaded(monkeypat
         loads.append(directory.name)
         return lambda batch: passes.append((directory.name, batch["input_ids"].shape[1]))
 
-    split = FakeSplit([3, 4, 5, 6, 7, 8, 9], [0] * 7)
+    def read(directory):
+        buckets = (4, 9) if "bucketed" in directory.name else ()
+        return SimpleNamespace(buckets=buckets, max_length=5 if "cut" in directory.name else None)
+
+    splits = {
+        "whole": FakeSplit([3, 4, 5, 6, 7, 8, 9], [0] * 7),
+        "cut": FakeSplit([3, 4, 5, 5, 5, 5, 5], [0] * 7),
+    }
     monkeypatch.setattr(bench, "load_runner", load_runner)
-    monkeypatch.setattr(bench, "Split", SimpleNamespace(open=lambda path: split))
-    station = bench.Station(threads=1, device="cpu")
-    names = [str(tmp_path / name) for name in ("small", "teacher", "smaller")]
-    options = {"split": "", "batch_size": 1, "repeats": 60, "warmup": 5, "seed": 0}
-    found = station.latency(names[0], names[1], **options)
-    assert {len(found[name]) for name in found} == {60}
-    assert set(found["width"]) == set(range(3, 10))
-    assert len(passes) == 3 * 2 * (5 + 60)
-    station.latency(names[2], names[1], **options)
-    assert loads == ["small", "teacher", "teacher", "smaller"]
+    monkeypatch.setattr(bench, "Artifact", SimpleNamespace(read=read))
+    monkeypatch.setattr(bench, "Split", SimpleNamespace(open=lambda path: splits[str(path)]))
+    made = bench.Station(threads=1, device="cpu")
+    options = {"split": "whole", "reference_split": "whole", "batch_size": 1, "warmup": 5, "seed": 0}
+
+    def latency(candidate, repeats=60, **changes):
+        names = [str(tmp_path / name) for name in (candidate, "teacher")]
+        return made.latency(*names, **{**options, "repeats": repeats, **changes})
+
+    return SimpleNamespace(latency=latency, loads=loads, passes=passes)
+
+
+def test_the_latency_operation_warms_up_and_keeps_the_reference_loaded(station):
+    found = station.latency("small")
+    assert {len(found["samples"][name]) for name in found["samples"]} == {60}
+    assert sum(share for _, share in found["cells"]) == pytest.approx(1.0)
+    assert set(found["samples"]["width"]) == {width for width, _ in found["cells"]}
+    assert len(station.passes) == 3 * 2 * (5 + 60)
+    station.latency("smaller")
+    assert station.loads == ["small", "teacher", "teacher", "smaller"]
+
+
+def test_the_lengths_are_the_same_for_every_candidate_and_cells_end_at_its_buckets(station):
+    cells = {name: station.latency(name)["cells"] for name in ("plain", "bucketed", "cut")}
+    assert cells["plain"] == station.latency("other")["cells"]
+    shares = {name: sum(share for width, share in rows if width <= 4) for name, rows in cells.items()}
+    assert shares["bucketed"] == pytest.approx(2 / 7), "those that the first bucket holds"
+    longer = sum(share for width, share in cells["cut"] if width > 5)
+    assert longer == pytest.approx(4 / 7)
+
+
+def test_a_candidate_reads_the_same_rows_as_its_own_longest_input_leaves_them(station):
+    station.latency("cut", split="cut")
+    widths = {name: {width for runner, width in station.passes if runner == name} for name in ("cut", "teacher")}
+    assert max(widths["cut"]) == 5
+    assert max(widths["teacher"]) > 5
+
+
+def test_few_repeats_are_enough_for_every_cell(station):
+    found = station.latency("bucketed", repeats=2)
+    assert set(found["samples"]["cell"]) == set(range(len(found["cells"])))
 
 
 def test_a_rewritten_artefact_is_loaded_again(monkeypatch, tmp_path):
@@ -418,6 +476,7 @@ def test_a_network_is_as_fast_as_itself_and_a_larger_one_is_slower(bench, materi
     assert slower.low > 1.0
     assert slower.protocol["threads"] == 1
     assert len(slower.samples["candidate_ms"]) == len(slower.samples["width"]) == 20
+    assert sum(share for _, share in slower.protocol["cells"]) == pytest.approx(1.0)
 
 
 def test_garbage_on_disk_is_a_clear_error_and_the_bench_lives_on(bench, materials):

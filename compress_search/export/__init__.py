@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -29,6 +30,7 @@ from compress_search.export.model_card import Card, Contents, render
 from compress_search.measure import Bench
 from compress_search.recipe import Recipe
 from compress_search.runtimes import Artifact
+from compress_search.runtimes.deployed import SETTINGS, settings_of
 from compress_search.storage import Store, TrialRow
 from compress_search.study.sources import output_directory
 
@@ -153,7 +155,9 @@ def export_artifact(
         StudyError: the destination is taken or cannot be written.
         ExportError: a form of the model does not score as it should.
     """
-    engine = Artifact.read(artifact).engine
+    record = Artifact.read(artifact)
+    engine = record.engine
+    card = replace(card, max_length=min(card.max_length, record.max_length or card.max_length))
     _refuse_taken(destination)
     with _staged(destination) as directory:
         forms = write_forms(artifact, directory, card.task, card.max_length)
@@ -210,31 +214,38 @@ def check(form: str, found: Mapping[str, float], expected: Mapping[str, float], 
 
 
 def write_forms(artifact: Path, directory: Path, task: Task, max_length: int) -> list[str]:
-    """Write every form the artefact can take below the directory; their names, the one with the weights first."""
+    """Write every form the artefact can take below the directory; their names, the one with the weights first.
+
+    Beside each lie a tokenizer that cuts where the model was measured to, and the settings it was measured with.
+    """
     from compress_search.encoders import load
     from compress_search.teacher.networks import quiet
 
     network, tokenizer = load(artifact / "weights")
-    plain = as_pretrained(network)
+    record, plain = Artifact.read(artifact), as_pretrained(network)
+    forms = ["manifest" if plain is None else "transformers"]
+    folder = directory / FOLDERS[forms[0]]
     if plain is None:
-        shutil.copytree(artifact / "weights", directory / FOLDERS["manifest"])
+        shutil.copytree(artifact / "weights", folder)
     else:
         with quiet():
-            plain.save_pretrained(directory / FOLDERS["transformers"])
-        tokenizer.save_pretrained(directory / FOLDERS["transformers"])
-    forms = ["manifest" if plain is None else "transformers"]
+            plain.save_pretrained(folder)
     if (artifact / "model.onnx").exists():
-        tokenizer.save_pretrained(directory / FOLDERS["onnx"])
-        _write_onnx(artifact / "model.onnx", directory / FOLDERS["onnx"], task, max_length)
         forms.append("onnx")
+        _write_onnx(artifact / "model.onnx", directory / FOLDERS["onnx"])
+    settings = settings_of(record.runtime, task, max_length, record.pad)
+    tokenizer.model_max_length = settings["max_length"]
+    for form in forms:
+        tokenizer.save_pretrained(directory / FOLDERS[form])
+        text = json.dumps(settings, indent=1)
+        (directory / FOLDERS[form] / SETTINGS).write_text(text, encoding="utf-8")
     return forms
 
 
-def _write_onnx(model: Path, folder: Path, task: Task, max_length: int) -> None:
-    """The model with the example that runs it, and what that needs to know, beside the tokenizer."""
+def _write_onnx(model: Path, folder: Path) -> None:
+    """The model with the example that runs it."""
+    folder.mkdir(parents=True)
     shutil.copyfile(model, folder / "model.onnx")
-    settings = {"task": task.name, "labels": task.labels, "max_length": max_length}
-    (folder / "settings.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
     example = files("compress_search").joinpath("templates/run_onnx.py").read_text(encoding="utf-8")
     (folder / "run.py").write_text(example, encoding="utf-8")
 

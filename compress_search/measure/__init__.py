@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from compress_search.errors import BenchDied, BenchError
 from compress_search.tasks import Task
@@ -37,6 +37,8 @@ CALM_SPREAD = 1.5
 RESAMPLES = 2000
 
 Interval = tuple[float, float]
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,14 @@ class Score:
 
 @dataclass(frozen=True)
 class Latency:
-    """An artefact timed against a reference, round by round on the same batches.
+    """An artefact timed against a reference, round by round on the same texts.
 
-    ``ratio`` is the median over rounds of candidate time to reference time, [``low``, ``high``] its 95 %
-    bootstrap interval. Times are per batch, over the lengths drawn from the split: ``p50_ms`` and ``p95_ms`` of
-    the candidate, ``reference_ms`` the reference's median. ``throughput`` is in examples a second.
-    ``control`` is the A/A check, the median ratio of a second instance of the reference to the first, and
-    ``spread`` that ratio's median over its 10th percentile. A ``noisy`` measurement failed either.
+    Times are per batch and expectations over the lengths of the data (:mod:`compress_search.measure.lengths`):
+    ``reference_ms`` is the reference's, ``ratio`` the candidate's to it, [``low``, ``high``] the ratio's 95 %
+    bootstrap interval, ``throughput`` the candidate's in examples a second. ``p50_ms`` and ``p95_ms`` are
+    quantiles of the candidate over those lengths. ``control`` is the A/A check, the ratio of a second instance of
+    the reference to the first, and ``spread`` the median of that ratio over its 10th percentile, round by round.
+    A ``noisy`` measurement failed either.
     """
 
     ratio: float
@@ -98,24 +101,29 @@ def summarize(samples: Mapping[str, Sequence[float]], protocol: Mapping[str, Any
     """What a series of rounds says.
 
     Args:
-        samples: ``candidate_ms``, ``reference_ms`` and ``control_ms``, one value per round each.
-        protocol: how they were taken; ``batch_size`` and ``seed`` are read here.
+        samples: ``candidate_ms``, ``reference_ms``, ``control_ms`` and ``cell``, one value per round each.
+        protocol: how they were taken; read here are ``batch_size``, ``seed`` and ``cells``, a width and its
+            probability each.
     """
     candidate, reference, twin = (
         np.asarray(samples[name], dtype=np.float64) for name in ("candidate_ms", "reference_ms", "control_ms")
     )
+    cell, shares = np.asarray(samples["cell"]), [float(share) for _, share in protocol["cells"]]
+    groups = [np.flatnonzero(cell == number) for number in range(len(shares))]
     ratios, controls = candidate / reference, twin / reference
-    low, high = median_interval(ratios, seed=protocol["seed"])
-    control = float(np.median(controls))
-    spread = control / float(np.quantile(controls, 0.1))
+    ratio, reference_ms = expectations(ratios, reference, groups, shares)
+    low, high = ratio_interval(ratios, reference, groups, shares, seed=protocol["seed"])
+    control, _ = expectations(controls, reference, groups, shares)
+    spread = float(np.median(controls) / np.quantile(controls, 0.1))
+    weights = np.array(shares)[cell] / np.bincount(cell)[cell]
     return Latency(
-        ratio=float(np.median(ratios)),
+        ratio=ratio,
         low=low,
         high=high,
-        p50_ms=float(np.median(candidate)),
-        p95_ms=float(np.quantile(candidate, 0.95)),
-        reference_ms=float(np.median(reference)),
-        throughput=float(1000 * protocol["batch_size"] * len(candidate) / candidate.sum()),
+        p50_ms=quantile(candidate, weights, 0.5),
+        p95_ms=quantile(candidate, weights, 0.95),
+        reference_ms=reference_ms,
+        throughput=1000 * protocol["batch_size"] / (ratio * reference_ms),
         control=control,
         spread=spread,
         noisy=not CALM_CONTROL[0] <= control <= CALM_CONTROL[1] or spread > CALM_SPREAD,
@@ -124,16 +132,52 @@ def summarize(samples: Mapping[str, Sequence[float]], protocol: Mapping[str, Any
     )
 
 
-def median_interval(values: ArrayLike, *, seed: int = 0, level: float = 0.95) -> Interval:
-    """Percentile bootstrap interval of the median of independent values, (n,) with n ≥ 1.
+def expectations(
+    ratios: Floats, reference: Floats, groups: Sequence[Ints], shares: Sequence[float]
+) -> tuple[float, float]:
+    """Σ P·lat(candidate) / Σ P·lat(reference) over cells, and the latter sum in ms.
 
-    Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
+    A cell's latency of the reference is the median over the cell's rounds; the candidate's is that times the
+    median ratio of the two within a round, which a slow minute that hits both leaves as it is.
+
+    Args:
+        ratios, reference: (rounds,).
+        groups: the rounds of each cell.
+        shares: each cell's probability P.
     """
-    array: NDArray[np.float64] = np.asarray(values, dtype=np.float64)
-    rows = np.random.default_rng(seed).integers(len(array), size=(RESAMPLES, len(array)))
+    base = np.array([share * np.median(reference[rows]) for rows, share in zip(groups, shares, strict=True)])
+    ours = np.array([np.median(ratios[rows]) for rows in groups])
+    return float(base @ ours / base.sum()), float(base.sum())
+
+
+def ratio_interval(
+    ratios: Floats,
+    reference: Floats,
+    groups: Sequence[Ints],
+    shares: Sequence[float],
+    *,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """Percentile bootstrap interval of the ratio of :func:`expectations`; rounds are drawn anew within their cells.
+
+    Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 8 and 13.
+    """
+    rng = np.random.default_rng(seed)
+    base, ours = np.empty((2, len(groups), RESAMPLES))
+    for number, (rows, share) in enumerate(zip(groups, shares, strict=True)):
+        drawn = rows[rng.integers(len(rows), size=(RESAMPLES, len(rows)))]
+        base[number], ours[number] = share * np.median(reference[drawn], axis=1), np.median(ratios[drawn], axis=1)
     tails = ((1 - level) / 2, (1 + level) / 2)
-    low, high = np.quantile(np.median(array[rows], axis=1), tails)
+    low, high = np.quantile((base * ours).sum(axis=0) / base.sum(axis=0), tails)
     return float(low), float(high)
+
+
+def quantile(values: Floats, weights: Floats, level: float) -> float:
+    """The smallest value at or below which lies at least ``level`` of the weight."""
+    order = np.argsort(values)
+    below = np.cumsum(weights[order]) / weights.sum()
+    return float(values[order][min(np.searchsorted(below, level - 1e-12), len(values) - 1)])
 
 
 class Bench:
@@ -181,24 +225,28 @@ class Bench:
         reference: Path,
         split: Path,
         *,
+        reference_split: Path | None = None,
         batch_size: int = 1,
         repeats: int = 50,
         seed: int = 0,
         retries: int = 1,
         timeout: float | None = None,
     ) -> Latency:
-        """Time against the reference on ``repeats`` random batches of the split, padded to their own longest.
+        """Time against the reference in ``repeats`` rounds over lengths that stand for those of the split.
 
-        In each round candidate, reference and a second instance of the reference run the same batch in random
+        In each round candidate, reference and a second instance of the reference run the same text in random
         order, once to fill the caches and once against the clock. A noisy measurement is repeated up to
-        ``retries`` times; the calmest counts.
+        ``retries`` times; the calmest counts. A candidate that has a longest input or a tokenizer of its own reads
+        the same rows from a ``split`` of its own; whose lengths count are the reference's.
         """
         protocol = {"batch_size": batch_size, "repeats": repeats, "warmup": WARMUP, "seed": seed}
-        request = {"artifact": str(artifact), "reference": str(reference), "split": str(split), **protocol}
+        places = {"split": str(split), "reference_split": str(reference_split or split)}
+        request = {"artifact": str(artifact), "reference": str(reference), **places, **protocol}
         described = {**protocol, "threads": self.threads, "device": self.device}
         taken: list[Latency] = []
         while len(taken) <= retries and (not taken or taken[-1].noisy):
-            taken.append(summarize(self._ask("latency", request, timeout), described))
+            found = self._ask("latency", request, timeout)
+            taken.append(summarize(found["samples"], {**described, "cells": found["cells"]}))
         return min(taken, key=lambda latency: (latency.noisy, latency.spread))
 
     def memory(self, artifact: Path, split: Path, batch_size: int = 1, *, timeout: float | None = None) -> float:

@@ -33,7 +33,8 @@ from numpy.typing import NDArray
 
 from compress_search.data import Split
 from compress_search.errors import CompressSearchError
-from compress_search.runtimes import load_runner
+from compress_search.measure.lengths import CELLS, cells, draw, width_distribution
+from compress_search.runtimes import Artifact, load_runner
 from compress_search.runtimes.deployed import Form, load_deployed
 from compress_search.tasks import Task
 
@@ -71,20 +72,14 @@ def inputs_of(batch: Inputs) -> Inputs:
     return {name: array for name, array in batch.items() if name not in ("labels", "index")}
 
 
-def draw(split: Split, batch_size: int, count: int, seed: int) -> list[Inputs]:
-    """Batches of random examples, each padded to its own longest: lengths as they come in practice."""
-    rows = np.random.default_rng(seed).integers(len(split), size=(count, batch_size))
-    return [inputs_of(split.arrays(row)) for row in rows]
-
-
 def interleave(
     runners: Sequence[Runner],
-    batches: Iterable[Inputs],
+    rounds: Iterable[Sequence[Inputs]],
     seed: int,
     clock: Callable[[], int] = time.perf_counter_ns,
     preemptions: Callable[[], int] | None = None,
 ) -> NDArray[np.float64]:
-    """Milliseconds (rounds, runners): in each round every runner takes the same batch, in random order.
+    """Milliseconds (rounds, runners): in each round every runner takes its batch of the same text, in random order.
 
     A slow minute of the machine then hits all of them alike, and no runner always goes first. An untimed pass
     goes before each timed one: a model that is deployed finds its weights in the caches, where they fit, and
@@ -92,14 +87,14 @@ def interleave(
     """
     preemptions = preemptions or involuntary_switches
     rng = np.random.default_rng(seed)
-    rounds = []
+    taken = []
     with _without_collector():
-        for batch in batches:
+        for batches in rounds:
             elapsed = np.empty(len(runners))
-            for position in rng.permutation(len(runners)):
-                elapsed[position] = undisturbed(runners[position], batch, clock, preemptions) / 1e6
-            rounds.append(elapsed)
-    return np.array(rounds).reshape(-1, len(runners))
+            for place in rng.permutation(len(runners)):
+                elapsed[place] = undisturbed(runners[place], batches[place], clock, preemptions) / 1e6
+            taken.append(elapsed)
+    return np.array(taken).reshape(-1, len(runners))
 
 
 def undisturbed(runner: Runner, batch: Inputs, clock: Callable[[], int], preemptions: Callable[[], int]) -> int:
@@ -182,19 +177,44 @@ class Station:
         }
 
     def latency(
-        self, artifact: str, reference: str, split: str, batch_size: int, repeats: int, warmup: int, seed: int
+        self,
+        artifact: str,
+        reference: str,
+        split: str,
+        reference_split: str,
+        batch_size: int,
+        repeats: int,
+        warmup: int,
+        seed: int,
     ) -> dict[str, Any]:
-        """Milliseconds of candidate, reference and the reference's twin, round by round."""
-        batches = draw(Split.open(Path(split)), batch_size, repeats, seed)
+        """Milliseconds of candidate, reference and the reference's twin, round by round, and each round's cell.
+
+        Each reads the same text as its own tokenizer and its own longest input leave it.
+        """
+        ours, theirs = Split.open(Path(split)), Split.open(Path(reference_split))
+        plan = cells(*width_distribution(theirs.lengths, batch_size), self._edges(artifact), min(CELLS, repeats))
+        rows = draw(theirs.lengths, plan, batch_size, max(repeats, len(plan), warmup), seed)
+        rounds = [(inputs_of(ours.arrays(row)), *2 * (inputs_of(theirs.arrays(row)),)) for row in rows]
         runners = [self.runner(artifact), self.runner(reference), self.runner(reference, copy=1)]
-        interleave(runners, batches[:warmup], seed)
-        candidate, base, twin = interleave(runners, batches, seed).T.tolist()
+        # every width once: a compiled model meets each for the first time now
+        interleave(runners, rounds[: max(warmup, len(plan))], seed)
+        rounds = rounds[: max(repeats, len(plan))]
+        candidate, base, twin = interleave(runners, rounds, seed).T.tolist()
         return {
-            "candidate_ms": candidate,
-            "reference_ms": base,
-            "control_ms": twin,
-            "width": [batch["input_ids"].shape[1] for batch in batches],
+            "cells": [[cell.width, cell.probability] for cell in plan],
+            "samples": {
+                "candidate_ms": candidate,
+                "reference_ms": base,
+                "control_ms": twin,
+                "cell": [number % len(plan) for number in range(len(rounds))],
+                "width": [batch["input_ids"].shape[1] for batch, *_ in rounds],
+            },
         }
+
+    def _edges(self, artifact: str) -> Sequence[int]:
+        """Lengths beyond which the artefact does other work: its buckets, and its longest input."""
+        record = Artifact.read(Path(artifact))
+        return [*record.buckets, *([record.max_length] if record.max_length else [])]
 
     def memory(self, artifact: str, split: str, batch_size: int) -> dict[str, Any]:
         """Peak bytes after loading the artefact and running the longest batch, and the modules that took.

@@ -1,7 +1,7 @@
 """Lowering a candidate to files, and running what is in them.
 
-Owns the artefact directory: its layout, its atomic creation, which of its files an engine loads, and the
-engines themselves. Knows nothing of scores or clocks.
+Owns the artefact directory: its layout, its atomic creation, which of its files an engine loads, and which
+runtimes are possible. Knows nothing of scores or clocks.
 
     artifact.json    engine and its options, the task, the inputs (:class:`Artifact`)
     weights/         manifest, safetensors and tokenizer, as encoders.save writes them
@@ -16,56 +16,89 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, cast
 
 from compress_search.candidate import Candidate, Lowering, Subject
 from compress_search.encoders import manifest as manifests
 from compress_search.encoders import view
 from compress_search.errors import ExportError, TrialError
-from compress_search.runtimes.probe import describe_kernels, kernels
+from compress_search.runtimes.engines import (
+    COMPILE,
+    ENGINES,
+    ONNX,
+    TORCH,
+    Bucketed,
+    OnnxRunner,
+    Runner,
+    load_torch,
+)
+from compress_search.runtimes.probe import describe_kernels, kernels, toolchain
+from compress_search.runtimes.sparse_onnx import pack as pack_sparse
 
 if TYPE_CHECKING:
     from compress_search.tasks import Task
 
-__all__ = ["Artifact", "Runner", "default_engine", "describe_kernels", "kernels", "load_runner", "lower", "size_mb"]
+__all__ = [
+    "COMPILE",
+    "ENGINES",
+    "Artifact",
+    "OnnxRunner",
+    "Runner",
+    "default_engine",
+    "describe_kernels",
+    "kernels",
+    "load_runner",
+    "lower",
+    "size_mb",
+]
 
-ENGINES = ("onnxruntime", "torch")
 ATTENTION = ("sdpa", "eager")
+COMMON = {"engine", "threads", "max_length", "buckets"}
+"""Options of every engine: its name; threads, where not the study's; the longest input in tokens, and the widths
+that inputs are padded to, ascending."""
+
+OPTIONS: Mapping[str, set[str]] = {
+    ONNX: COMMON,
+    TORCH: COMMON | {"attention"},
+    COMPILE: COMMON | {"attention", "freezing", "max_autotune"},
+}
 _FORMAT = 1
 _RECORD, _MODEL, _WEIGHTS = "artifact.json", "model.onnx", "weights"
-
-
-class Runner(Protocol):
-    """A loaded model: int64 arrays (B, S) in, float32 logits (B, C) or (B, S, C) out."""
-
-    def __call__(self, batch: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """Takes ``input_ids``, ``attention_mask`` and, where there are any, ``token_type_ids``; ignores others."""
 
 
 @dataclass(frozen=True)
 class Artifact:
     """What ``artifact.json`` says. ``runtime`` holds the engine and its options, ``task`` the task's plain data.
 
-    ``simulated`` marks arithmetic without a kernel on this machine: its running time means nothing.
+    ``simulated`` marks arithmetic without a kernel on this machine: its running time means nothing. ``pad`` is
+    the padding token.
     """
 
     runtime: Mapping[str, Any]
     task: Mapping[str, Any]
     inputs: tuple[str, ...]
     simulated: bool = False
+    pad: int = 0
 
     @property
     def engine(self) -> str:
-        """``onnxruntime`` or ``torch``."""
+        """``onnxruntime``, ``torch`` or ``compile``."""
         return cast(str, self.runtime["engine"])
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens that inputs are cut to before they come here, where that is less than the study's own limit."""
+        return cast("int | None", self.runtime.get("max_length"))
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Widths that inputs are padded to, ascending; none where they run at their own."""
+        return tuple(self.runtime.get("buckets", ()))
 
     @property
     def files(self) -> tuple[str, ...]:
         """Paths, relative to the artefact, of what the engine loads."""
-        return (_MODEL,) if self.engine == "onnxruntime" else (f"{_WEIGHTS}/{manifests.WEIGHTS}",)
+        return (_MODEL,) if self.engine == ONNX else (f"{_WEIGHTS}/{manifests.WEIGHTS}",)
 
     @classmethod
     def read(cls, directory: Path) -> Artifact:
@@ -92,8 +125,8 @@ class Artifact:
 def default_engine(subject: Subject) -> str:
     """The engine of a candidate that names none: ONNX Runtime on the CPU, torch elsewhere and where it must."""
     if "onnx-only" in subject.traits:
-        return "onnxruntime"
-    return "torch" if "torch-only" in subject.traits or subject.device != "cpu" else "onnxruntime"
+        return ONNX
+    return TORCH if "torch-only" in subject.traits or subject.device != "cpu" else ONNX
 
 
 def lower(candidate: Candidate, directory: Path, task: Task) -> None:
@@ -106,13 +139,15 @@ def lower(candidate: Candidate, directory: Path, task: Task) -> None:
         ExportError: the network cannot be described by a manifest.
     """
     runtime = {"engine": default_engine(candidate.subject), **candidate.runtime}
-    _check_runtime(candidate, runtime)
+    check_runtime(candidate, runtime)
     with _whole(directory) as scratch:
         manifests.save(candidate.network, candidate.tokenizer, scratch / _WEIGHTS)
-        if runtime["engine"] == "onnxruntime":
+        if runtime["engine"] == ONNX:
             _lower_onnx(scratch, candidate.lowering)
-        inputs = view.inputs(candidate.network)
-        Artifact(runtime, task.to_dict(), inputs, candidate.simulated).write(scratch)
+            if "sparse" in candidate.subject.traits:
+                pack_sparse(scratch / _MODEL)
+        inputs, pad = view.inputs(candidate.network), candidate.tokenizer.pad_token_id or 0
+        Artifact(runtime, task.to_dict(), inputs, candidate.simulated, int(pad)).write(scratch)
 
 
 def size_mb(directory: Path) -> float:
@@ -121,80 +156,57 @@ def size_mb(directory: Path) -> float:
 
 
 def load_runner(directory: Path, threads: int, device: str = "cpu") -> Runner:
-    """Load an artefact to be run with so many threads; for torch that setting is the whole process's.
+    """Load an artefact to be run as it says: on its engine, padded to its buckets.
+
+    ``threads`` are those of an artefact that names none; for torch that setting is the whole process's.
 
     Raises:
         ExportError: the directory holds no artefact, or one that does not load.
     """
     artifact = Artifact.read(directory)
-    if artifact.engine == "onnxruntime":
-        return OnnxRunner(directory / _MODEL, artifact.inputs, threads, device)
-    return TorchRunner(directory / _WEIGHTS, artifact, threads, device)
+    threads = artifact.runtime.get("threads", threads)
+    run: Runner
+    if artifact.engine == ONNX:
+        run = OnnxRunner(directory / _MODEL, artifact.inputs, threads, device)
+    else:
+        run = load_torch(directory / _WEIGHTS, artifact.inputs, artifact.runtime, threads, device)
+    return Bucketed(run, artifact.buckets, artifact.pad) if artifact.buckets else run
 
 
-class OnnxRunner:
-    """An ONNX Runtime session with every graph optimisation."""
+def check_runtime(candidate: Candidate, runtime: Mapping[str, Any]) -> None:
+    """Refuse a runtime that is none, or that cannot run such a candidate on this machine.
 
-    def __init__(self, model: Path, inputs: Sequence[str], threads: int, device: str) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        # else idle threads go on spinning after a pass, and take the cores of whoever is timed next
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        wanted = ["CPUExecutionProvider"] if device == "cpu" else ["CUDAExecutionProvider", "CPUExecutionProvider"]
-        providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
-        if not model.is_file():
-            raise ExportError(f"{model}: no such file")
-        self.session = onnxruntime.InferenceSession(str(model), options, providers=providers)
-        self.inputs = tuple(inputs)
-
-    def __call__(self, batch: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """Logits of one batch."""
-        return cast(NDArray[np.float32], self.session.run(["logits"], _feed(self.inputs, batch))[0])
-
-
-class TorchRunner:
-    """The network itself in inference mode, in the dtype of its weights."""
-
-    def __init__(self, weights: Path, artifact: Artifact, threads: int, device: str) -> None:
-        import torch
-
-        torch.set_num_threads(threads)
-        network = manifests.load_network(weights)
-        view.set_attention(network, artifact.runtime.get("attention", "sdpa"))
-        self.network, self.inputs, self.device = network.to(device), artifact.inputs, device
-
-    def __call__(self, batch: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """Logits of one batch, on the CPU."""
-        import torch
-
-        tensors = {
-            name: torch.from_numpy(value).to(self.device) for name, value in _feed(self.inputs, batch).items()
-        }
-        with torch.inference_mode():
-            return cast(NDArray[np.float32], self.network(**tensors).logits.float().cpu().numpy())
-
-
-def _feed(inputs: Sequence[str], batch: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.int64]]:
-    """The engine's inputs; a tokenizer that knows no segments leaves ``token_type_ids`` to be zeros."""
-    zeros = {"token_type_ids": np.zeros_like(batch["input_ids"])}
-    return {name: np.ascontiguousarray({**zeros, **batch}[name], dtype=np.int64) for name in inputs}
-
-
-def _check_runtime(candidate: Candidate, runtime: Mapping[str, Any]) -> None:
-    engine, traits = runtime["engine"], candidate.subject.traits
+    Raises:
+        TrialError: naming the option and what was expected.
+    """
+    engine = runtime["engine"]
     if engine not in ENGINES:
         raise TrialError(f"engine {engine!r} is unknown: expected one of {', '.join(ENGINES)}")
-    if unknown := runtime.keys() - {"engine", *(("attention",) if engine == "torch" else ())}:
+    if unknown := runtime.keys() - OPTIONS[engine]:
         raise TrialError(f"{engine} has no option {', '.join(sorted(unknown))}")
     if runtime.get("attention", "sdpa") not in ATTENTION:
         raise TrialError(f"attention {runtime['attention']!r} is unknown: expected one of {', '.join(ATTENTION)}")
-    if engine == "torch" and (candidate.lowering or "onnx-only" in traits):
+    _check_widths(runtime.get("buckets", ()), runtime.get("max_length"))
+    _check_possible(engine, candidate)
+
+
+def _check_widths(buckets: Sequence[int], cap: int | None) -> None:
+    if list(buckets) != sorted(set(buckets)) or any(width < 1 for width in buckets):
+        raise TrialError(f"buckets are ascending widths in tokens, got {list(buckets)}")
+    if cap is not None and cap < 1:
+        raise TrialError(f"max_length is a number of tokens, got {cap}")
+
+
+def _check_possible(engine: str, candidate: Candidate) -> None:
+    traits, device = candidate.subject.traits, candidate.subject.device
+    if engine != ONNX and (candidate.lowering or "onnx-only" in traits):
         raise TrialError("torch cannot run what was lowered to an ONNX file")
-    if engine == "onnxruntime" and "torch-only" in traits:
+    if engine == ONNX and "torch-only" in traits:
         raise TrialError("ONNX Runtime cannot run this network: it is for torch only")
+    if engine == ONNX and device != "cpu" and "timed" in traits and "kernel:onnx-cuda" not in traits:
+        raise TrialError("ONNX Runtime has no CUDA provider here, so its time would be the CPU's")
+    if engine == COMPILE and (missing := toolchain(device)):
+        raise TrialError(f"torch.compile cannot run here: {missing}")
 
 
 def _lower_onnx(directory: Path, lowering: Sequence[Lowering]) -> None:

@@ -1,36 +1,61 @@
 """Runs a model the way whoever deploys it will: from a directory, with transformers or ONNX Runtime.
 
-Owns the forms an exported model takes. Knows nothing of artefacts or of how the directory came about.
+Owns the forms an exported model takes, and ``settings.json`` beside each, which says how it was measured: engine,
+threads, longest input and buckets. Knows nothing of artefacts or of how the directory came about.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from compress_search.encoders import inputs, load_network
-from compress_search.runtimes import OnnxRunner, Runner
+from compress_search.runtimes.engines import Bucketed, OnnxRunner, Runner, TorchRunner
 from compress_search.tasks import Task
 
 Form = Literal["onnx", "transformers", "manifest"]
 """``onnx``: model.onnx for ONNX Runtime. ``transformers``: config.json and safetensors for ``from_pretrained``.
 ``manifest``: our architecture manifest and safetensors, for shapes that no configuration can express."""
 
-ONNX_MODEL = "model.onnx"
+ONNX_MODEL, SETTINGS = "model.onnx", "settings.json"
+
+
+def settings_of(runtime: Mapping[str, Any], task: Task, max_length: int, pad: int) -> dict[str, Any]:
+    """What ``settings.json`` says of a model that a runtime ran: all that whoever deploys it needs to know.
+
+    ``max_length`` is the data's; the runtime may read less of an input.
+    """
+    return {
+        "task": task.name,
+        "labels": list(task.labels),
+        "max_length": min(max_length, runtime.get("max_length") or max_length),
+        "engine": runtime["engine"],
+        "threads": runtime.get("threads"),
+        "buckets": list(runtime.get("buckets", ())),
+        "pad": pad,
+    }
 
 
 def load_deployed(directory: Path, form: Form, task: Task, threads: int) -> Runner:
-    """A runner on the CPU for a model in one of its exported forms."""
+    """A runner on the CPU for a model in one of its exported forms, fed as its settings say where it has any.
+
+    What torch.compile ran is run by torch as it is: the same numbers, without the wait.
+    """
+    path = directory / SETTINGS
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    threads = settings.get("threads") or threads
+    run: Runner
     if form == "onnx":
-        return _onnx_runner(directory / ONNX_MODEL, threads)
-    torch.set_num_threads(threads)
-    return _torch_runner(_pretrained(directory, task) if form == "transformers" else load_network(directory))
+        run = _onnx_runner(directory / ONNX_MODEL, threads)
+    else:
+        network = _pretrained(directory, task) if form == "transformers" else load_network(directory)
+        run = TorchRunner(network, inputs(network), threads, "cpu")
+    buckets = settings.get("buckets")
+    return Bucketed(run, buckets, settings["pad"]) if buckets else run
 
 
 def _pretrained(directory: Path, task: Task) -> nn.Module:
@@ -45,14 +70,3 @@ def _onnx_runner(model: Path, threads: int) -> Runner:
 
     graph = onnx.load(str(model), load_external_data=False).graph
     return OnnxRunner(model, [node.name for node in graph.input], threads, "cpu")
-
-
-def _torch_runner(network: nn.Module) -> Runner:
-    names = inputs(network.eval())
-
-    def run(batch: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        tensors = {name: torch.from_numpy(batch[name]) for name in names if name in batch}
-        with torch.inference_mode():
-            return cast(NDArray[np.float32], network(**tensors).logits.float().numpy())
-
-    return run

@@ -3,6 +3,10 @@
 Processor flags promise kernels that a build may not contain, and list none for kernels that are slow, so each
 is timed on one small matrix product against float32 in the same engine. Owns the probe and its cache on disk,
 so that every process of a study gets the same answer. Knows nothing of methods or networks.
+
+Two verdicts are about an engine and not about numbers: ``compile`` (there is what torch.compile needs) and
+``onnx-cuda`` (ONNX Runtime's CUDA provider is there). What compiling gains takes a compilation of some ten seconds
+to tell, so that only :func:`compiled_kernel` measures it.
 """
 
 from __future__ import annotations
@@ -11,21 +15,27 @@ import hashlib
 import json
 import os
 import platform
+import shlex
+import shutil
 import statistics
+import sysconfig
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from compress_search.runtimes.engines import CUDA_PROVIDER
+
 TOKENS, WIDTH = 64, 768
 """The probe multiplies (TOKENS, WIDTH) by (WIDTH, WIDTH): one projection of a base model on a short text."""
 
 _ROUNDS, _WARMUP = 15, 3
-_LIMITS = {"int8": 1.05, "weight-only": 1.5, "bf16": 1.05}
+_LIMITS = {"int8": 1.05, "weight-only": 1.5, "bf16": 1.05, "compile": 1.05}
 
 Run = Callable[[], Any]
 
@@ -41,7 +51,8 @@ class Kernel:
 
 
 def kernels(device: str = "cpu") -> frozenset[str]:
-    """Names of the real kernels: ``int8`` (MatMulInteger), ``weight-only`` (MatMulNBits) and ``bf16`` (torch)."""
+    """Names of what is real here: ``int8`` (MatMulInteger), ``weight-only`` (MatMulNBits), ``bf16`` (torch) and the
+    engines ``compile`` and ``onnx-cuda``."""
     return frozenset(kernel.name for kernel in describe_kernels(device) if kernel.real)
 
 
@@ -69,7 +80,63 @@ def _measure(device: str) -> tuple[Kernel, ...]:
         found += [_verdict("int8", lambda: _onnx_pair(_int8_graph)), _verdict("weight-only", _weight_only_pair)]
     else:
         found += [Kernel(name, False, None, f"no kernel on {device}") for name in ("int8", "weight-only")]
-    return tuple(found)
+        found.append(_provider())
+    missing = toolchain(device)
+    note = missing or "it can; what it gains depends on the network, and doctor measures an example"
+    return (*found, Kernel("compile", missing is None, None, note))
+
+
+def toolchain(device: str = "cpu") -> str | None:
+    """What torch.compile lacks here: a C++ compiler, Python's headers, or Triton on CUDA; None where it can run.
+
+    The compiler is the one that Inductor takes: ``CXX`` where it is set.
+    """
+    if device != "cpu":
+        return None if find_spec("triton") else "there is no Triton"
+    usual = "clang++" if platform.system() == "Darwin" else "g++"
+    compiler = shlex.split(os.environ.get("CXX") or usual)[0]
+    if shutil.which(compiler) is None:
+        return f"there is no C++ compiler {compiler}"
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    return None if headers.is_file() else f"Python's headers are not there: {headers}"
+
+
+def _provider() -> Kernel:
+    import onnxruntime
+
+    there = CUDA_PROVIDER in onnxruntime.get_available_providers()
+    note = "ONNX Runtime's CUDA provider" if there else "this build of ONNX Runtime has no CUDA provider"
+    return Kernel("onnx-cuda", there, None, note)
+
+
+def compiled_kernel(device: str = "cpu") -> Kernel:
+    """torch.compile on a feed-forward block against eager torch; compiles for some ten seconds."""
+    if missing := toolchain(device):
+        return Kernel("compile", False, None, missing)
+    return _verdict("compile", lambda: _compiled_pair(device))
+
+
+def _compiled_pair(device: str) -> tuple[Run, Run]:
+    import torch
+    from torch.nn.functional import gelu, layer_norm
+
+    x, w = torch.randn(TOKENS, WIDTH, device=device), torch.randn(WIDTH, WIDTH, device=device)
+
+    def block() -> torch.Tensor:
+        return layer_norm(x + gelu(x @ w), (WIDTH,))
+
+    compiled = torch.compile(block, options={"freezing": device == "cpu"})
+    wait: Run = torch.cuda.synchronize if device != "cpu" else (lambda: None)
+
+    def timed(run: Run) -> Run:
+        def once() -> None:
+            with torch.no_grad():
+                run()
+                wait()
+
+        return once
+
+    return timed(compiled), timed(block)
 
 
 def _verdict(name: str, pair: Callable[[], tuple[Run, Run]]) -> Kernel:
@@ -78,7 +145,12 @@ def _verdict(name: str, pair: Callable[[], tuple[Run, Run]]) -> Kernel:
     except Exception as error:  # whatever an engine raises for what it cannot do: that is the question asked
         return Kernel(name, False, None, f"does not run: {str(error).splitlines()[0][:120]}")
     real = ratio <= _LIMITS[name]
-    return Kernel(name, real, round(ratio, 3), f"{ratio:.2f} of float32's time, real up to {_LIMITS[name]:.2f}")
+    return Kernel(name, real, round(ratio, 3), _note(name, ratio))
+
+
+def _note(name: str, ratio: float) -> str:
+    against = "eager torch's" if name == "compile" else "float32's"
+    return f"{ratio:.2f} of {against} time, real up to {_LIMITS[name]:.2f}"
 
 
 def _ratio(kernel: Run, reference: Run) -> float:
@@ -186,6 +258,7 @@ def _store(device: str) -> Path:
     from compress_search.cache import cache_folder
 
     facts = [device, _processor(), version("torch"), version("onnxruntime"), TOKENS, WIDTH, _LIMITS]
+    facts.append(toolchain(device))
     if device != "cpu":
         import torch
 
