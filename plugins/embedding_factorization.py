@@ -10,6 +10,7 @@ Sources: Lan et al. 2020, ALBERT: A Lite BERT for Self-supervised Learning of La
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -111,9 +112,9 @@ class EmbeddingFactorization(Method):
         Raises:
             TrialError: it would be no smaller.
         """
-        rank, limit = int(params["embedding_size"]), break_even(subject)
-        if not 1 <= rank < limit:
-            raise TrialError(f"embedding_size {rank} saves nothing: expected a rank from 1 to below {limit:.0f}")
+        rank, largest = int(params["embedding_size"]), math.ceil(break_even(subject)) - 1
+        if not 1 <= rank <= largest:
+            raise TrialError(f"embedding_size {rank} saves nothing: expected a rank from 1 to {largest}")
         return subject.having("lossy", word_rank=rank)
 
     def trains(self, params: Params) -> bool:
