@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from compress_search import Batch, Candidate, Context, Dim, Method, Params, Stage, Subject
 
 from .soft_targets import SoftTerm, annealed_loss, logits_of, mix_space, soft_space
+from .starts import started_anew
 
 
 class BornAgain(Method):
@@ -48,26 +49,11 @@ class BornAgain(Method):
         ancestors: list[nn.Module] = []
         generations = int(params["generations"])
         for _ in range(generations):
-            student = reborn(candidate, context.untrained())
+            student = started_anew(candidate, context.untrained())
             elders = ancestors[:] if params["average"] else ancestors[-1:]
             _train(student, candidate.subject.task, elders, params, context)
             ancestors.append(student.requires_grad_(False))
         return candidate.replace(network=ancestors[-1].requires_grad_(True))
-
-
-def reborn(candidate: Candidate, start: nn.Module | None) -> nn.Module:
-    """A copy of the candidate's network with the weights of ``start``.
-
-    A tensor whose shape an earlier step changed stays as that step left it; without a start all do.
-    """
-    network = candidate.copy().network
-    if start is not None:
-        fresh = start.state_dict()
-        own = network.state_dict()
-        network.load_state_dict(
-            {n: fresh[n] if n in fresh and fresh[n].shape == t.shape else t for n, t in own.items()}
-        )
-    return network
 
 
 def _train(student: nn.Module, task: str, elders: Sequence[nn.Module], params: Params, context: Context) -> None:

@@ -203,8 +203,12 @@ class Theseus(Method):
     stage = Stage.STUDENT
 
     def search_space(self, teacher: Subject) -> Mapping[str, Dim]:
-        """``block_size`` layers become one; a custom partition cuts after the layers (1-based) it names."""
-        sizes = divisors(teacher.layers) or [1]
+        """``block_size`` layers become one; a custom partition cuts after the layers (1-based) it names.
+
+        Size 1, only for a study that names it, replaces each layer by an equal one: the control that says what
+        replacing is worth by itself.
+        """
+        sizes = divisors(teacher.layers) or [2]
         random = {"mixing": ("bernoulli", "uniform")}
         linear = {"schedule": ("linear",)}
         cuts = {
@@ -213,7 +217,7 @@ class Theseus(Method):
         }
         return {
             "partition": Dim.choice(("uniform", "custom"), "uniform", expert=True),
-            "block_size": Dim.choice(sizes, sizes[0], when={"partition": ("uniform",)}),
+            "block_size": Dim.choice([1, *sizes], sizes[0], when={"partition": ("uniform",)}, usual=sizes),
             **cuts,
             "successor_init": Dim.choice(INITS, "first_k", expert=True),
             "mixing": Dim.choice(MIXINGS, "bernoulli", expert=True),

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from compress_search_plugins import born_again
 from compress_search_plugins.born_again import BornAgain
 from compress_search_plugins.soft_targets import logits_of
+from compress_search_plugins.starts import started_anew
 from torch import nn
 
 from compress_search import Candidate
@@ -98,7 +98,7 @@ def test_what_an_earlier_step_cut_stays_cut() -> None:
     candidate = tiny_candidate(layers=2)
     prune_neurons(candidate.network, {0: range(16)})
     start = tiny_candidate(layers=2, seed=5).network
-    network = born_again.reborn(candidate, start)
+    network = started_anew(candidate, start)
     own, fresh, result = candidate.network.state_dict(), start.state_dict(), network.state_dict()
     for name, value in result.items():
         assert torch.equal(value, fresh[name] if fresh[name].shape == own[name].shape else own[name])
@@ -107,7 +107,7 @@ def test_what_an_earlier_step_cut_stays_cut() -> None:
 
 def test_without_a_known_start_it_is_the_network_itself() -> None:
     candidate = tiny_candidate(layers=2)
-    network = born_again.reborn(candidate, None)
+    network = started_anew(candidate, None)
     assert network is not candidate.network
     assert same(network.state_dict(), candidate.network.state_dict())
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from compress_search import Candidate, TrialError
 from compress_search.encoders import embeddings, head, layers, subject_of
-from compress_search.space import active, defaults
+from compress_search.space import active, defaults, fix_experts, narrow
 from compress_search.testing import TinyContext, tiny_batches, tiny_candidate, tiny_context
 
 FAMILIES = ("bert", "distilbert", "roberta", "electra")
@@ -82,6 +82,13 @@ def test_uniform_blocks_are_the_divisors() -> None:
 def test_a_size_that_does_not_divide_is_refused_with_those_that_do() -> None:
     with pytest.raises(TrialError, match=r"block_size 4 does not divide 6 layers: expected one of 2, 3, 6"):
         theseus.block_sizes(6, {"block_size": 4})
+
+
+def test_size_one_is_for_studies_that_name_it() -> None:
+    dim = Theseus().search_space(tiny_candidate().subject)["block_size"]
+    assert fix_experts({"block_size": dim})["block_size"].distribution.choices == (2, 4)
+    assert narrow(dim, 1).default == 1
+    assert theseus.block_sizes(3, {"block_size": 1}) == [1, 1, 1]
 
 
 def test_custom_partition_cuts_where_it_says() -> None:
@@ -335,6 +342,64 @@ def test_the_replaced_embeddings_and_the_head_learn_in_stage_one_when_asked() ->
     assert not calls[0]["kept"]
     network, _ = hybrid(candidate, [2, 2], with_embeddings=True)
     assert len(theseus.successors(network)) == 3
+
+
+@pytest.mark.parametrize("init", ["first_k", "every_nth", "last_of_block", "first_of_block"])
+def test_a_successor_of_the_same_size_starts_as_the_predecessor_and_learns(init: str) -> None:
+    candidate = tiny_candidate()
+    params = parameters(candidate, block_size=1, successor_init=init)
+    dry = Theseus().apply(candidate, params, tiny_context(candidate, dry=True))
+    assert torch.equal(logits(dry.network, inputs(candidate)), logits(candidate.network, inputs(candidate)))
+    result = Theseus().apply(candidate, params, tiny_context(candidate))
+    assert result.subject.layers == candidate.subject.layers
+    assert not same(state([result.network]), state([candidate.network]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replaced_embeddings_learn_and_those_they_replace_do_not(family: str) -> None:
+    candidate = tiny_candidate(family)
+    context = tiny_context(candidate)
+    table, stages = embeddings(candidate.network).word_embeddings.weight.clone(), []
+    fit = context.fit
+
+    def watching(network: nn.Module, **options: Any) -> None:
+        block = embeddings(network)
+        old = block.predecessor.word_embeddings.weight.clone() if isinstance(block, Block) else None
+        fit(network, **options)
+        if isinstance(block, Block):
+            stages.append((torch.equal(old, block.predecessor.word_embeddings.weight), block.successor))
+
+    context.fit = watching  # type: ignore[method-assign]
+    result = Theseus().apply(candidate, parameters(candidate, replace_embeddings=True), context)
+    [(kept, successor)] = stages
+    assert kept
+    assert embeddings(result.network) is successor
+    assert not torch.equal(successor.word_embeddings.weight, table)
+
+
+@pytest.mark.parametrize("mixing", theseus.MIXINGS)
+@pytest.mark.parametrize("schedule", ["linear", "constant"])
+def test_stage_one_follows_its_schedule_and_stage_two_knows_no_gate(mixing: str, schedule: str) -> None:
+    """The mean gate at each step is the rate; where it is a ramp, stage 1 ends as the pure successor."""
+    candidate = tiny_candidate()
+    rates: list[float] = []
+    context = tiny_context(candidate, steps=60)
+    draw = theseus.draw_gates
+
+    def drawing(mixing: str, rate: float, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        rates.append(rate)
+        return draw(mixing, rate, shape, generator)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(theseus, "draw_gates", drawing)
+        changes = {} if mixing == "deterministic" else {"schedule": schedule}
+        Theseus().apply(candidate, parameters(candidate, mixing=mixing, base_rate=0.4, **changes), context)
+    assert len(rates) == context.fits[0] == 40
+    if mixing == "deterministic" or schedule == "linear":
+        assert rates[0] == pytest.approx(0.4)
+        assert rates[20:] == [1.0] * 20
+    else:
+        assert rates == [0.4] * 40
 
 
 def test_a_dry_run_has_the_final_shapes() -> None:

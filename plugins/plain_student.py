@@ -1,0 +1,59 @@
+"""The control: a student without any method, the bottom layers of the model trained directly on the task.
+
+Every other student has to be better than this one at the same size; so has what is trained large and then
+compressed. Owns the choice of the start: the teacher's untrained layers, as a model of that size would have been
+trained in the first place, or its trained ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subject
+from compress_search.encoders import keep_layers
+
+from .soft_targets import SoftTerm, soft_target_loss
+from .starts import started_anew
+
+
+class PlainStudent(Method):
+    """The bottom layers, fine-tuned; with ``alpha`` above 0 on the teacher's logits too (plain distillation)."""
+
+    stage = Stage.STUDENT
+
+    def search_space(self, teacher: Subject) -> Mapping[str, Dim]:
+        """``layers`` of the teacher's are kept, from the bottom, which suits a truncated network best."""
+        return {
+            "layers": Dim.integer(1, max(teacher.layers, 1), max(teacher.layers // 2, 1)),
+            "start": Dim.choice(("untrained", "trained"), "trained", expert=True),
+            "alpha": Dim.real(0.0, 1.0, 0.0, expert=True),
+            "learning_rate": Dim.real(1e-6, 1e-2, 5e-5, log=True, expert=True),
+        }
+
+    def unsupported(self, subject: Subject) -> str | None:
+        """A control is a plain network: layers all alike, each with weights of its own."""
+        if "shared" in subject.traits:
+            return "its layers share weights"
+        return "its layers differ in shape" if "non-uniform" in subject.traits else None
+
+    def effective(self, subject: Subject, params: Params) -> Params:
+        """No more layers than there are."""
+        return {**params, "layers": min(int(params["layers"]), subject.layers)}
+
+    def after(self, subject: Subject, params: Params) -> Subject:
+        """So many layers."""
+        return subject.having("lossy", layers=int(params["layers"]))
+
+    def trains(self, params: Params) -> bool:
+        """Always."""
+        return True
+
+    def apply(self, candidate: Candidate, params: Params, context: Context) -> Candidate:
+        """Cut, then train everything on the whole share of the budget."""
+        start = context.untrained() if params["start"] == "untrained" else None
+        network = started_anew(candidate, start)
+        keep_layers(network, range(int(params["layers"])))
+        alpha = float(params["alpha"])
+        loss = soft_target_loss(context, SoftTerm(candidate.subject.task), alpha=lambda: alpha)
+        context.fit(network, loss=loss, learning_rate=float(params["learning_rate"]))
+        return candidate.replace(network=network, subject=self.after(candidate.subject, params))

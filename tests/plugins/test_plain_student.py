@@ -1,0 +1,64 @@
+"""The control: bottom layers of the right start, trained on the labels alone unless told otherwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from compress_search_plugins.plain_student import PlainStudent
+
+from compress_search import Candidate
+from compress_search.encoders import layers, subject_of
+from compress_search.losses import kl
+from compress_search.space import defaults
+from compress_search.testing import tiny_batches, tiny_candidate, tiny_context
+from compress_search.training import forward
+
+
+def parameters(candidate: Candidate, **changes: Any) -> dict[str, Any]:
+    return defaults(PlainStudent().search_space(candidate.subject)) | changes
+
+
+@pytest.mark.parametrize("start", ["trained", "untrained"])
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_it_starts_as_the_bottom_layers_of_the_named_network(family: str, start: str) -> None:
+    candidate = tiny_candidate(family)
+    context = tiny_context(candidate, dry=True)
+    params = parameters(candidate, layers=3, start=start)
+    result = PlainStudent().apply(candidate, params, context)
+    source = candidate.network if start == "trained" else context.untrained()
+    assert source is not None
+    expected = source.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in result.network.state_dict().items())
+    assert len(layers(result.network)) == 3
+    assert result.subject.without("lossy") == subject_of(result.network, candidate.subject.task)
+    assert sum(p.numel() for p in result.network.parameters()) == result.subject.parameters
+
+
+@pytest.mark.parametrize("task", ["text-classification", "text-regression", "token-classification"])
+def test_its_loss_is_the_tasks_own_unless_it_is_to_hear_the_teacher(task: str) -> None:
+    candidate = tiny_candidate("bert", task)
+    context = tiny_context(candidate)
+    asked: list[dict[str, Any]] = []
+    context.fit = lambda network, **options: asked.append(options | {"network": network})  # type: ignore[method-assign]
+    for alpha in (0.0, 1.0):
+        PlainStudent().apply(candidate, parameters(candidate, alpha=alpha), context)
+    batch = next(tiny_batches(candidate))
+    plain, taught = asked
+    assert plain["loss"](plain["network"], batch) == context.task_loss(plain["network"], batch)
+    if task == "text-classification":
+        soft = kl(forward(taught["network"], batch), context.teacher_logits(batch), 2.0)
+        torch.testing.assert_close(taught["loss"](taught["network"], batch), soft)
+
+
+def test_no_more_layers_than_there_are() -> None:
+    candidate = tiny_candidate(layers=2)
+    assert PlainStudent().effective(candidate.subject, parameters(candidate, layers=4))["layers"] == 2
+
+
+@pytest.mark.parametrize(("trait", "reason"), [("shared", "share weights"), ("non-uniform", "differ in shape")])
+def test_what_is_no_plain_network_is_refused(trait: str, reason: str) -> None:
+    subject = tiny_candidate(layers=2).subject
+    assert PlainStudent().unsupported(subject) is None
+    assert reason in (PlainStudent().unsupported(subject.having(trait)) or "")
