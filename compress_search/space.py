@@ -6,7 +6,7 @@ Owns the meaning of a dimension (range, default, condition). Knows nothing of me
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,6 +38,7 @@ class Dim:
     when: Mapping[str, Collection[Value]] = field(default_factory=dict)
     expert: bool = False
     usual: tuple[Value, ...] = ()
+    check: Callable[[str], object] | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def real(
@@ -83,6 +84,17 @@ class Dim:
         return cls(CategoricalDistribution(tuple(options)), default, when or {}, expert, tuple(usual))
 
     @classmethod
+    def text(
+        cls,
+        check: Callable[[str], object],
+        default: str = "",
+        *,
+        when: Mapping[str, Collection[Value]] | None = None,
+    ) -> Dim:
+        """Text that a study writes; there is nothing to search. ``check`` raises ValueError for what is wrong."""
+        return cls(CategoricalDistribution((default,)), default, when or {}, expert=True, check=check)
+
+    @classmethod
     def flag(
         cls,
         default: bool,
@@ -100,6 +112,8 @@ class Dim:
 
     def contains(self, value: Value) -> bool:
         """Whether the value lies in the dimension, type included (``True`` is no 1, ``1.5`` no integer)."""
+        if self.check:
+            return isinstance(value, str)
         if isinstance(self.distribution, CategoricalDistribution):
             return any(type(value) is type(choice) and value == choice for choice in self.distribution.choices)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -113,6 +127,8 @@ class Dim:
     def describe(self) -> str:
         """The allowed values in words, as error messages and ``plan`` print them."""
         distribution: Any = self.distribution
+        if self.check:
+            return "text"
         if isinstance(distribution, CategoricalDistribution):
             return "one of " + ", ".join(str(choice) for choice in distribution.choices)
         kind = "an integer" if isinstance(distribution, IntDistribution) else "a number"
@@ -165,6 +181,8 @@ def _narrow_choices(dim: Dim, values: list[Value]) -> Dim:
     for value in values:
         if not dim.contains(value):
             raise ValueError(f"{value!r} is outside the space: expected {dim.describe()}")
+        if dim.check:
+            dim.check(str(value))
     if isinstance(dim.distribution, IntDistribution):
         values = [int(value) for value in values]
     if isinstance(dim.distribution, FloatDistribution):

@@ -156,8 +156,8 @@ def relation_kl(student: Tensor, teacher: Tensor, mask: Tensor, heads: int) -> T
 
     Source: Wang et al. 2021, MiniLMv2, section 3.1.
     """
-    resplit = [_split(wide(projection), heads) for projection in (student, teacher)]
-    return relation_kl_rows(*(relation(part, part) for part in resplit), mask)
+    ours, theirs = (_split(wide(projection), heads) for projection in (student, teacher))
+    return relation_kl_rows(relation(ours, ours), relation(theirs, theirs), mask)
 
 
 def _split(projection: Tensor, heads: int) -> Tensor:
@@ -165,7 +165,8 @@ def _split(projection: Tensor, heads: int) -> Tensor:
     joined = projection.transpose(1, 2).flatten(2)
     if joined.shape[-1] % heads:
         raise ValueError(f"{heads} relation heads do not divide a width of {joined.shape[-1]}")
-    return joined.unflatten(-1, (heads, -1)).transpose(1, 2)
+    split: Tensor = joined.unflatten(-1, (heads, -1))
+    return split.transpose(1, 2)
 
 
 def _first(states: Tensor) -> Tensor:

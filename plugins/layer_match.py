@@ -1,0 +1,225 @@
+"""A shallower, perhaps narrower student that learns from features of its teacher's layers, by matches.
+
+Owns the strategies that write matches from a few dimensions, and the phases of training. A study may write the
+matches itself, as TextBrewer's and KnowledgeDistillation's configurations do, under ``matches``::
+
+    layer_match:
+      layers: 3
+      matches: |
+        - {teacher_layer: 0, student_layer: 0, feature: embedding, loss: hidden_mse}
+        - {teacher_layer: 12, student_layer: 3, feature: hidden, loss: hidden_mse, weight: 2}
+        - {teacher_layer: 11, student_layer: 2, feature: attention_scores, loss: attention_mse}
+
+Sources: Yang et al. 2020, TextBrewer; Jiao et al. 2020, TinyBERT; Sun et al. 2019, BERT-PKD; Xia et al. 2022, CoFi.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subject, TrialError
+
+from .layer_maps import STRATEGIES, anchors, layer_pairs, source_layers
+from .matching import Match, Matching, check_depths, parse_matches
+from .objective import Choice, Objective, aligned, some
+from .soft_targets import SoftTerm, soft_space
+from .students import cut_student, student_subject, unfit, widths
+
+FEATURES = ("hidden", "attention", "hidden+attention", "embedding+hidden+attention")
+ALIGNED = "learned_align"
+PROJECTED = {"shared_projection", "projection_learning_rate"}
+"""Dimensions that say something only of a projection."""
+BATCH = 32
+"""Examples in a step on unlabelled text."""
+
+
+def written(matches: str, teacher_layers: int) -> tuple[Match, ...]:
+    """The matches of a text for a teacher of so many layers; none for an empty one.
+
+    Raises:
+        ValueError: what is wrong, in one line.
+    """
+    if not matches:
+        return ()
+    found = parse_matches(matches)
+    check_depths(found, teacher=teacher_layers)
+    return found
+
+
+def strategic(params: Params, student: int, teacher: int) -> tuple[Match, ...]:
+    """The matches that the dimensions describe, for models of so many layers."""
+    pairs = layer_pairs(str(params["strategy"]), student, teacher)
+    if params["strategy"] == ALIGNED:
+        pairs = layer_pairs("uniform", student, teacher)
+    wanted = str(params["features"]).split("+")
+    made: list[Mapping[str, Any]] = []
+    if "embedding" in wanted:
+        made.append({**_hidden(params, 0, 0), "feature": "embedding"})
+    if "hidden" in wanted:
+        made += [_hidden(params, *pair) for pair in _hidden_pairs(params, pairs, student, teacher)]
+    if "attention" in wanted:
+        loss, weight = params["attention_loss"], float(params["attention_weight"])
+        common = {"feature": "attention_scores", "loss": loss, "weight": weight}
+        made += [{**common, "student_layer": s - 1, "teacher_layer": t - 1} for s, t in pairs]
+    phase = 1 if params["phases"] == "two_phase" else "all"
+    return tuple(Match.model_validate({**match, "phase": phase}) for match in made)
+
+
+def _hidden_pairs(
+    params: Params, pairs: Sequence[tuple[int, int]], student: int, teacher: int
+) -> Iterator[tuple[int, int]]:
+    if params["strategy"] != ALIGNED:
+        yield from pairs
+        return
+    # every student layer with each of a few of the teacher's; at each step those that fit best are picked
+    for above in anchors(student, teacher):
+        yield from ((below, above) for below in range(1, student + 1))
+
+
+def _hidden(params: Params, student: int, teacher: int) -> dict[str, Any]:
+    layers = {"student_layer": student, "teacher_layer": teacher}
+    match = {**layers, "loss": params["hidden_loss"], "weight": float(params["hidden_weight"])}
+    if params["projection"] == "none":
+        return match
+    proj: dict[str, Any] = {"kind": params["projection"], "lr": float(params["projection_learning_rate"])}
+    if params["shared_projection"]:
+        proj["shared"] = "hidden"
+    return {**match, "proj": proj}
+
+
+class LayerMatch(Method):
+    """Distillation from layers to layers, as a study or a strategy matches them."""
+
+    stage = Stage.STUDENT
+
+    def search_space(self, teacher: Subject) -> Mapping[str, Dim]:
+        """``width`` is the part of the teacher's that is *kept*; weights are of the sum over matches of a kind."""
+        depths = list(range(1, teacher.layers)) or [1]
+        strategy: dict[str, Sequence[str]] = {"matches": ("",)}
+        projected = strategy | {"projection": ("auto", "linear", "relu", "tanh", "identity")}
+        text = {"unlabelled_text": Dim.flag(False, when={"phases": ("auto", "two_phase")}, expert=True)}
+        return {
+            "layers": Dim.choice(depths, max(1, teacher.layers // 2)),
+            "width": Dim.choice(widths(teacher), 1.0),
+            "init": Dim.choice(("spread", "first", "last"), "spread", expert=True),
+            "matches": Dim.text(partial(written, teacher_layers=teacher.layers)),
+            "strategy": Dim.choice((*STRATEGIES, ALIGNED), "uniform", when=strategy),
+            "features": Dim.choice(FEATURES, "hidden+attention", when=strategy),
+            "hidden_weight": Dim.real(0.01, 10.0, 1.0, log=True, when=strategy),
+            "attention_weight": Dim.real(0.01, 10.0, 1.0, log=True, when=strategy),
+            "hidden_loss": Dim.choice(
+                ("hidden_mse", "cos", "pkd", "mae"), "hidden_mse", when=strategy, expert=True
+            ),
+            "attention_loss": Dim.choice(
+                ("attention_mse", "attention_ce", "relation_kl_rows"), "attention_mse", when=strategy, expert=True
+            ),
+            "projection": Dim.choice(
+                ("auto", "none", "linear", "relu", "tanh", "identity"), "auto", when=strategy, expert=True
+            ),
+            "shared_projection": Dim.flag(True, when=projected, expert=True),
+            "projection_learning_rate": Dim.real(1e-5, 1e-1, 1e-3, log=True, when=projected, expert=True),
+            "layer_dropout": Dim.real(0.0, 0.5, 0.0, expert=True),
+            "phases": Dim.choice(("auto", "joint", "two_phase"), "auto", expert=True),
+            "matching_fraction": Dim.real(0.1, 0.9, 0.5, when={"phases": ("auto", "two_phase")}, expert=True),
+            **(text if "unlabelled" in teacher.traits else {}),
+            "logit_weight": Dim.real(0.01, 10.0, 1.0, log=True, expert=True),
+            "hard_weight": Dim.real(0.01, 10.0, 1.0, log=True, expert=True),
+            **soft_space(teacher),
+            "learning_rate": Dim.real(1e-6, 1e-2, 5e-5, log=True, expert=True),
+        }
+
+    def unsupported(self, subject: Subject) -> str | None:
+        """A student is made of the teacher's own layers, all alike."""
+        return unfit(subject)
+
+    def effective(self, subject: Subject, params: Params) -> Params:
+        """What "auto" comes to, and without what then says nothing."""
+        found, narrow = dict(params), float(params["width"]) < 1
+        if found["phases"] == "auto":
+            found["phases"] = "two_phase" if narrow else "joint"
+        idle = {"matching_fraction", "unlabelled_text"} if found["phases"] == "joint" else set()
+        if not found.get("matches"):
+            idle |= {"matches"} | _settle(found, narrow)
+        return {name: value for name, value in found.items() if name not in idle}
+
+    def after(self, subject: Subject, params: Params) -> Subject:
+        """Fewer layers and, by ``width``, narrower ones with as many heads."""
+        return student_subject(subject, int(params["layers"]), float(params["width"]))
+
+    def trains(self, params: Params) -> bool:
+        """Always."""
+        return True
+
+    def apply(self, candidate: Candidate, params: Params, context: Context) -> Candidate:
+        """Cut the student out of the teacher and train it, in one phase or two."""
+        depth = candidate.subject.layers
+        sources = source_layers(str(params["init"]), int(params["layers"]), depth)
+        student = cut_student(candidate, sources, float(params["width"]))
+        matching = Matching.between(_matches(params, depth), student.network, context.teacher, context.seed)
+        matching.projections.to(context.device)
+        objective = train(student, matching, params, context)
+        return student.replace(notes={**student.notes, "layer_match": objective.report()})
+
+    def evaluate(self, candidate: Candidate, context: Context) -> Mapping[str, float]:
+        """The unweighted terms of the last steps of training, by kind."""
+        terms: Mapping[str, float] = candidate.notes.get("layer_match", {})
+        return terms
+
+
+def _settle(params: dict[str, Any], narrow: bool) -> set[str]:
+    """Put in what a strategy's dimensions come to; the names of those that then say nothing."""
+    wanted = str(params["features"]).split("+")
+    idle = set() if "attention" in wanted else {"attention_weight", "attention_loss"}
+    if "hidden" not in wanted:
+        params["projection"] = "none"
+        idle |= {"hidden_weight", "hidden_loss"}
+    elif params["projection"] == "auto" or (params["projection"] == "none" and narrow):
+        equal = "identity" if params["strategy"] == ALIGNED else "none"
+        params["projection"] = "linear" if narrow else equal
+    if params["strategy"] == ALIGNED and "hidden" in wanted:
+        params["layer_dropout"] = 0.0  # which matches count is decided at every step as it is
+    return idle | (PROJECTED if params["projection"] == "none" else set())
+
+
+def _matches(params: Params, depth: int) -> tuple[Match, ...]:
+    if "matches" not in params:
+        return strategic(params, int(params["layers"]), depth)
+    try:
+        return written(str(params["matches"]), depth)
+    except ValueError as error:
+        raise TrialError(f"matches: {error}") from error
+
+
+def train(student: Candidate, matching: Matching, params: Params, context: Context) -> Objective:
+    """The phases: matches, logits and labels together; or matches alone, then the other two."""
+    network, rate = student.network, float(params["learning_rate"])
+    first = matching.only(1)
+    later = Objective(
+        context,
+        matching.only(2),
+        SoftTerm.of(student.subject.task, params),
+        float(params["logit_weight"]),
+        float(params["hard_weight"]),
+        choose=_choice(params, context.seed),
+    )
+    if params["phases"] == "joint":
+        later.matching = matching
+        later.fit(network, learning_rate=rate)
+        return later
+    part = float(params["matching_fraction"]) if first.matches else 0.0
+    if part:
+        text = context.unlabelled(BATCH) if params.get("unlabelled_text") else None
+        early = Objective(context, first, choose=_choice(params, context.seed))
+        early.fit(network, learning_rate=rate, share=part, scored=False, batches=text)
+        later.recorded |= early.recorded
+    later.fit(network, learning_rate=rate, share=1 - part)
+    return later
+
+
+def _choice(params: Params, seed: int) -> Choice | None:
+    if params.get("strategy") == ALIGNED and "hidden" in str(params["features"]):
+        return aligned
+    rate = float(params["layer_dropout"])
+    return some(rate, seed) if rate else None

@@ -1,0 +1,356 @@
+"""Distillation written as data: which feature of which layer is compared with which of the teacher's, and how.
+
+A match names two features, a loss of :mod:`compress_search.losses` and a weight; a student may be projected onto
+the teacher's width by a map that is trained with it and then thrown away. Owns the form of matches, what is wrong
+with them, their losses and their projections. Which matches a method makes, and when it trains on them, is its own.
+
+Layers count as everywhere here: ``hidden`` 0 is the embeddings and n the output of the n-th layer; everything of
+attention counts layers from 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Annotated, Any, Literal, cast
+
+import torch
+import yaml
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from torch import Tensor, nn
+
+from compress_search import ParameterGroup, TrialError
+from compress_search.encoders import embeddings, feature_shape, layers
+from compress_search.losses import FeatureLoss, feature_loss
+
+KINDS = {
+    "hidden": "hidden",
+    "embedding": "hidden",
+    "attention_scores": "scores",
+    "attention": "scores",
+    "attention_probs": "probabilities",
+    "q": "query",
+    "k": "key",
+    "v": "value",
+    "value_relation": "values",
+    "pooled": "pooled",
+    "logits": "logits",
+}
+"""What a match calls a feature -> what the encoders call it."""
+UNNUMBERED = ("embedding", "pooled", "logits")
+"""Features of the whole network, which have no layer to choose."""
+MORE_HEADS = "attention_mse_sum, attention_ce_mean or relation_kl:<heads>"
+
+_FORM = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Projection(BaseModel):
+    """A map of the student's width onto the teacher's; several matches may share one by its name.
+
+    Also written ``linear``, or ``[linear, 384, 768, {lr: 0.001}]`` with the two widths.
+    """
+
+    model_config = _FORM
+    kind: Literal["linear", "relu", "tanh", "identity"] = "linear"
+    widths: list[int] | None = Field(default=None, min_length=2, max_length=2)
+    lr: float | None = Field(default=None, gt=0)
+    shared: str | None = None
+
+
+def _projection(value: Any) -> Any:
+    if isinstance(value, str):
+        return {"kind": value}
+    if isinstance(value, list) and len(value) in (3, 4):
+        options = value[3] if len(value) == 4 else {}
+        return {
+            "kind": value[0],
+            "widths": value[1:3],
+            **(options if isinstance(options, dict) else {"?": options}),
+        }
+    return value
+
+
+class Match(BaseModel):
+    """One comparison of the student with its teacher.
+
+    ``teacher_layer`` and ``student_layer`` are two each for losses of pairs of layers. The weight is multiplied by
+    1 − u under ``linear_decay`` and by u under ``linear_growth``, u being the part of the phase that is done.
+    """
+
+    model_config = _FORM
+    teacher_layer: int | list[int] = Field(default=0, validation_alias=AliasChoices("teacher_layer", "layer_T"))
+    student_layer: int | list[int] = Field(default=0, validation_alias=AliasChoices("student_layer", "layer_S"))
+    feature: Literal[tuple(KINDS)] = "hidden"  # type: ignore[valid-type]
+    loss: str = "hidden_mse"
+    weight: float = Field(default=1.0, gt=0)
+    proj: Annotated[Projection | None, BeforeValidator(_projection)] = None
+    mask: bool = True
+    phase: Literal[1, 2, "all"] = "all"
+    schedule: Literal["const", "linear_decay", "linear_growth"] = "const"
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Match:
+        loss = self.function
+        if self.kind not in loss.kinds:
+            fitting = [name for name, kind in KINDS.items() if kind in loss.kinds]
+            raise ValueError(f"{self.loss} compares {', '.join(fitting)}, not {self.feature}")
+        for name, value in (("teacher_layer", self.teacher_layer), ("student_layer", self.student_layer)):
+            numbers = value if isinstance(value, list) else [value]
+            if len(numbers) != 1 + loss.pair or isinstance(value, list) != loss.pair:
+                raise ValueError(f"{self.loss} takes {'two layers' if loss.pair else 'a layer'}, {name} is {value}")
+            if min(numbers) < 0:
+                raise ValueError(f"{name}: expected 0 or more, got {min(numbers)}")
+            if self.feature in UNNUMBERED and any(numbers):
+                raise ValueError(f"{name}: {self.feature} has no layers, got {value}")
+        if self.proj and self.kind not in ("hidden", "pooled"):
+            raise ValueError(f"proj: only hidden, embedding and pooled can be projected, not {self.feature}")
+        return self
+
+    @property
+    def kind(self) -> str:
+        """The feature as the encoders call it."""
+        return KINDS[self.feature]
+
+    @cached_property
+    def function(self) -> FeatureLoss:
+        """The loss of its name."""
+        return feature_loss(self.loss)
+
+    @property
+    def student(self) -> list[str]:
+        """The student's features, one or two."""
+        return self._names(self.student_layer)
+
+    @property
+    def teacher(self) -> list[str]:
+        """The teacher's features, one or two."""
+        return self._names(self.teacher_layer)
+
+    def _names(self, layer: int | list[int]) -> list[str]:
+        numbers = layer if isinstance(layer, list) else [layer]
+        return [self.kind if self.kind in UNNUMBERED else f"{self.kind}.{number}" for number in numbers]
+
+    def scheduled(self, progress: float) -> float:
+        """The weight at this part of a phase."""
+        return self.weight * {"const": 1.0, "linear_decay": 1 - progress, "linear_growth": progress}[self.schedule]
+
+
+def parse_matches(text: str) -> tuple[Match, ...]:
+    """Matches from a YAML or JSON list.
+
+    Raises:
+        ValueError: the first thing wrong, in one line that names the match and the key.
+    """
+    try:
+        items = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"not a list of matches: {' '.join(str(error).split())}") from None
+    if not isinstance(items, list) or not items:
+        raise ValueError(f"expected a list of matches, got {str(text)[:40]!r}")
+    try:
+        return tuple(TypeAdapter(list[Match]).validate_python(items))
+    except ValidationError as error:
+        first = error.errors()[0]
+        number, *keys = first["loc"]
+        place = ".".join(map(str, [f"match {int(number) + 1}", *keys]))
+        raise ValueError(f"{place}: {first['msg'].removeprefix('Value error, ')}") from None
+
+
+def check_depths(matches: Sequence[Match], teacher: int | None = None, student: int | None = None) -> None:
+    """Refuse matches that point outside models of so many layers.
+
+    Raises:
+        ValueError: a layer that does not exist; the text says up to which there are some.
+    """
+    for number, match in enumerate(matches, start=1):
+        for side, depth, names in (("teacher", teacher, match.teacher), ("student", student, match.student)):
+            last = -1 if depth is None else depth if match.kind == "hidden" else depth - 1
+            for name in names:
+                layer = int(name.partition(".")[2] or 0)
+                if depth is not None and layer > last:
+                    raise ValueError(
+                        f"match {number}: {side}_layer {layer} does not exist: "
+                        f"{match.feature} of its {depth} layers counts from 0 to {last}"
+                    )
+
+
+def check_matches(matches: Sequence[Match], student: nn.Module, teacher: nn.Module) -> None:
+    """Refuse matches that two networks cannot be compared by.
+
+    Raises:
+        TrialError: other vocabularies, a layer that does not exist, heads or widths that differ where they may not,
+            or a projection of other widths; the text names what would do.
+    """
+    sizes = [cast(Any, embeddings(network).word_embeddings).num_embeddings for network in (student, teacher)]
+    if sizes[0] != sizes[1]:
+        raise TrialError(
+            f"student and teacher read vocabularies of {sizes[0]} and {sizes[1]} pieces: expected the same one"
+        )
+    try:
+        check_depths(matches, len(layers(teacher)), len(layers(student)))
+    except ValueError as error:
+        raise TrialError(str(error)) from None
+    for number, match in enumerate(matches, start=1):
+        for ours, theirs in zip(match.student, match.teacher, strict=True):
+            _check_shapes(f"match {number}", match, student, teacher, ours, theirs)
+
+
+def _check_shapes(place: str, match: Match, student: nn.Module, teacher: nn.Module, ours: str, theirs: str) -> None:
+    if match.kind == "logits":
+        return
+    if match.kind in ("hidden", "pooled"):
+        mine, other = feature_shape(student, ours)[0], feature_shape(teacher, theirs)[0]
+        if match.proj and match.proj.widths and match.proj.widths != [mine, other]:
+            raise TrialError(f"{place}: proj maps {match.proj.widths}, and the widths are [{mine}, {other}]")
+        if mine != other and not match.proj and not match.function.any_width:
+            raise TrialError(
+                f"{place}: {match.loss} cannot compare widths {mine} and {other}: add proj: linear, or use nst"
+            )
+        return
+    (heads, size), (more, bigger) = (
+        feature_shape(net, name.replace(match.kind, _SOURCE.get(match.kind, match.kind)))
+        for net, name in ((student, ours), (teacher, theirs))
+    )
+    if heads != more and not match.function.any_heads:
+        raise TrialError(f"{place}: {match.loss} cannot compare {heads} heads with {more}: use {MORE_HEADS}")
+    if size != bigger and not match.function.any_width:
+        raise TrialError(
+            f"{place}: {match.loss} cannot compare heads of size {size} and {bigger}: use relation_kl:<heads>"
+        )
+    _check_relation_heads(place, match, heads * size, more * bigger)
+
+
+_SOURCE = {"scores": "query", "probabilities": "query", "values": "value"}
+
+
+def _check_relation_heads(place: str, match: Match, *widths: int) -> None:
+    name, _, heads = match.loss.partition(":")
+    for width in widths if name == "relation_kl" else ():
+        if width % int(float(heads)):
+            raise TrialError(f"{place}: {match.loss} needs a width that {heads} divides, got {width}")
+
+
+class _Identity(nn.Linear):
+    """A linear map that starts as the identity."""
+
+    def reset_parameters(self) -> None:
+        """Ones on the diagonal, no bias."""
+        nn.init.eye_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Matches with their projections: the loss of one student and one teacher.
+
+    ``projections`` belongs to neither; give it to ``context.fit`` as ``beside``, and its :meth:`groups` among the
+    parameters.
+    """
+
+    matches: tuple[Match, ...]
+    projections: nn.ModuleDict = field(default_factory=nn.ModuleDict)
+
+    @classmethod
+    def between(cls, matches: Sequence[Match], student: nn.Module, teacher: nn.Module, seed: int) -> Matching:
+        """The matching of two networks, with new projections: weights N(0, 0.02²), no bias.
+
+        Raises:
+            TrialError: see :func:`check_matches`.
+        """
+        check_matches(matches, student, teacher)
+        generator = torch.Generator().manual_seed(seed)
+        made: dict[str, nn.Module] = {}
+        for number, match in enumerate(matches):
+            key = _key(number, match)
+            if match.proj and key not in made:
+                ours, theirs = feature_shape(student, match.student[0]), feature_shape(teacher, match.teacher[0])
+                made[key] = _make(match.proj.kind, ours[0], theirs[0], generator)
+        return cls(tuple(matches), nn.ModuleDict(made))
+
+    def only(self, phase: int) -> Matching:
+        """The matches of a phase, with the same projections under their new numbers."""
+        kept = [(n, match) for n, match in enumerate(self.matches) if match.phase in (phase, "all")]
+        modules = {
+            _key(new, match): self.projections[_key(old, match)]
+            for new, (old, match) in enumerate(kept)
+            if match.proj
+        }
+        return Matching(tuple(match for _, match in kept), nn.ModuleDict(modules))
+
+    @property
+    def student_features(self) -> list[str]:
+        """What is to be read of the student, each name once."""
+        return list(dict.fromkeys(name for match in self.matches for name in match.student))
+
+    @property
+    def teacher_features(self) -> list[str]:
+        """What is to be read of the teacher, each name once."""
+        return list(dict.fromkeys(name for match in self.matches for name in match.teacher))
+
+    def groups(self) -> list[ParameterGroup]:
+        """The projections' parameters with their own learning rates."""
+        rates = {_key(n, match): match.proj.lr for n, match in enumerate(self.matches) if match.proj}
+        return [ParameterGroup(list(self.projections[key].parameters()), rate) for key, rate in rates.items()]
+
+    def term(
+        self, number: int, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], mask: Tensor
+    ) -> Tensor:
+        """One match's loss, unweighted.
+
+        Args:
+            number: the match's, from 0.
+            student: features by name.
+            teacher: features by name.
+            mask: (B, S), 1 = no padding.
+        """
+        match = self.matches[number]
+        ours, theirs = [student[name] for name in match.student], [teacher[name] for name in match.teacher]
+        if match.proj:
+            ours = [self.projections[_key(number, match)](tensor) for tensor in ours]
+        mask = mask if match.mask else torch.ones_like(mask)
+        if match.function.pair:
+            return match.function((ours[0], ours[1]), (theirs[0], theirs[1]), mask)
+        return match.function(ours[0], theirs[0], mask)
+
+    def loss(self, terms: Mapping[int, Tensor], progress: float = 0.0) -> Tensor | float:
+        """The weighted sum of terms, by the numbers of their matches; 0.0 for none."""
+        return sum((self.matches[n].scheduled(progress) * term for n, term in terms.items()), 0.0)
+
+    def __call__(
+        self,
+        student: Mapping[str, Tensor],
+        teacher: Mapping[str, Tensor],
+        mask: Tensor,
+        progress: float = 0.0,
+        chosen: Collection[int] | None = None,
+    ) -> Tensor | float:
+        """The weighted sum over the chosen matches, all by default; arguments as of :meth:`term`."""
+        numbers = range(len(self.matches)) if chosen is None else chosen
+        return self.loss({n: self.term(n, student, teacher, mask) for n in numbers}, progress)
+
+
+def _key(number: int, match: Match) -> str:
+    shared = match.proj and match.proj.shared
+    return f"shared {shared}" if shared else str(number)
+
+
+def _make(kind: str, ours: int, theirs: int, generator: torch.Generator) -> nn.Module:
+    if kind == "identity":
+        if ours == theirs:
+            return _Identity(ours, theirs)
+        kind = "linear"
+    linear = nn.utils.skip_init(nn.Linear, ours, theirs)
+    linear.weight.data = torch.randn(theirs, ours, generator=generator) * 0.02
+    nn.init.zeros_(linear.bias)
+    activation: dict[str, list[nn.Module]] = {"linear": [], "relu": [nn.ReLU()], "tanh": [nn.Tanh()]}
+    return nn.Sequential(linear, *activation[kind])

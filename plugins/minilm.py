@@ -1,0 +1,164 @@
+"""MiniLM: a student of any depth and width from the attention of a single layer of its teacher.
+
+Matches, and nothing else: the last layer's attention and value relations (version 1), or the relations of queries,
+keys and values among themselves, split into heads anew (version 2, so that the models' heads may differ). These say
+nothing to the head, so logits and labels follow. A student of at most half the depth and width learns from an
+assistant, as deep as the teacher and as narrow as the student.
+
+Sources: Wang et al. 2020, MiniLM; Wang et al. 2021, MiniLMv2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subject
+from compress_search.encoders import layers
+
+from .layer_maps import source_layers
+from .matching import Match, Matching
+from .objective import Objective, reader
+from .soft_targets import SoftTerm, soft_space
+from .students import cut_student, student_subject, unfit, widths
+
+RELATIONS = ("qk+vv", "qq+kk+vv", "qq", "kk", "vv", "qk")
+RELATION_HEADS = (12, 24, 48, 64)
+BATCH = 32
+"""Examples in a step on unlabelled text."""
+_FEATURES = {"qq": "q", "kk": "k", "vv": "v"}
+
+
+def relation_heads(width: int, narrow: int, heads: int) -> list[int]:
+    """The numbers of relation heads that divide both widths, rising; among them that of the models' own heads."""
+    return sorted({n for n in (heads, *RELATION_HEADS) if width % n == 0 and narrow % n == 0})
+
+
+def default_heads(heads: Sequence[int]) -> int:
+    """The paper's 48, or 64 for large models, where they fit; else as many as do."""
+    return 48 if 48 in heads else max(heads)
+
+
+def minilm_matches(params: Params, student: int, teacher: int) -> tuple[Match, ...]:
+    """The matches of the student's last layer with a layer of the teacher's.
+
+    Args:
+        params: ``version``, ``attention_weight``, ``value_weight``; in version 2 ``relations``, ``relation_heads``.
+        student: its last layer, from 0.
+        teacher: the layer to learn from, from 0.
+    """
+    return tuple(
+        Match.model_validate({**_match(relation, params), "student_layer": student, "teacher_layer": teacher})
+        for relation in str(params.get("relations", "qk+vv")).split("+")
+    )
+
+
+def _match(relation: str, params: Params) -> dict[str, Any]:
+    weight = float(params["value_weight" if relation == "vv" else "attention_weight"])
+    if relation == "qk":
+        return {"feature": "attention_scores", "loss": "relation_kl_rows", "weight": weight}
+    if params["version"] == "v1" and relation == "vv":
+        return {"feature": "value_relation", "loss": "value_relation_kl", "weight": weight}
+    loss = f"relation_kl:{params['relation_heads']}"
+    return {"feature": _FEATURES[relation], "loss": loss, "weight": weight}
+
+
+def _relate(
+    student: nn.Module, teacher: nn.Module, layer: int, params: Params, context: Context, share: float
+) -> dict[str, float]:
+    """Train a student's relations on those of a layer of a teacher; the terms at the end."""
+    matches = minilm_matches(params, len(layers(student)) - 1, layer)
+    matching = Matching.between(matches, student, teacher, context.seed)
+    source = None if teacher is context.teacher else reader(teacher)
+    objective = Objective(context, matching, teacher=source)
+    text = context.unlabelled(BATCH) if params.get("unlabelled_text") else None
+    objective.fit(student, learning_rate=float(params["learning_rate"]), share=share, scored=False, batches=text)
+    return objective.report()
+
+
+class MiniLM(Method):
+    """Deep self-attention distillation into a student of chosen depth and width."""
+
+    stage = Stage.STUDENT
+
+    def search_space(self, teacher: Subject) -> Mapping[str, Dim]:
+        """``width`` is the part of the teacher's that is *kept*; ``teacher_layer`` counts from 1."""
+        depths = list(range(1, teacher.layers)) or [1]
+        second = {"version": ("v2",)}
+        heads = relation_heads(teacher.hidden, teacher.hidden, round(teacher.heads))
+        text = {"unlabelled_text": Dim.flag(False, expert=True)} if "unlabelled" in teacher.traits else {}
+        return {
+            "layers": Dim.choice(depths, max(1, teacher.layers // 2)),
+            "width": Dim.choice(widths(teacher), 1.0),
+            "init": Dim.choice(("spread", "first", "last"), "spread", expert=True),
+            "version": Dim.choice(("v1", "v2"), "v2"),
+            "relation_heads": Dim.choice(heads, default_heads(heads), when=second),
+            "relations": Dim.choice(RELATIONS, "qq+kk+vv", when=second, expert=True),
+            "teacher_layer": Dim.integer(
+                max(1, teacher.layers // 2), max(1, teacher.layers), max(1, teacher.layers), expert=True
+            ),
+            "attention_weight": Dim.real(0.01, 10.0, 1.0, log=True, expert=True),
+            "value_weight": Dim.real(0.01, 10.0, 1.0, log=True, expert=True),
+            "assistant": Dim.choice(("auto", "always", "never"), "auto", expert=True),
+            "relation_fraction": Dim.real(0.1, 0.9, 0.5),
+            **text,
+            "logit_weight": Dim.real(0.01, 10.0, 1.0, log=True, expert=True),
+            "hard_weight": Dim.real(0.01, 10.0, 1.0, log=True, expert=True),
+            **soft_space(teacher),
+            "learning_rate": Dim.real(1e-6, 1e-2, 5e-5, log=True, expert=True),
+        }
+
+    def unsupported(self, subject: Subject) -> str | None:
+        """A student starts as a part of its teacher, whose layers are all alike."""
+        return unfit(subject)
+
+    def effective(self, subject: Subject, params: Params) -> Params:
+        """Relation heads that divide both widths, and whether there is an assistant."""
+        found, width = dict(params), float(params["width"])
+        if "relation_heads" in found:
+            narrow = round(subject.hidden * width)
+            fitting = relation_heads(subject.hidden, narrow, round(subject.heads))
+            asked = int(found["relation_heads"])
+            found["relation_heads"] = max((n for n in fitting if n <= asked), default=fitting[0])
+        if found["assistant"] == "auto":
+            small = int(found["layers"]) <= subject.layers / 2 and width <= 0.5
+            found["assistant"] = "always" if small else "never"
+        return found
+
+    def after(self, subject: Subject, params: Params) -> Subject:
+        """Fewer layers and, by ``width``, narrower ones with as many heads."""
+        return student_subject(subject, int(params["layers"]), float(params["width"]))
+
+    def trains(self, params: Params) -> bool:
+        """Always."""
+        return True
+
+    def apply(self, candidate: Candidate, params: Params, context: Context) -> Candidate:
+        """Relations from the teacher, perhaps by way of an assistant; then logits and labels."""
+        depth, width = candidate.subject.layers, float(params["width"])
+        sources = source_layers(str(params["init"]), int(params["layers"]), depth)
+        student = cut_student(candidate, sources, width)
+        network, part = student.network, float(params["relation_fraction"])
+        hops = [network]
+        if params["assistant"] == "always":
+            hops.insert(0, cut_student(candidate, range(depth), width).network)
+        teacher, layer, terms = context.teacher, int(params["teacher_layer"]) - 1, dict[str, float]()
+        for pupil in hops:
+            terms = _relate(pupil, teacher, layer, params, context, part / len(hops))
+            teacher, layer = pupil, len(layers(pupil)) - 1
+        later = Objective(
+            context,
+            Matching(()),
+            SoftTerm.of(student.subject.task, params),
+            float(params["logit_weight"]),
+            float(params["hard_weight"]),
+        )
+        later.fit(network, learning_rate=float(params["learning_rate"]), share=1 - part)
+        return student.replace(notes={**student.notes, "minilm": terms | later.report()})
+
+    def evaluate(self, candidate: Candidate, context: Context) -> Mapping[str, float]:
+        """The unweighted terms of the last steps of training, by kind."""
+        terms: Mapping[str, float] = candidate.notes.get("minilm", {})
+        return terms

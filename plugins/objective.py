@@ -1,0 +1,143 @@
+"""Training a student under matches, the teacher's logits and the labels, each with its weight.
+
+Owns how the three meet on a batch, in one forward pass of the student, and the record of the unweighted terms: a
+sum says nothing of how many matches it is of. Which matches, weights and phases there are is the method's to say.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress_search import Batch, Context, ParameterGroup
+from compress_search.encoders import read_features, recording
+
+from .layer_maps import align
+from .matching import Matching
+from .soft_targets import SoftTerm
+
+Features = Mapping[str, Tensor]
+Teacher = Callable[[Batch, Collection[str]], Features]
+Choice = Callable[[Matching, Features, Features, Tensor], Sequence[int]]
+"""(matching, student's features, teacher's, mask) -> the numbers of the matches that count in this step."""
+
+RECORDED = 20
+"""Training steps over which the terms that are reported are averaged."""
+
+
+@dataclass
+class Objective:
+    """A loss for ``context.fit``: matches + ``soft_weight``·soft targets + ``hard_weight``·the task's loss.
+
+    ``teacher`` answers for features; the study's by default. ``choose`` picks the matches of a step, all
+    by default. A term of weight 0 is not computed; batches without labels can have only matches.
+    """
+
+    context: Context
+    matching: Matching
+    soft: SoftTerm | None = None
+    soft_weight: float = 0.0
+    hard_weight: float = 0.0
+    teacher: Teacher | None = None
+    choose: Choice | None = None
+    progress: float = 0.0
+    recorded: dict[str, deque[float]] = field(default_factory=dict)
+
+    def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
+        """The weighted sum on a batch."""
+        with recording(network, [*self.matching.student_features, "logits"]) as found:
+            hard = self._forward(network, batch)
+        total: Any = self._matches(found, batch)
+        if self.soft and self.soft_weight:
+            soft = self.soft(found["logits"], self.context.teacher_logits(batch), batch)
+            total = total + self.soft_weight * self._record("soft", soft)
+        if hard is not None:
+            total = total + self.hard_weight * self._record("hard", hard)
+        return total  # type: ignore[no-any-return]
+
+    def fit(self, network: nn.Module, parameters: Sequence[nn.Parameter] | None = None, **options: Any) -> None:
+        """Train the network, and the projections beside it, under this objective; options as of ``context.fit``."""
+        own = [p for p in network.parameters() if p.requires_grad] if parameters is None else parameters
+        groups: list[nn.Parameter | ParameterGroup] = [*own, *self.matching.groups()]
+        beside = self.matching.projections
+        self.context.fit(network, loss=self, on_step=self._on_step, parameters=groups, beside=beside, **options)
+
+    def report(self) -> dict[str, float]:
+        """The unweighted terms by their kind, matches of a kind summed; means over the last steps."""
+        return {name: sum(values) / len(values) for name, values in self.recorded.items()}
+
+    def _on_step(self, step: int, steps: int) -> None:
+        self.progress = step / steps
+
+    def _forward(self, network: nn.Module, batch: Batch) -> Tensor | None:
+        if self.hard_weight:
+            return self.context.task_loss(network, batch)
+        read_features(network, batch, ())
+        return None
+
+    def _matches(self, student: Features, batch: Batch) -> Tensor | float:
+        if not self.matching.matches:
+            return 0.0
+        ask = self.teacher or self.context.teacher_outputs
+        teacher, mask = ask(batch, self.matching.teacher_features), batch["attention_mask"]
+        everything = range(len(self.matching.matches))
+        numbers = self.choose(self.matching, student, teacher, mask) if self.choose else everything
+        terms = {number: self.matching.term(number, student, teacher, mask) for number in numbers}
+        for kind in dict.fromkeys(self.matching.matches[number].feature for number in numbers):
+            of_kind = [term.detach() for n, term in terms.items() if self.matching.matches[n].feature == kind]
+            self._record(kind, torch.stack(of_kind).sum())
+        return self.matching.loss(terms, self.progress)
+
+    def _record(self, name: str, value: Tensor) -> Tensor:
+        self.recorded.setdefault(name, deque(maxlen=RECORDED)).append(value.item())
+        return value
+
+
+def some(rate: float, seed: int) -> Choice:
+    """Each match is left out of a step with this probability, but never all of them.
+
+    Source: Xia et al. 2022, CoFi: teacher layers at random are more stable than fixed ones (its authors' code).
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(matching: Matching, student: Features, teacher: Features, mask: Tensor) -> list[int]:
+        draws = torch.rand(len(matching.matches), generator=generator)
+        # the one with the largest draw stays: where all are to go, it is any of them with equal probability
+        return [n for n, draw in enumerate(draws) if draw >= rate or n == int(draws.argmax())]
+
+    return choose
+
+
+def aligned(matching: Matching, student: Features, teacher: Features, mask: Tensor) -> list[int]:
+    """Of the matches of hidden states those that :func:`align` picks, one a teacher layer; all of the others.
+
+    The matches of hidden states are those of every student layer with each of a few of the teacher's.
+    """
+    numbers = {
+        (match.teacher_layer, match.student_layer): number
+        for number, match in enumerate(matching.matches)
+        if match.feature == "hidden"
+    }
+    above = sorted({pair[0] for pair in numbers})  # type: ignore[type-var]
+    below = sorted({pair[1] for pair in numbers})  # type: ignore[type-var]
+    with torch.no_grad():
+        costs = torch.stack(
+            [torch.stack([matching.term(numbers[t, s], student, teacher, mask) for s in below]) for t in above]
+        )
+    picked = {numbers[t, below[column]] for t, column in zip(above, align(costs), strict=True)}
+    return [n for n, match in enumerate(matching.matches) if n in picked or match.feature != "hidden"]
+
+
+def reader(network: nn.Module) -> Teacher:
+    """A network other than the study's teacher as the one that answers for features, without gradients."""
+
+    def read(batch: Batch, names: Collection[str]) -> Features:
+        with torch.no_grad():
+            return read_features(network, batch, names)
+
+    return read

@@ -1,0 +1,170 @@
+"""Students cut out of their teacher: fewer of its layers, and of its channels those that matter most.
+
+Owns how a network of smaller width takes over weights of a larger one. Trains nothing, and does not decide how
+small a student is to be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.initialization import no_init_weights
+
+from compress_search import Candidate, Subject
+from compress_search.encoders import backbone, embeddings, family, head, keep_layers, layers, parts
+
+WIDTHS = (1.0, 0.75, 0.5, 0.25)
+
+
+def widths(teacher: Subject) -> list[float]:
+    """The parts of the teacher's width that leave heads of whole, even size."""
+    return [part for part in WIDTHS if (teacher.hidden * part / teacher.heads) % 2 == 0] or [1.0]
+
+
+def unfit(subject: Subject) -> str | None:
+    """Why no student can be cut out of such a model; None when one can."""
+    if subject.layers < 2:
+        return f"{subject.layers} layer leaves nothing to choose from: at least 2 are needed"
+    if "shared" in subject.traits:
+        return "its layers share weights, which a student of some of them would not"
+    return "its layers differ in shape" if "non-uniform" in subject.traits else None
+
+
+def student_subject(teacher: Subject, depth: int, width: float) -> Subject:
+    """The shapes of :func:`cut_student`'s result."""
+    hidden = round(teacher.hidden * width)
+    tied = teacher.embedding_size in (0, teacher.hidden)
+    return teacher.having(
+        "lossy",
+        layers=depth,
+        hidden=hidden,
+        head_dim=round(hidden / teacher.heads),
+        intermediate=_part(round(teacher.intermediate), width),
+        embedding_size=hidden if tied and teacher.embedding_size else teacher.embedding_size,
+    )
+
+
+def cut_student(candidate: Candidate, sources: Sequence[int], width: float) -> Candidate:
+    """A candidate of its own with copies of these layers, at this part of the width, not yet trained.
+
+    All heads stay, each with a part of its size.
+    """
+    student = candidate.copy()
+    keep_layers(student.network, sources)
+    subject = student_subject(candidate.subject, len(sources), width)
+    if width < 1:
+        student = student.replace(network=narrowed(student.network, subject.hidden, round(subject.intermediate)))
+    return student.replace(subject=subject)
+
+
+def narrowed(network: nn.Module, hidden: int, neurons: int) -> nn.Module:
+    """A new network of smaller width with what matters most of the old one's channels and neurons.
+
+    Channels are kept by the norm of their column of the word embeddings, the same ones everywhere; within a head
+    by the product of the norms of what multiplies there, queries with keys, values with the output; neurons by the
+    product of the norms of their two vectors.
+
+    Args:
+        network: all layers alike, no masks.
+        hidden: the new width, a multiple of the number of heads.
+        neurons: the new width of the feed-forward blocks.
+    """
+    small = _blank(network, hidden, neurons)
+    channels = _largest(cast(nn.Embedding, embeddings(network).word_embeddings).weight.norm(dim=0), hidden)
+    with torch.no_grad():
+        _copy_embeddings(small, network, channels)
+        for ours, theirs in zip(layers(small), layers(network), strict=True):
+            _copy_layer(ours, theirs, channels)
+        _copy_head(small, network, channels)
+    return small.eval()
+
+
+def _part(size: int, width: float) -> int:
+    return max(1, round(size * width))
+
+
+def _blank(network: nn.Module, hidden: int, neurons: int) -> nn.Module:
+    config = deepcopy(cast(Any, network).config)
+    tied = getattr(config, "embedding_size", None) == config.hidden_size
+    names = ("dim", "hidden_dim") if family(network) == "distilbert" else ("hidden_size", "intermediate_size")
+    for name, size in zip(names, (hidden, neurons), strict=True):
+        setattr(config, name, size)
+    if tied:
+        config.embedding_size = hidden
+    parameter = next(network.parameters())
+    with no_init_weights():
+        small: nn.Module = type(network)(config)  # type: ignore[call-arg]
+    return small.to(parameter.device, parameter.dtype)
+
+
+def _largest(importance: Tensor, count: int) -> Tensor:
+    """Indices of the largest entries, in rising order."""
+    return importance.topk(count).indices.sort().values
+
+
+def _copy_embeddings(small: nn.Module, network: nn.Module, channels: Tensor) -> None:
+    ours, theirs = dict(embeddings(small).named_modules()), dict(embeddings(network).named_modules())
+    # tables narrower or wider than the network (ELECTRA) stay as they are, and their projection is cut
+    tied = "embeddings_project" not in dict(backbone(network).named_children())
+    for name, module in theirs.items():
+        if isinstance(module, nn.Embedding):
+            ours[name].weight.copy_(module.weight[:, channels] if tied else module.weight)  # type: ignore[operator]
+        elif isinstance(module, nn.LayerNorm):
+            _copy_norm(ours[name], module, channels if tied else slice(None))
+    if not tied:
+        _copy_linear(
+            backbone(small).embeddings_project, backbone(network).embeddings_project, channels, slice(None)
+        )
+
+
+def _copy_layer(small: nn.Module, layer: nn.Module, channels: Tensor) -> None:
+    ours, theirs = parts(small), parts(layer)
+    inner = ours.head_dim
+
+    def rows(first: Tensor, second: Tensor) -> Tensor:
+        """The dimensions of each head that stay, by importances (A·d,) of the two maps that meet there."""
+        importance = (first * second).view(theirs.heads, theirs.head_dim)
+        kept = importance.topk(inner, dim=1).indices.sort(dim=1).values
+        offsets = torch.arange(theirs.heads, device=kept.device)[:, None] * theirs.head_dim
+        flat: Tensor = (kept + offsets).flatten()
+        return flat
+
+    def norms(linear: nn.Linear, dim: int) -> Tensor:
+        size: Tensor = torch.linalg.vector_norm(linear.weight, dim=dim)
+        return size
+
+    asked = rows(norms(theirs.query, 1), norms(theirs.key, 1))
+    told = rows(norms(theirs.value, 1), norms(theirs.attention_output, 0))
+    neurons = _largest(norms(theirs.up, 1) * norms(theirs.down, 0), ours.neurons)
+    _copy_linear(ours.query, theirs.query, asked, channels)
+    _copy_linear(ours.key, theirs.key, asked, channels)
+    _copy_linear(ours.value, theirs.value, told, channels)
+    _copy_linear(ours.attention_output, theirs.attention_output, channels, told)
+    _copy_linear(ours.up, theirs.up, neurons, channels)
+    _copy_linear(ours.down, theirs.down, channels, neurons)
+    _copy_norm(ours.attention_norm, theirs.attention_norm, channels)
+    _copy_norm(ours.output_norm, theirs.output_norm, channels)
+
+
+def _copy_head(small: nn.Module, network: nn.Module, channels: Tensor) -> None:
+    """The linear maps after the last layer: all have the network's width, but for the last one's outputs."""
+    ours, theirs = (
+        [m for part in head(n) for m in part.modules() if isinstance(m, nn.Linear)] for n in (small, network)
+    )
+    for mine, old in zip(ours[:-1], theirs[:-1], strict=True):
+        _copy_linear(mine, old, channels, channels)
+    _copy_linear(ours[-1], theirs[-1], slice(None), channels)
+
+
+def _copy_linear(to: Any, of: Any, rows: Tensor | slice, columns: Tensor | slice) -> None:
+    to.weight.copy_(of.weight[rows][:, columns])
+    to.bias.copy_(of.bias[rows])
+
+
+def _copy_norm(to: Any, of: Any, channels: Tensor | slice) -> None:
+    to.weight.copy_(of.weight[channels])
+    to.bias.copy_(of.bias[channels])
