@@ -70,8 +70,6 @@ class _Writer:
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
-        self.axis = self._constant("axis", np.array(0))
-        self.one = self._constant("one", np.array(1))
 
     def expand(self, name: str, packed: Packed, array: NDArray[Any], fill: NDArray[Any]) -> None:
         """Nodes whose last output is the array, under its name."""
@@ -82,8 +80,8 @@ class _Writer:
             flat = self._node("Gather", table, self._rows(places, array.size))
         else:
             dense = self._filled(array.size, fill)
-            indices = self._node("Sub", self._sums(self._counted(places)), self.one)
-            flat = self._node("ScatterElements", dense, indices, self._constant(f"{name}/values", values), axis=0)
+            values_name = self._constant(f"{name}/values", values)
+            flat = self._node("ScatterElements", dense, self._indices(places), values_name, axis=0)
         self._node("Reshape", flat, self._constant(f"{name}/shape", np.array(array.shape)), output=name)
 
     def _rows(self, bitmap: str, count: int) -> str:
@@ -97,8 +95,11 @@ class _Writer:
         known = self._integers(self._node("Slice", flat, *limits))
         return self._node("Mul", known, self._sums(known))
 
-    def _counted(self, gaps: str) -> str:
-        return self._node("Add", self._integers(gaps), self.one)
+    def _indices(self, gaps: str) -> str:
+        """Where each value stands: as far behind the one before as its gap says, the first behind −1."""
+        one = self._constant("one", np.array(1))
+        steps = self._node("Add", self._integers(gaps), one)
+        return self._node("Sub", self._sums(steps), one)
 
     def _filled(self, count: int, fill: NDArray[Any]) -> str:
         from onnx import numpy_helper
@@ -112,7 +113,7 @@ class _Writer:
         return self._node("Cast", name, to=TensorProto.INT64)
 
     def _sums(self, name: str) -> str:
-        return self._node("CumSum", name, self.axis)
+        return self._node("CumSum", name, self._constant("axis", np.array(0)))
 
     def _node(self, kind: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
         from onnx import helper

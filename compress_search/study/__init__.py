@@ -178,6 +178,11 @@ class Study(Section):
         """Whether an objective or a constraint depends on running time."""
         return any(name in TIMED for name in (*self.directions, *self.constraints))
 
+    @property
+    def sized(self) -> bool:
+        """Whether an objective or a constraint depends on the stored size."""
+        return "size_mb" in {*self.directions, *self.constraints}
+
     def error(self, key: str, message: str) -> StudyError:
         """An error that names the dotted key with its file and line, or those of its nearest ancestor."""
         if self._document is None:

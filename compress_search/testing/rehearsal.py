@@ -176,8 +176,8 @@ class Rehearsal:
         return found
 
     def _accepted(self, subject: Subject) -> Subject | None:
-        """The subject as the method takes it: as it is, or as a lossy step leaves it."""
-        states = (subject, subject.having("lossy"))
+        """The subject as the method takes it: as it is, as a lossy step leaves it, or where the size counts."""
+        states = (subject, subject.having("lossy"), subject.having("sized"))
         return next((state for state in states if self.method.unsupported(state) is None), None)
 
     @cached_property
