@@ -6,6 +6,7 @@ neither torch nor Ray.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from compress_search.study import Study, load_study
 
 __version__ = "0.1.0"
+
+# ONNX Runtime otherwise writes an identifier into the user's cache when it is imported
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOME = {
     "Batch": "method",

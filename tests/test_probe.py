@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,12 +23,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     probe._found.cache_clear()
 
 
-def test_the_probe_covers_three_kernels_and_is_short(cache: Path) -> None:
+def test_the_probe_covers_kernels_and_engines_and_is_short(cache: Path) -> None:
     probe._measure("cpu")  # the first call also imports the engines
     start = time.perf_counter()
     found = {kernel.name: kernel for kernel in probe._measure("cpu")}
     assert time.perf_counter() - start < 2
-    assert found.keys() == {"int8", "weight-only", "bf16"}
+    assert found.keys() == {"int8", "weight-only", "bf16", "compile"}
+    compiling = found.pop("compile")
+    assert compiling.real == (probe.toolchain() is None)
+    assert compiling.ratio is None, "what compiling gains takes too long to tell here"
     for kernel in found.values():
         assert kernel.ratio is not None, f"{kernel.name} runs on every x86 and ARM build: {kernel.note}"
         assert kernel.real == (kernel.ratio <= probe._LIMITS[kernel.name])
@@ -85,3 +91,43 @@ def test_integer_kernels_are_not_offered_on_other_devices(monkeypatch: pytest.Mo
     found = {kernel.name: kernel for kernel in probe._measure("cuda")}
     assert not found["int8"].real
     assert found["int8"].note == "no kernel on cuda"
+
+
+def test_compiling_needs_the_compiler_that_is_named_and_pythons_headers(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler -O2")
+    assert probe.toolchain() == "there is no C++ compiler no-such-compiler"
+    assert "compile" not in {kernel.name for kernel in probe._measure("cpu") if kernel.real}
+    assert probe.compiled_kernel().note == "there is no C++ compiler no-such-compiler"
+    monkeypatch.setenv("CXX", "python3 -c")
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(cache))
+    assert probe.toolchain() == f"Python's headers are not there: {cache}/Python.h"
+    (cache / "Python.h").touch()
+    assert probe.toolchain() is None
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_on_cuda_it_is_the_provider_and_triton_that_count(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    providers = ["CUDAExecutionProvider"] * there + ["CPUExecutionProvider"]
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: providers)
+    monkeypatch.setattr(probe, "find_spec", lambda name: object() if there else None)
+    monkeypatch.setattr(probe, "_torch_pair", lambda device: (lambda: None, lambda: None))
+    found = {kernel.name: kernel.real for kernel in probe._measure("cuda")}
+    assert (found["onnx-cuda"], found["compile"]) == (there, there)
+
+
+def test_importing_the_engine_leaves_no_identifier_behind(tmp_path: Path) -> None:
+    places = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    environment = {**{name: value for name, value in os.environ.items() if not name.startswith("ORT_")}, **places}
+    code = "import compress_search, onnxruntime"
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.slow
+def test_compiling_is_measured_where_it_is_asked_for() -> None:
+    kernel = probe.compiled_kernel()
+    assert kernel.name == "compile"
+    assert (kernel.ratio is not None) == (probe.toolchain() is None)

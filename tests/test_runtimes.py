@@ -12,13 +12,16 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
 
 from compress_search import Candidate, ExportError, TrialError
 from compress_search.encoders import FAMILIES, load, prune_heads, prune_neurons
-from compress_search.runtimes import Artifact, default_engine, load_runner, lower, size_mb
+from compress_search.runtimes import Artifact, default_engine, engines, load_runner, lower, size_mb
+from compress_search.runtimes.engines import padded_width
+from compress_search.runtimes.probe import toolchain
 from compress_search.tasks import Task
 from compress_search.testing import tiny_batches, tiny_candidate
 
@@ -196,11 +199,15 @@ def test_export_is_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize(
     ("runtime", "traits", "message"),
     [
-        ({"engine": "tensorrt"}, (), "engine 'tensorrt' is unknown: expected one of onnxruntime, torch"),
+        ({"engine": "tensorrt"}, (), "engine 'tensorrt' is unknown: expected one of onnxruntime, torch, compile"),
         ({"engine": "torch"}, ("onnx-only",), "torch cannot run what was lowered"),
         ({"engine": "onnxruntime"}, ("torch-only",), "for torch only"),
         ({"engine": "torch", "attention": "flash"}, (), "attention 'flash' is unknown"),
         ({"engine": "onnxruntime", "attention": "sdpa"}, (), "onnxruntime has no option attention"),
+        ({"engine": "torch", "freezing": True}, (), "torch has no option freezing"),
+        ({"engine": "torch", "buckets": [16, 8]}, (), r"buckets are ascending widths in tokens, got \[16, 8\]"),
+        ({"engine": "torch", "max_length": 0}, (), "max_length is a number of tokens, got 0"),
+        ({"engine": "compile"}, ("onnx-only",), "torch cannot run what was lowered"),
     ],
 )
 def test_impossible_runtimes_are_refused(
@@ -234,6 +241,133 @@ def test_segments_default_to_zeros(tmp_path: Path) -> None:
     feed = feed_of(candidate)
     without = {name: value for name, value in feed.items() if name != "token_type_ids"}
     np.testing.assert_array_equal(run(without), run(feed))
+
+
+def test_a_timed_study_on_cuda_does_not_run_onnx_on_the_cpu(tmp_path: Path) -> None:
+    candidate = tiny_candidate().replace(runtime={"engine": "onnxruntime"})
+    timed = candidate.replace(subject=candidate.subject.having("timed", device="cuda"))
+    with pytest.raises(TrialError, match="ONNX Runtime has no CUDA provider here"):
+        lower(timed, tmp_path / "artifact", CLASSIFICATION)
+    there = timed.replace(subject=timed.subject.having("kernel:onnx-cuda"))
+    lower(there, tmp_path / "artifact", CLASSIFICATION)
+    assert Artifact.read(tmp_path / "artifact").engine == "onnxruntime"
+
+
+def test_compiling_is_refused_where_it_cannot_be_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(TrialError, match=r"cannot run here: there is no C\+\+ compiler no-such-compiler"):
+        lower(tiny_candidate().replace(runtime={"engine": "compile"}), tmp_path / "artifact", CLASSIFICATION)
+
+
+def test_providers_are_asked_for_only_where_they_are_there() -> None:
+    cuda, cpu = "CUDAExecutionProvider", "CPUExecutionProvider"
+    assert engines.providers_for("cpu", [cuda, cpu]) == [cpu]
+    assert engines.providers_for("cuda", [cuda, cpu]) == [cuda, cpu]
+    assert engines.providers_for("cuda", ["AzureExecutionProvider", cpu]) == [cpu]
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "torch"])
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("task", ["text-classification", "token-classification"])
+def test_buckets_change_the_width_and_nothing_else(task: str, family: str, engine: str, tmp_path: Path) -> None:
+    candidate = tiny_candidate(family, task)
+    for name, runtime in (("plain", {}), ("bucketed", {"buckets": (16, 24)})):
+        lower(candidate.replace(runtime={"engine": engine, **runtime}), tmp_path / name, TASKS[task])
+    plain, bucketed = (load_runner(tmp_path / name, 1) for name in ("plain", "bucketed"))
+    feed = feed_of(candidate)
+    widths: list[int] = []
+    inner = bucketed.run  # type: ignore[attr-defined]
+
+    def run(batch: Feed) -> NDArray[np.float32]:
+        widths.append(batch["input_ids"].shape[1])
+        return np.asarray(inner(batch))
+
+    bucketed.run = run  # type: ignore[attr-defined]
+    logits, expected = bucketed(feed), plain(feed)
+    length = feed["input_ids"].shape[1]
+    assert widths == [padded_width(length, (16, 24))]
+    assert widths[0] > length
+    assert logits.shape == expected.shape
+    mask = feed["attention_mask"].astype(bool) if task == "token-classification" else slice(None)
+    np.testing.assert_allclose(logits[mask], expected[mask], atol=1e-5, rtol=0)
+
+
+def test_a_bucket_is_the_first_that_holds_a_batch() -> None:
+    assert [padded_width(length, (8, 16)) for length in (1, 8, 9, 16, 17)] == [8, 8, 16, 16, 17]
+    assert padded_width(5, ()) == 5
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "torch", "compile"])
+def test_one_artefact_runs_every_batch_size_and_length(
+    engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "BACKEND", "eager")  # traces as Inductor does, and leaves the compiler out
+    candidate = tiny_candidate().replace(runtime={"engine": engine})
+    lower(candidate, tmp_path / "artifact", CLASSIFICATION)
+    run = load_runner(tmp_path / "artifact", 1)
+    for rows, length in ((1, 40), (3, 17)):
+        feed = shaped(candidate, rows, length)
+        np.testing.assert_allclose(run(feed), reference(candidate, feed), atol=1e-4, rtol=0)
+
+
+def shaped(candidate: Candidate, rows: int, length: int) -> Feed:
+    ids = np.random.default_rng(length).integers(5, candidate.subject.vocabulary, (rows, length))
+    mask = np.ones_like(ids)
+    mask[:, length // 2 :] = 0
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+
+
+def test_threads_are_the_artefacts_own_and_other_runners_keep_theirs(tmp_path: Path) -> None:
+    before, candidate = torch.get_num_threads(), tiny_candidate()
+    seen: list[int] = []
+    try:
+        for name, runtime in (("one", {}), ("two", {"threads": 2})):
+            lower(candidate.replace(runtime={"engine": "torch", **runtime}), tmp_path / name, CLASSIFICATION)
+        for name in ("two", "one", "two"):
+            load_runner(tmp_path / name, threads=1)(feed_of(candidate))
+            seen.append(torch.get_num_threads())
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [2, 1, 2]
+    lower(candidate.replace(runtime={"threads": 2}), tmp_path / "onnx", CLASSIFICATION)
+    session = load_runner(tmp_path / "onnx", threads=1).session  # type: ignore[attr-defined]
+    assert session.get_session_options().intra_op_num_threads == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(toolchain() is not None, reason="no C++ compiler here: torch.compile is not exercised")
+@pytest.mark.parametrize("buckets", [(), (24,)])
+def test_compiled_code_computes_the_same(buckets: tuple[int, ...], tmp_path: Path) -> None:
+    candidate = tiny_candidate().replace(runtime={"engine": "compile", "buckets": buckets})
+    lower(candidate, tmp_path / "artifact", CLASSIFICATION)
+    run = load_runner(tmp_path / "artifact", 1)
+    for rows, length in ((2, 17), (2, 9)):
+        feed = shaped(candidate, rows, length)
+        np.testing.assert_allclose(run(feed), reference(candidate, feed), atol=1e-4, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here: compiling for it is not exercised")
+def test_compiled_code_runs_on_cuda(tmp_path: Path) -> None:
+    candidate = tiny_candidate().replace(runtime={"engine": "compile"})
+    lower(candidate, tmp_path / "artifact", CLASSIFICATION)
+    feed = feed_of(candidate)
+    logits = load_runner(tmp_path / "artifact", 1, "cuda")(feed)
+    np.testing.assert_allclose(logits, reference(candidate, feed), atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    engines.CUDA_PROVIDER not in onnxruntime.get_available_providers(),
+    reason="this build of ONNX Runtime has no CUDA provider",
+)
+def test_onnx_runs_on_cuda(tmp_path: Path) -> None:
+    candidate = tiny_candidate()
+    lower(candidate, tmp_path / "artifact", CLASSIFICATION)
+    feed = feed_of(candidate)
+    run = load_runner(tmp_path / "artifact", 1, "cuda")
+    assert run.session.get_providers()[0] == engines.CUDA_PROVIDER  # type: ignore[attr-defined]
+    np.testing.assert_allclose(run(feed), reference(candidate, feed), atol=1e-3)
 
 
 @pytest.mark.gpu

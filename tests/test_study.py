@@ -745,12 +745,18 @@ def test_an_override_replaces_the_places_below_it() -> None:
 
 
 def test_error_names_the_line_of_the_key_or_its_nearest_ancestor(write: Callable[[str], Path]) -> None:
-    study = load_study(write(MINIMAL + "search:\n  seed: 3\n"), ["measure.threads=2"])
+    study = load_study(write(MINIMAL + "search:\n  seed: 3\n"), ["measure.repeats=2"])
     assert str(study.error("search.seed", "no")) == "study.yaml:8: search.seed: no"
     assert str(study.error("search.trials", "no")) == "study.yaml:7: search.trials: no"
     assert str(study.error("cluster.address", "no")) == "study.yaml: cluster.address: no"
-    assert str(study.error("measure.threads", "no")) == "--set measure.threads=2: measure.threads: no"
+    assert str(study.error("measure.repeats", "no")) == "--set measure.repeats=2: measure.repeats: no"
     assert str(Study.from_dict(study.to_dict()).error("search.seed", "no")) == "search.seed: no"
+
+
+def test_what_is_measured_runs_on_no_more_threads_than_a_trial_has_cores(write: Callable[[str], Path]) -> None:
+    path = write(MINIMAL + "measure: {threads: 4}\ncluster: {cpus_per_trial: 2}\n")
+    assert complaint(path) == "study.yaml:7: measure.threads: expected at most cluster.cpus_per_trial (2), got 4"
+    assert load_study(path, ["cluster.cpus_per_trial=4"]).measure.threads == 4
 
 
 def test_a_study_does_not_change(write: Callable[[str], Path]) -> None:
@@ -774,7 +780,7 @@ def test_identity_is_what_must_not_change(write: Callable[[str], Path]) -> None:
         "methods=all",
         "constraints.size_mb=<= 4",
         "training.epochs=1",
-        "measure.threads=2",
+        "measure.repeats=2",
     ):
         assert load_study(write(MINIMAL), [change]).identity() != base, change
 

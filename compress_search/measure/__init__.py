@@ -177,7 +177,7 @@ def quantile(values: Floats, weights: Floats, level: float) -> float:
     """The smallest value at or below which lies at least ``level`` of the weight."""
     order = np.argsort(values)
     below = np.cumsum(weights[order]) / weights.sum()
-    return float(values[order][min(np.searchsorted(below, level - 1e-12), len(values) - 1)])
+    return float(values[order[below >= level - 1e-12][0]])
 
 
 class Bench:

@@ -168,6 +168,13 @@ class Study(Section):
                 raise Fault(key, f"{metric} needs {method} among the methods")
         return self
 
+    @model_validator(mode="after")
+    def _threads_have_cores(self) -> Study:
+        threads, cores = self.measure.threads, self.cluster.cpus_per_trial
+        if threads > cores:
+            raise Fault("measure.threads", f"expected at most cluster.cpus_per_trial ({cores}), got {threads}")
+        return self
+
     @property
     def directions(self) -> dict[str, Direction]:
         """Objectives with their directions; where none are named, the task's first metric and latency_ms."""

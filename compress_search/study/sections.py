@@ -222,7 +222,9 @@ class MeasureConfig(Section):
     """How latency is measured."""
 
     batch_size: int = Field(default=1, ge=1, description="examples in a measured batch")
-    threads: int = Field(default=1, ge=1, description="threads of the measured runtime")
+    threads: int = Field(
+        default=1, ge=1, description="threads of the measured runtime; at most `cluster.cpus_per_trial`"
+    )
     repeats: int = Field(
         default=50, ge=2, description="timed runs of the candidate, each beside one of the teacher"
     )
