@@ -215,9 +215,9 @@ class Workbench:
         )
 
     def shape(self, candidate: Candidate, directory: Path, recipe: Recipe) -> Shape:
-        """The artefact's size, with latency and memory: measured once for all of equal shapes, precision and runtime.
+        """Size, latency and memory; the latter two measured once for equal shapes, precision and runtime.
 
-        Zeros among the weights change the size, which is each artefact's own, but no shape and no speed.
+        The size is each artefact's own: zeros change it, but neither shapes nor, once loaded, speed.
         """
         key = self._shape_key(candidate, recipe)
         shelf = self.output / "shapes" / f"{key}.json"
