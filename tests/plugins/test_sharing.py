@@ -298,6 +298,19 @@ def test_the_promise_is_what_the_network_holds(family: str, mode: str, groups: i
         assert len(norms) == (4 if own_norms or mode == "attention" else groups)
 
 
+@pytest.mark.parametrize("heads", [[], [1, 3]])
+def test_layers_that_were_cut_alike_share_what_is_left(heads: list[int], tmp_path: Path) -> None:
+    candidate = noisy()
+    prune_heads(candidate.network, dict.fromkeys(range(4), heads))
+    prune_neurons(candidate.network, dict.fromkeys(range(4), range(10)))
+    candidate = candidate.replace(subject=subject_of(candidate.network, "text-classification"))
+    result = shared(candidate)
+    assert result.subject == subject_of(result.network, "text-classification").having("lossy")
+    assert result.subject.parameters == count(result.network)
+    save(result.network, result.tokenizer, tmp_path)
+    assert torch.equal(logits(candidate, load(tmp_path)[0]), logits(candidate, result.network))
+
+
 # Tying and recovery
 
 
@@ -328,7 +341,7 @@ def test_the_penalty_draws_layers_to_their_mean_and_nothing_else() -> None:
     for weight in query:
         assert weight.grad is not None
         angle = torch.cosine_similarity(weight.grad.flatten(), (weight - mean).flatten(), dim=0)
-        assert float(angle) == pytest.approx(1, abs=1e-5)
+        assert angle.item() == pytest.approx(1, abs=1e-5)
     assert all(parts(layer).up.weight.grad is None for layer in layers(network))
 
 
