@@ -665,6 +665,19 @@ def test_timed(write: Callable[[str], Path], extra: str, timed: bool) -> None:
     assert load_study(write(MINIMAL + extra)).timed is timed
 
 
+@pytest.mark.parametrize(
+    ("extra", "sized"),
+    [
+        ("", False),
+        ("objectives: [accuracy, size_mb]", True),
+        ("objectives: [accuracy, memory_mb]", False),
+        ('objectives: [accuracy, latency_ms]\nconstraints: {size_mb: "<= 9"}', True),
+    ],
+)
+def test_sized(write: Callable[[str], Path], extra: str, sized: bool) -> None:
+    assert load_study(write(MINIMAL + extra)).sized is sized
+
+
 def test_constraints(write: Callable[[str], Path]) -> None:
     text = 'constraints: {size_mb: ["<= 40", ">= 1e0"], accuracy_drop: "<=0.03", distill.gap: ">= -2"}'
     study = load_study(write(MINIMAL + text))
