@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from compress_search import training
-from compress_search.candidate import Candidate
+from compress_search.candidate import Candidate, Subject
 from compress_search.data import Split, training_batches, unlabelled_batches
 from compress_search.encoders import bake, kept_ids
 from compress_search.errors import CompressSearchError, TrialError
@@ -63,6 +63,8 @@ class Materials:
     untrained: Callable[[], nn.Module | None] = lambda: None
     tokenize: Callable[[PreTrainedTokenizerBase], Mapping[str, Split]] | None = None
     """Every split as another tokenizer cuts it."""
+    layer_latency: Callable[[Subject], Callable[[int, int], float]] | None = None
+    """Milliseconds of a layer as wide as the subject's, by its heads and neurons."""
 
     @property
     def steps(self) -> int:
@@ -82,7 +84,9 @@ class Materials:
             return self
         kept = kept_ids(self.teacher.tokenizer, tokenizer)
         if kept is None or self.tokenize is None:
-            raise TrialError("its tokenizer has pieces of its own: expected only such as the teacher's has, in order")
+            raise TrialError(
+                "its tokenizer has pieces of its own: expected only such as the teacher's has, in order"
+            )
         splits, network = self.tokenize(tokenizer), cut(self.teacher.network, kept)
         untrained = self.untrained
         return replace(
@@ -205,6 +209,12 @@ class StepContext:
         rows = random.Random(self.seed).sample(range(len(train)), min(examples, len(train)))
         for start in range(0, len(rows), batch_size):
             yield training.to_device(train.batch(rows[start : start + batch_size]), self.device)
+
+    def layer_latency(self, subject: Subject) -> Callable[[int, int], float]:
+        """Milliseconds of one encoder layer by its heads and neurons."""
+        if self.materials.layer_latency is None:
+            raise TrialError("no layer can be timed here: expected a worker with a cache for what it measures")
+        return self.materials.layer_latency(subject)
 
 
 def validation_metrics(network: nn.Module, materials: Materials) -> dict[str, float]:

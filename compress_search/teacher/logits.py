@@ -80,9 +80,7 @@ class TeacherLogits:
 class LogitCache:
     """(N, C) logits of a split, or flat (tokens, C) with the split's own offsets; between processes a path."""
 
-    def __init__(
-        self, path: Path, offsets: NDArray[Any] | None, places: NDArray[Any] | None = None
-    ) -> None:
+    def __init__(self, path: Path, offsets: NDArray[Any] | None, places: NDArray[Any] | None = None) -> None:
         """``places`` are those of the tokens' logits among all in the file, where they are not in its order."""
         self.path, self._offsets, self._places = Path(path), offsets, places
         self._logits = np.load(self.path / FILE, mmap_mode="r")
