@@ -1,412 +1,250 @@
-"""Fewer bits for weights, and for activations where integer kernels exist, after all training.
+"""Fewer bits for weights, and for activations where integer kernels exist, after all other training.
 
-Eight bits: ONNX Runtime's integer matrix products with activation ranges found at run time (``dynamic_int8``) or
-on training examples beforehand (``static_int8``), or packed weights alone (``weight_only``), as four bits always
-are. Sixteen bits: the whole network in bfloat16, run by torch. Rounding is to nearest, symmetric for weights
-(Jacob et al. 2018, https://arxiv.org/abs/1712.05877), one scale per output channel or per group of inputs.
+Sixteen bits: the whole network in bfloat16 or float16, run by torch. Eight: ONNX Runtime's integer matrix products
+with activation ranges found at run time (``dynamic_int8``) or on training examples beforehand (``static_int8``), or
+packed weights alone (``weight_only``), as four and two bits always are. Ternary and binary weights are decoded from
+the file when it is loaded: they are small, and never faster.
 
-The integer schemes rewrite the exported ONNX file; nothing trains after them.
+Rounding is to nearest; on request the network is first trained with rounded weights (``qat``), as it always is for
+ternary and binary ones. What can be combined is a table in ``number_formats``.
 """
 
 from __future__ import annotations
 
-import logging
-import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
-from numpy.typing import NDArray
+from compress_search import Batch, Candidate, Context, Dim, Method, Params, Stage, Subject, TrialError
 
-from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subject, TrialError
-from compress_search.encoders import head, layers, parts
-
-if TYPE_CHECKING:
-    from torch import nn
-
-Inputs = Mapping[str, NDArray[np.int64]]
-
-EMBEDDING_GROUP = 32
-"""Weights that share a scale in a 4-bit embedding table."""
-
-_KERNELS = {"bf16": "bf16", "dynamic_int8": "int8", "static_int8": "int8", "weight_only": "weight-only"}
-_EXCLUDE = ("none", "head", "ends", "ffn_down", "attention_output")
+from .bits import CODEBOOK, Grid
+from .number_formats import (
+    BLOCKS,
+    EXCLUDABLE,
+    LEVELS,
+    SELECTOR,
+    TABLE_GROUP,
+    Format,
+    Setting,
+    bits_of,
+    format_of,
+    offered,
+    settled,
+)
+from .onnx_codebooks import encode_weights
+from .onnx_quantizers import (
+    Inputs,
+    Transform,
+    pack_embeddings,
+    pack_weights,
+    prepare,
+    quantize_dynamic,
+    quantize_embeddings,
+    quantize_static,
+)
+from .qat import train_rounded
+from .stored_bits import stored_bits
+from .weight_maps import excluded_maps, linear_maps, most_sensitive, node_patterns
 
 
 class Quantization(Method):
-    """Post-training quantization; owns its backend, and so narrows the engines that can follow."""
+    """Storage in fewer bits; owns its backend, and so narrows the engines that can follow."""
 
     stage = Stage.PRECISION
 
     def search_space(self, teacher: Subject) -> Mapping[str, Dim]:
-        """Bits, scheme and group size, out of the kernels that are real where running time counts."""
-        eight = [s for s in ("dynamic_int8", "static_int8", "weight_only") if _offered(teacher, s)]
-        offers = {8: bool(eight), 4: _offered(teacher, "weight_only"), 16: _offered(teacher, "bf16")}
-        bits = [number for number, offered in offers.items() if offered]
-        if not bits:
+        """Bits and what belongs to them, out of the formats that this machine and study have a use for."""
+        formats = offered(teacher)
+        if not formats:
             return {}
-        integer = {"weight_bits": (8, 4)}
-        space = {"weight_bits": Dim.choice(bits, bits[0])}
-        if eight:
-            space["scheme"] = Dim.choice(eight, eight[0], when={"weight_bits": (8,)})
-        if 4 in bits:
-            space["group_size"] = Dim.choice((32, 64, 128), 32, when=integer)
-        if set(bits) != {16}:
-            space["embedding_bits"] = Dim.choice((32, 8, 4), 8, when=integer)
-            space["exclude"] = Dim.choice(_EXCLUDE, "none", when=integer, expert=True)
-            space["reduce_range"] = Dim.flag(False, when={"weight_bits": (8,)}, expert=True)
-        if "static_int8" in eight:
-            static = {"scheme": ("static_int8",)}
-            space["calibration_examples"] = Dim.integer(32, 512, 128, when=static, expert=True)
-        return space
+        found = {"weight_bits": _bits(formats, teacher), **_selectors(formats)}
+        for name, dim in _dimensions(teacher, formats).items():
+            if users := [format for format in formats if name in format.uses]:
+                found[name] = replace(dim, when=_when(users, formats))
+        return found
 
     def unsupported(self, subject: Subject) -> str | None:
         """Whether any kernel for fewer bits is real here."""
-        if self.search_space(subject):
-            return None
-        return "no kernel for fewer bits is as fast as float32 on this machine"
+        return None if offered(subject) else "no kernel for fewer bits is as fast as float32 on this machine"
 
     def effective(self, subject: Subject, params: Params) -> Params:
-        """Without what the scheme has no use for: a group size, or seven bits against saturation."""
-        unused = {"reduce_range"} if _scheme(params) == "weight_only" else {"group_size"}
-        return {name: value for name, value in params.items() if name not in unused}
+        """Without what the format has no use for, and with sizes that it has."""
+        return settled(params)
 
     def after(self, subject: Subject, params: Params) -> Subject:
         """The mean stored bits, scales and what stays in float32 included; which engine is left."""
-        bits, embedding_bits = stored_bits(subject, params)
-        only = "torch-only" if _scheme(params) == "bf16" else "onnx-only"
-        return subject.having(only, bits=bits, embedding_bits=embedding_bits)
+        setting = Setting.of(params)
+        bits, embedding_bits = stored_bits(subject, setting)
+        return subject.having(setting.format.engine, bits=bits, embedding_bits=embedding_bits)
+
+    def trains(self, params: Params) -> bool:
+        """Only with rounded weights in the loop."""
+        return Setting.of(params).trains
 
     def apply(self, candidate: Candidate, params: Params, context: Context) -> Candidate:
-        """Convert to bfloat16 at once, or add the rewriting of the ONNX file to the candidate's lowering."""
-        subject = self.after(candidate.subject, params)
-        if _scheme(params) == "bf16":
-            converted = candidate.copy()
-            converted.network.bfloat16()
-            return converted.replace(subject=subject)
-        return candidate.replace(
-            subject=subject, lowering=candidate.lowering + lowering(candidate, params, context)
-        )
+        """Convert to 16 bits at once, or add the rewriting of the ONNX file to the candidate's lowering."""
+        if fault := self.refusal(candidate.subject, params):
+            raise TrialError(fault)
+        setting, subject = Setting.of(params), self.after(candidate.subject, params)
+        result = _halved(candidate, setting) if setting.format.bits == 16 else _lowered(candidate, setting, context)
+        return result.replace(subject=subject, simulated=candidate.simulated or setting.format.simulated)
+
+    def refusal(self, subject: Subject, params: Params) -> str | None:
+        """What cannot be done to such a model in such a study, in one line; None when all can be done."""
+        space = self.search_space(subject)
+        for name, value in sorted(params.items(), key=lambda item: item[0] != "weight_bits"):
+            if name not in space:
+                return f"{name} means nothing here: expected some of {', '.join(space)}"
+            if not space[name].contains(value):
+                return f"{name} is {value!r}: expected {space[name].describe()}"
+        chosen = format_of(params)
+        return None if chosen in offered(subject) else f"{chosen.name} has no kernel that is real on this machine"
 
 
-def _offered(subject: Subject, scheme: str) -> bool:
-    """Any kernel will do where only size counts; where time counts it must be one that was found to be real."""
-    return "timed" not in subject.traits or f"kernel:{_KERNELS[scheme]}" in subject.traits
+# --- the space -------------------------------------------------------------------------------------------------
 
 
-def _scheme(params: Params) -> str:
-    implied = {16: "bf16", 4: "weight_only"}
-    bits = cast(int, params["weight_bits"])
-    return implied[bits] if bits in implied else cast(str, params["scheme"])
-
-
-# --- size in closed form ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """``count`` weight matrices of K inputs and N outputs each; ``kept`` of them stay in float32."""
-
-    inputs: float
-    outputs: float
-    count: float
-    kept: float = 0
-
-    def bits(self, scheme: str, weight_bits: int, group_size: int) -> float:
-        """Stored bits, scales included, without the bias."""
-        weights = self.inputs * self.outputs
-        if scheme == "weight_only":
-            quantized = math.ceil(self.inputs / group_size) * self.outputs * (group_size * weight_bits + 32)
-        else:
-            quantized = weights * 8 + self.outputs * (32 + 8)  # a float32 scale and an int8 zero point per channel
-        return (self.count - self.kept) * quantized + self.kept * weights * 32
-
-
-def stored_bits(subject: Subject, params: Params) -> tuple[float, float]:
-    """Mean stored bits of an encoder or head parameter, and of an embedding parameter.
-
-    Biases and norms stay in float32, and so do matrices that ``exclude`` names; a bfloat16 network has 16 of each.
-    """
-    scheme = _scheme(params)
-    if scheme == "bf16":
-        return 16.0, 16.0
-    setting = (scheme, cast(int, params["weight_bits"]), cast(int, params.get("group_size", 0)))
-    matrices = _matrices(subject, cast(str, params.get("exclude", "none")))
-    plain = subject.encoder_parameters + subject.head_parameters
-    plain -= round(sum(m.inputs * m.outputs * m.count for m in matrices))
-    bits = sum(m.bits(*setting) for m in matrices) + 32 * plain
-    width = subject.embedding_size or subject.hidden
-    table = subject.vocabulary + subject.positions + subject.token_types
-    embedding = table * _row_bits(width, cast(int, params["embedding_bits"]))
-    projection = Matrix(width, subject.hidden, count=0 if width == subject.hidden else 1)
-    rest = subject.embedding_parameters - table * width - projection.count * width * subject.hidden
-    embedding += projection.bits(*setting) + 32 * rest
-    return (
-        bits / (subject.encoder_parameters + subject.head_parameters),
-        embedding / subject.embedding_parameters,
-    )
-
-
-def _matrices(subject: Subject, exclude: str) -> list[Matrix]:
-    hidden, width, number = subject.hidden, subject.heads * subject.head_dim, subject.layers
-    ends = min(2, number) if exclude == "ends" else 0
-    heads = {"count": 1.0, "kept": float(exclude == "head")}
-    return [
-        Matrix(hidden, width, 3 * number, 3 * ends),
-        Matrix(width, hidden, number, number if exclude == "attention_output" else ends),
-        Matrix(hidden, subject.intermediate, number, ends),
-        Matrix(subject.intermediate, hidden, number, number if exclude == "ffn_down" else ends),
-        *([Matrix(hidden, hidden, **heads)] if subject.pooler else []),
-        Matrix(hidden, subject.labels, **heads),
-    ]
-
-
-def _row_bits(width: int, bits: int) -> float:
-    """Bits of one embedding row: 8 share one scale per table, 4 have a float32 scale per group."""
-    if bits == 4:
-        return width * 4 + math.ceil(width / EMBEDDING_GROUP) * 32
-    return width * bits
-
-
-# --- rewriting the ONNX file -----------------------------------------------------------------------------------
-
-
-def lowering(candidate: Candidate, params: Params, context: Context) -> tuple[Callable[[Path, Path], None], ...]:
-    """The file-level steps: prepare, embeddings, then weights, so that calibration sees the final embeddings."""
-    scheme, excluded = _scheme(params), node_scopes(candidate.network, cast(str, params.get("exclude", "none")))
-    reduce_range = bool(params.get("reduce_range", False))
-    weights: Callable[[Path, Path], None]
-    if scheme == "weight_only":
-        bits, group = cast(int, params["weight_bits"]), cast(int, params["group_size"])
-        weights = partial(pack_weights, bits=bits, group_size=group, excluded=excluded)
-    elif scheme == "static_int8":
-        examples = calibration_inputs(context, cast(int, params["calibration_examples"]))
-        weights = partial(quantize_static, examples=examples, excluded=excluded, reduce_range=reduce_range)
+def _bits(formats: tuple[Format, ...], teacher: Subject) -> Dim:
+    """All bits there are; searched are those that no others beat in size, time and accuracy at once."""
+    options = bits_of(formats)
+    if "timed" in teacher.traits:
+        usual = (8,) if _has_integer_kernel(formats) else tuple(bits for bits in options if bits in (16, 8, 4))
     else:
-        weights = partial(quantize_dynamic, excluded=excluded, reduce_range=reduce_range)
-    tables = {8: (quantize_embeddings,), 4: (pack_embeddings,), 32: ()}[cast(int, params["embedding_bits"])]
-    return (prepare, *tables, weights)
+        usual = (8, 4)
+    return Dim.choice(options, usual[0], usual=usual)
 
 
-def calibration_inputs(context: Context, examples: int) -> tuple[Inputs, ...]:
-    """Training examples as int64 arrays (B, S)."""
-    return tuple(
-        {name: tensor.cpu().numpy() for name, tensor in batch.items() if name not in ("labels", "index")}
-        for batch in context.calibration(examples)
-    )
+def _has_integer_kernel(formats: tuple[Format, ...]) -> bool:
+    return any(format.kernel == "int8" for format in formats)
 
 
-def node_scopes(network: nn.Module, exclude: str) -> tuple[str, ...]:
-    """The scopes, as ONNX node names hold them, of the modules that a preset leaves in float32."""
-    stack = list(layers(network))
-    presets: dict[str, list[nn.Module]] = {
-        "none": [],
-        "head": head(network),
-        "ends": [stack[0], stack[-1]],
-        "ffn_down": [parts(layer).down for layer in stack],
-        "attention_output": [parts(layer).attention_output for layer in stack],
+def _selectors(formats: tuple[Format, ...]) -> dict[str, Dim]:
+    """A choice between the formats of the same bits, for each number of bits that has several."""
+    found = {}
+    for bits, name in SELECTOR.items():
+        names = [format.name for format in formats if format.bits == bits]
+        if not names:
+            continue
+        integer = [format.name for format in formats if format.bits == bits and format.kernel == "int8"]
+        found[name] = Dim.choice(
+            names, names[0], when={"weight_bits": (bits,)}, usual=integer, expert=name == "float_type"
+        )
+    return found
+
+
+def _when(users: list[Format], formats: tuple[Format, ...]) -> dict[str, tuple[int | str, ...]]:
+    """When a parameter of these formats is active: by their bits, or by name where not all of these bits use it."""
+    bits = bits_of(users)
+    if len(bits) == 1 and any(format.bits == bits[0] and format not in users for format in formats):
+        return {SELECTOR[bits[0]]: tuple(format.name for format in users)}
+    return {"weight_bits": bits}
+
+
+def _dimensions(teacher: Subject, formats: tuple[Format, ...]) -> dict[str, Dim]:
+    """What is chosen within a format. Group sizes are searched where packed weights are."""
+    packed_is_slower = "timed" in teacher.traits and _has_integer_kernel(formats)
+    kernels = {"kernel:int8": True, "kernel:int8-exact": False}
+    saturates = {name: name in teacher.traits for name in kernels} == kernels
+    return {
+        "group_size": Dim.choice(BLOCKS, 32, usual=(32, 64, 128), expert=packed_is_slower),
+        "embedding_bits": Dim.choice((32, 16, 8, 4), 8, usual=(32, 8, 4)),
+        "granularity": Dim.choice(("per_channel", "per_tensor"), "per_channel", expert=True),
+        **{f"exclude_{part}": Dim.flag(False, expert=True) for part in EXCLUDABLE},
+        "high_precision_layers": Dim.integer(0, 8, 0, expert=True),
+        "calibration": Dim.choice(("minmax", "percentile", "entropy"), "minmax", expert=True),
+        "calibration_examples": Dim.integer(32, 512, 128, expert=True),
+        "accuracy_level": Dim.choice(LEVELS, 4, expert=True),
+        "reduce_range": Dim.flag(saturates, expert=True),
+        "qat": Dim.flag(False, expert=True),
+        "qat_kd": Dim.flag(True, expert=True),
+        "learning_rate": Dim.real(1e-6, 1e-2, 2e-5, log=True, expert=True),
     }
-    chosen = {id(module) for module in presets[exclude]}
-    paths = [path for path, module in network.named_modules(remove_duplicate=False) if id(module) in chosen]
-    # a.layer.0.b -> /a/layer.0/b/
-    return tuple("/" + re.sub(r"\.(?!\d+(\.|$))", "/", path) + "/" for path in paths)
 
 
-def prepare(source: Path, target: Path) -> None:
-    """Fold constants, infer shapes and write every linear map as one MatMul, the form that all schemes know.
-
-    Without folding, shared weights hide behind transposes and stay in float32.
-    """
-    import onnx
-    from onnxruntime.quantization.onnx_model import ONNXModel
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    # symbolic inference knows no more about these graphs, and needs sympy
-    quant_pre_process(str(source), str(target), skip_symbolic_shape=True)
-    model = ONNXModel(onnx.load(target))
-    model.replace_gemm_with_matmul()
-    model.save_model_to_file(str(target))
+# --- applying it -----------------------------------------------------------------------------------------------
 
 
-def quantize_dynamic(
-    source: Path, target: Path, *, excluded: Sequence[str] = (), reduce_range: bool = False
-) -> None:
-    """Every linear map as DynamicQuantizeLinear and MatMulInteger, with one int8 scale per output channel."""
-    _quantize_dynamic(source, target, ["MatMul"], _nodes(source, excluded), reduce_range)
+def _halved(candidate: Candidate, setting: Setting) -> Candidate:
+    converted = candidate.copy()
+    converted.network.half() if setting.format.name == "fp16" else converted.network.bfloat16()
+    return converted
 
 
-def quantize_embeddings(source: Path, target: Path) -> None:
-    """Embedding tables as int8 with one scale per table; the rows that are looked up are dequantized."""
-    _quantize_dynamic(source, target, ["Gather"], [], reduce_range=False)
-
-
-def quantize_static(
-    source: Path,
-    target: Path,
-    *,
-    examples: Sequence[Inputs],
-    excluded: Sequence[str] = (),
-    reduce_range: bool = False,
-) -> None:
-    """Every linear map in int8 with input ranges from examples; all that is between the maps stays in float32.
-
-    Ranges are the extremes seen: entropy calibration clips the few large activations that these encoders need.
-
-    Raises:
-        TrialError: there are no examples.
-    """
-    from onnxruntime import quantization as ort
-
-    if not examples:
-        raise TrialError("static quantization needs calibration examples, and there are none")
-    with _quiet_quantizer():
-        ort.quantize_static(
-            str(source),
-            str(target),
-            _Reader(source, examples),
-            quant_format=ort.QuantFormat.QDQ,
-            op_types_to_quantize=["MatMul"],
-            per_channel=True,
-            reduce_range=reduce_range,
-            activation_type=ort.QuantType.QUInt8,
-            weight_type=ort.QuantType.QInt8,
-            nodes_to_exclude=[*_nodes(source, excluded), *_products(source)],
-            calibrate_method=ort.CalibrationMethod.MinMax,
-            extra_options={**_options(), "OpTypesToExcludeOutputQuantization": ["MatMul"]},
+def _lowered(candidate: Candidate, setting: Setting, context: Context) -> Candidate:
+    """Rank the layers, train if asked to, and say how the exported file is to be rewritten."""
+    network = candidate.network
+    left = excluded_maps(network, setting.excluded)
+    grids = {path: setting.grid for path in linear_maps(network) if path not in left} if setting.grid else {}
+    examples = list(context.calibration(setting.calibration_examples)) if _needs_examples(setting) else []
+    spared = most_sensitive(network, grids, setting.high_precision_layers, examples, context)
+    if setting.trains:
+        candidate = candidate.copy()
+        train_rounded(
+            candidate.network,
+            _with_spared(grids, spared, setting.spare_grid),
+            setting.table_grid,
+            context,
+            task=candidate.subject.task,
+            distil=setting.qat_kd,
+            learning_rate=setting.learning_rate,
+            round_activations=setting.format.kernel == "int8",
         )
-    _restore_residuals(target)
+    inputs = tuple(_inputs(batch) for batch in examples)
+    scopes = [node_patterns(network, paths) for paths in (left, spared)]
+    return candidate.replace(lowering=candidate.lowering + lowering(setting, inputs, *scopes))
 
 
-def _products(source: Path) -> list[str]:
-    """Names of the products of two activations: scores and context, whose rounding costs most and gains nothing."""
-    import onnx
-
-    graph = onnx.load(source).graph
-    constants = {tensor.name for tensor in graph.initializer}
-    return [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] not in constants]
+def _needs_examples(setting: Setting) -> bool:
+    return setting.format.name == "static_int8" or setting.high_precision_layers > 0
 
 
-def _restore_residuals(path: Path) -> None:
-    """Let only linear maps read rounded activations: the quantizer redirects every reader of the same tensor."""
-    import onnx
-
-    model = onnx.load(path)
-    rounded = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
-    dequantized = [
-        node for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in rounded
-    ]
-    original = {node.output[0]: rounded[node.input[0]] for node in dequantized}
-    for node in model.graph.node:
-        if node.op_type != "MatMul":
-            node.input[:] = [original.get(name, name) for name in node.input]
-    onnx.save(model, path)
+def _with_spared(grids: Mapping[str, Grid], spared: Sequence[str], grid: Grid | None) -> dict[str, Grid]:
+    """The grids with another one for the spared maps, or none where they stay in float32."""
+    rest = {path: own for path, own in grids.items() if path not in spared}
+    return rest | (dict.fromkeys(spared, grid) if grid else {})
 
 
-def pack_weights(source: Path, target: Path, *, bits: int, group_size: int, excluded: Sequence[str] = ()) -> None:
-    """Every linear map as MatMulNBits: packed weights with a scale per group, int8 activations in the kernel."""
-    import onnx
-    from onnxruntime.quantization.onnx_model import ONNXModel
-
-    model = ONNXModel(onnx.load(source))
-    model.replace_gemm_with_matmul()  # only MatMul has a packed form
-    _pack(
-        model.model, target, "MatMul", bits=bits, block_size=group_size, nodes_to_exclude=_nodes(source, excluded)
-    )
+def _inputs(batch: Batch) -> Inputs:
+    return {name: tensor.cpu().numpy() for name, tensor in batch.items() if name not in ("labels", "index")}
 
 
-def pack_embeddings(source: Path, target: Path) -> None:
-    """Embedding tables as GatherBlockQuantized: 4 bits and a scale per :data:`EMBEDDING_GROUP` weights of a row."""
-    import onnx
-    from onnx import version_converter
+def lowering(
+    setting: Setting, examples: Sequence[Inputs], left: Sequence[str], spared: Sequence[str]
+) -> tuple[Transform, ...]:
+    """The file-level steps: prepare, embeddings, then weights, so that calibration sees the final embeddings.
 
-    model = onnx.load(source)
-    prepared = list(model.metadata_props)  # the mark that preparation left, which conversion drops
-    model = version_converter.convert_version(model, 21)  # the first to know 4-bit tensors
-    model.ir_version = 10
-    model.metadata_props.extend(prepared)
-    _pack(model, target, "Gather", bits=4, block_size=EMBEDDING_GROUP, quant_axes=(("Gather", 1),))
-
-
-def _pack(model: Any, target: Path, operator: str, **settings: Any) -> None:
-    with _quiet_quantizer():
-        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-    quantizer = MatMulNBitsQuantizer(
-        model, is_symmetric=True, accuracy_level=4, op_types_to_quantize=(operator,), **settings
-    )
-    with np.errstate(invalid="ignore"):  # a group of zeros, as in the padding token's row, has scale 0
-        quantizer.process()
-    quantizer.model.save_model_to_file(str(target))
+    Args:
+        setting: of a format that ONNX Runtime runs.
+        examples: arrays (B, S) for static ranges.
+        left: patterns of the nodes that stay in float32.
+        spared: patterns of those that get more bits.
+    """
+    return (prepare, *_tables(setting), *_weights(setting, examples, tuple(left), tuple(spared)))
 
 
-def _quantize_dynamic(
-    source: Path, target: Path, operators: list[str], excluded: list[str], reduce_range: bool
-) -> None:
-    from onnxruntime import quantization as ort
-
-    with _quiet_quantizer():
-        ort.quantize_dynamic(
-            str(source),
-            str(target),
-            op_types_to_quantize=operators,
-            per_channel=True,
-            reduce_range=reduce_range,
-            weight_type=ort.QuantType.QInt8,
-            nodes_to_exclude=excluded,
-            extra_options=_options(),
-        )
+def _tables(setting: Setting) -> tuple[Transform, ...]:
+    if setting.embedding_bits == 4:
+        return (partial(pack_embeddings, group_size=TABLE_GROUP),)
+    if setting.embedding_bits == 32:
+        return ()
+    return (partial(quantize_embeddings, grid=setting.table_grid),)
 
 
-def _options() -> dict[str, Any]:
-    from onnx import TensorProto
-
-    # products of two activations (scores, context) stay float32; types behind contrib operators are not inferred
-    return {"MatMulConstBOnly": True, "DefaultTensorType": TensorProto.FLOAT}
-
-
-def _nodes(source: Path, scopes: Sequence[str]) -> list[str]:
-    """Names of the nodes within these scopes."""
-    import onnx
-
-    names = [node.name for node in onnx.load(source).graph.node] if scopes else []
-    return [name for name in names if any(scope in name for scope in scopes)]
-
-
-class _Reader:
-    """Calibration examples as ONNX Runtime asks for them: the next feed, None at the end."""
-
-    def __init__(self, model: Path, examples: Sequence[Inputs]) -> None:
-        import onnx
-
-        self.names = [entry.name for entry in onnx.load(model).graph.input]
-        self.examples = iter(examples)
-
-    def get_next(self) -> dict[str, NDArray[np.int64]] | None:
-        """The graph's inputs of the next batch; segments that the tokenizer does not know are zeros."""
-        if (batch := next(self.examples, None)) is None:
-            return None
-        zeros = np.zeros_like(batch["input_ids"])
-        return {name: batch.get(name, zeros) for name in self.names}
-
-
-@contextmanager
-def _quiet_quantizer() -> Iterator[None]:
-    """Undo what a module does to the root logger when it is imported, and drop a warning without meaning here."""
-    root = logging.getLogger()
-    level, handlers = root.level, list(root.handlers)
-
-    def unexpected(record: logging.LogRecord) -> bool:
-        # the embeddings are, on purpose
-        return not str(record.msg).startswith("Please check if the model is already quantized")
-
-    root.addFilter(unexpected)
-    try:
-        yield
-    finally:
-        root.removeFilter(unexpected)
-        root.setLevel(level)
-        root.handlers[:] = handlers
+def _weights(
+    setting: Setting, examples: Sequence[Inputs], left: tuple[str, ...], spared: tuple[str, ...]
+) -> tuple[Transform, ...]:
+    kind, grid = setting.format, setting.grid
+    if grid is None:
+        return ()
+    if kind.kernel == "int8":
+        dynamic = kind.name == "dynamic_int8"
+        static = partial(quantize_static, examples=examples, calibration=setting.calibration)
+        per_channel = setting.granularity == "per_channel"
+        quantize = partial(quantize_dynamic if dynamic else static, excluded=left + spared)
+        return (partial(quantize, per_channel=per_channel, reduce_range=setting.reduce_range),)
+    pack = partial(pack_weights, group_size=setting.group_size, accuracy_level=setting.accuracy_level)
+    first = (partial(pack, bits=8, only=spared),) if kind.spare == 8 and spared else ()
+    kept = left if kind.spare == 8 else left + spared
+    if grid.kind in CODEBOOK:
+        return (*first, partial(encode_weights, grid=grid, excluded=kept))
+    return (*first, partial(pack, bits=grid.bits, excluded=kept))

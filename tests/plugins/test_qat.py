@@ -1,0 +1,286 @@
+"""Training with rounded weights, and the ranking of layers by what their rounding costs."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from compress_search_plugins.bits import Grid
+from compress_search_plugins.number_formats import Setting
+from compress_search_plugins.qat import rounded_inputs, train_rounded
+from compress_search_plugins.weight_maps import linear_maps, most_sensitive
+from torch.nn.utils import parametrize
+
+from compress_search import Candidate, Params
+from compress_search.encoders import layers, parts, set_layers, subject_of
+from compress_search.runtimes import load_runner
+from compress_search.testing import TinyContext, tiny_batches, tiny_candidate, tiny_context
+from tests.quantized import (
+    METHOD,
+    argmax_agreement,
+    distinct,
+    feed_of,
+    model_of,
+    operators,
+    params,
+    quantize,
+    reference,
+    tensors,
+)
+
+QAT = {
+    "dynamic_int8": {"qat": True},
+    "static_int8": {"qat": True},
+    "weight_only 8": {"qat": True},
+    "weight_only 4": {"qat": True},
+    "weight_only 2": {"qat": True, "embedding_bits": 4},
+    "ternary": {},
+    "binary": {},
+}
+every_trained = pytest.mark.parametrize("name", QAT)
+
+
+def trained(name: str, **changes: Any) -> Params:
+    return params(name, **{**QAT[name], "learning_rate": 1e-3, **changes})
+
+
+@cache
+def teacher() -> Candidate:
+    """Two layers that have learnt the tiny task."""
+    candidate = tiny_candidate(layers=2, hidden=64, intermediate=128)
+    tiny_context(candidate, steps=60, batch_size=32).fit(candidate.network, learning_rate=3e-3)
+    return candidate
+
+
+def hits(logits: Any, batch: dict[str, torch.Tensor]) -> float:
+    return float((torch.as_tensor(logits).argmax(-1) == batch["labels"]).float().mean())
+
+
+# --- what training leaves --------------------------------------------------------------------------------------
+
+
+@every_trained
+def test_the_trained_weights_lie_on_the_grid_of_the_file(name: str, tmp_path: Path) -> None:
+    candidate, chosen = distinct(layers=1), trained(name)
+    context = tiny_context(candidate, steps=3)
+    result = METHOD.apply(candidate, chosen, context)
+    assert len(context.fits) == 1
+    assert not any(parametrize.is_parametrized(module) for module in result.network.modules())
+    setting = Setting.of(chosen)
+    assert setting.grid is not None
+    assert setting.table_grid is not None
+    for module in result.network.modules():
+        weight = getattr(module, "weight", None)
+        grid = setting.table_grid if isinstance(module, torch.nn.Embedding) else setting.grid
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            torch.testing.assert_close(grid.round(weight.data), weight.data, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["dynamic_int8", "weight_only 4"])
+def test_the_exported_file_has_the_scales_that_were_trained_with(name: str, tmp_path: Path) -> None:
+    candidate, chosen = distinct(layers=1), trained(name, embedding_bits=32)
+    result = METHOD.apply(candidate, chosen, tiny_context(candidate, steps=3))
+    from compress_search.runtimes import lower
+    from tests.quantized import CLASSIFICATION
+
+    lower(result, tmp_path / "artifact", CLASSIFICATION)
+    up = parts(layers(result.network)[0]).up.weight.data
+    codes, scales = Setting.of(chosen).grid.encode(up)  # type: ignore[union-attr]
+    found = tensors(model_of(tmp_path / "artifact"))
+    if name == "dynamic_int8":
+        same = [v for v in found.values() if v.shape == up.T.shape and np.array_equal(v, codes.numpy().T)]
+    else:
+        stored = {v.ravel().tobytes() for v in found.values() if v.dtype == np.float32}
+        same = [True] if scales.numpy().ravel().tobytes() in stored else []
+    assert len(same) == 1
+
+
+@pytest.mark.parametrize("name", ["weight_only 4", "ternary", "binary"])
+def test_the_file_answers_as_the_trained_network_does(name: str, tmp_path: Path) -> None:
+    """Rounding once more changes nothing, and without int8 activations there is nothing else between the two."""
+    candidate = distinct(layers=2)
+    result = METHOD.apply(candidate, trained(name, accuracy_level=0), tiny_context(candidate, steps=3))
+    artifact = tmp_path / "artifact"
+    from compress_search.runtimes import lower
+    from tests.quantized import CLASSIFICATION
+
+    lower(result, artifact, CLASSIFICATION)
+    feed = feed_of(candidate)
+    np.testing.assert_allclose(load_runner(artifact, 1)(feed), reference(result, feed), atol=1e-4)
+
+
+def test_zeros_stay_zero_through_training() -> None:
+    candidate = distinct(layers=1)
+    up = parts(layers(candidate.network)[0]).up.weight
+    up.data[:, ::2] = 0
+    for name in ("dynamic_int8", "weight_only 4", "ternary"):
+        result = METHOD.apply(candidate, trained(name), tiny_context(candidate, steps=3))
+        weight = parts(layers(result.network)[0]).up.weight
+        assert (weight[:, ::2] == 0).all()
+        assert not torch.equal(weight, up), "the others have moved"
+
+
+def test_shared_layers_stay_shared_through_training() -> None:
+    candidate = distinct(layers=3)
+    set_layers(candidate.network, [layers(candidate.network)[0]] * 3)
+    candidate = candidate.replace(subject=subject_of(candidate.network, "text-classification"))
+    result = METHOD.apply(candidate, trained("weight_only 4"), tiny_context(candidate, steps=2))
+    assert len({id(layer) for layer in layers(result.network)}) == 1
+    assert subject_of(result.network, "text-classification").parameters == candidate.subject.parameters
+
+
+def test_excluded_maps_and_the_argument_stay_as_they_were() -> None:
+    candidate = distinct(layers=2)
+    before = deepcopy(candidate.network.state_dict())
+    chosen = trained("weight_only 2", exclude_pooler=True)
+    result = METHOD.apply(candidate, chosen, tiny_context(candidate, steps=2))
+    assert all(torch.equal(value, before[name]) for name, value in candidate.network.state_dict().items())
+    pooler = result.network.bert.pooler.dense.weight.data
+    assert not torch.equal(Grid("block", 2, 32).round(pooler), pooler), "trained, and not rounded"
+
+
+def test_a_dry_run_has_the_same_file() -> None:
+    candidate = distinct(layers=1)
+    for name in ("weight_only 4", "binary"):
+        dry, real = (
+            METHOD.apply(candidate, trained(name), tiny_context(candidate, dry=dry)) for dry in (True, False)
+        )
+        assert dry.subject == real.subject
+        assert len(dry.lowering) == len(real.lowering)
+
+
+# --- what it is good for ---------------------------------------------------------------------------------------
+
+
+def test_a_trained_model_keeps_its_answers_in_int8(tmp_path: Path) -> None:
+    assert argmax_agreement(teacher(), quantize(teacher(), params("dynamic_int8"), tmp_path / "artifact")) >= 0.99
+
+
+@pytest.mark.parametrize("distil", [True, False])
+def test_training_wins_back_what_ternary_weights_lose(distil: bool) -> None:
+    batch = next(tiny_batches(teacher(), batch_size=200, seed=77))
+    feed = {name: value.numpy() for name, value in batch.items() if name not in ("labels", "index")}
+
+    def score(steps: int, dry: bool = False) -> float:
+        context = tiny_context(teacher(), steps=steps, batch_size=32, dry=dry)
+        result = METHOD.apply(teacher(), trained("ternary", qat_kd=distil, learning_rate=3e-3), context)
+        return hits(reference(result, feed), batch)
+
+    before = hits(reference(teacher(), feed), batch)
+    assert before > 0.9
+    assert score(1, dry=True) < before - 0.1, "rounding alone costs much"
+    assert score(50) > before - 0.1
+
+
+def test_the_teacher_is_asked_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    original = TinyContext.teacher_logits
+    monkeypatch.setattr(TinyContext, "teacher_logits", lambda self, batch: asked.append(1) or original(self, batch))
+    for distil in (False, True):
+        METHOD.apply(teacher(), trained("weight_only 4", qat_kd=distil), tiny_context(teacher(), steps=1))
+        assert bool(asked) == distil
+
+
+def test_activations_are_rounded_while_integer_kernels_will_round_them() -> None:
+    candidate = distinct(layers=1)
+    seen: list[bool] = []
+
+    class Watching(TinyContext):
+        def fit(self, network: torch.nn.Module, **options: Any) -> None:  # type: ignore[override]
+            seen.append(bool(parts(layers(network)[0]).up._forward_pre_hooks))
+
+    for name in ("dynamic_int8", "weight_only 4"):
+        result = METHOD.apply(candidate, trained(name), Watching(candidate, Path()))
+        assert not parts(layers(result.network)[0]).up._forward_pre_hooks
+    assert seen == [True, False]
+
+
+def test_rounded_inputs_have_256_values_and_a_gradient() -> None:
+    linear, x = torch.nn.Linear(400, 1), torch.linspace(-1, 1, 400, requires_grad=True)
+    read: list[torch.Tensor] = []
+    linear.register_forward_hook(lambda module, arguments, output: read.append(arguments[0]))
+    with rounded_inputs([linear]):
+        linear(x).sum().backward()
+    assert len(read[0].unique()) == 256
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, linear.weight[0].detach())
+
+
+def test_nothing_but_the_named_maps_is_rounded() -> None:
+    candidate = distinct(layers=1)
+    network, path = deepcopy(candidate.network), "bert.pooler.dense"
+    before = deepcopy(network.state_dict())
+    context = tiny_context(candidate, dry=True)
+    train_rounded(
+        network,
+        {path: Grid("binary", 1)},
+        None,
+        context,
+        task="text-classification",
+        distil=True,
+        learning_rate=1e-3,
+        round_activations=False,
+    )
+    changed = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {f"{path}.weight"}
+
+
+# --- mixed precision -------------------------------------------------------------------------------------------
+
+
+def test_the_layers_that_lose_most_are_kept() -> None:
+    """One map is made to matter: its rounding to two bits alone ruins the answers."""
+    candidate = teacher().copy()
+    grids = {path: Grid("block", 2, 32) for path in linear_maps(candidate.network)}
+    context = tiny_context(candidate)
+    batches = list(context.calibration(64))
+
+    def loss(network: torch.nn.Module) -> float:
+        with torch.no_grad():
+            return sum(float(context.task_loss(network, batch)) for batch in batches)
+
+    losses = {}
+    for path, grid in grids.items():
+        network = deepcopy(candidate.network)
+        module = network.get_submodule(path)
+        module.weight.data = grid.round(module.weight.data)
+        losses[path] = loss(network)
+    before = deepcopy(candidate.network.state_dict())
+    found = most_sensitive(candidate.network, grids, 3, batches, context)
+    assert found == sorted(losses, key=lambda path: -losses[path])[:3]
+    assert all(torch.equal(value, before[name]) for name, value in candidate.network.state_dict().items())
+    assert most_sensitive(candidate.network, grids, 2, [], tiny_context(candidate, dry=True)) == list(grids)[:2]
+
+
+@pytest.mark.parametrize("name", ["dynamic_int8", "static_int8", "weight_only 4", "ternary"])
+def test_kept_layers_have_a_higher_precision_in_the_file(name: str, tmp_path: Path) -> None:
+    candidate = distinct(layers=2)
+    plain, mixed = (params(name, high_precision_layers=k, calibration_examples=32) for k in (0, 3))
+    model = model_of(quantize(candidate, mixed, tmp_path / "artifact"))
+    found, total = operators(model), 6 * 2 + 2
+    eight_bits = [a.i for n in model.graph.node for a in n.attribute if a.name == "bits" and a.i == 8]
+    if name == "dynamic_int8":
+        assert (found["MatMulInteger"], found["MatMul"]) == (total - 3, 4 + 3)
+    elif name == "static_int8":
+        scales = [key for key in tensors(model) if key.endswith("_quantized") and "MatMul" in key]
+        assert len(scales) <= total - 3
+    else:
+        assert len(eight_bits) == 3
+        assert found["MatMulNBits"] == (total if name == "weight_only 4" else 3)
+    assert METHOD.after(candidate.subject, mixed).bits > METHOD.after(candidate.subject, plain).bits
+
+
+def test_keeping_the_worst_layers_helps(tmp_path: Path) -> None:
+    feed = feed_of(teacher(), size=64)
+
+    def error(number: int) -> float:
+        chosen = params("weight_only 2", high_precision_layers=number, calibration_examples=64, embedding_bits=32)
+        answers = load_runner(quantize(teacher(), chosen, tmp_path / "artifact"), 1)(feed)
+        return float(np.abs(answers - reference(teacher(), feed)).mean())
+
+    assert error(8) < error(0)

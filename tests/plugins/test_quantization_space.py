@@ -1,0 +1,195 @@
+"""The table of formats: what a study may combine, what each machine is offered, and what is refused in one line."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from compress_search_plugins.number_formats import BLOCKS, FORMATS, format_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compress_search import Candidate, Params, TrialError
+from compress_search.runtimes import Artifact, load_runner, lower
+from compress_search.space import Dim, defaults, fix_experts, narrow, suggest
+from compress_search.testing import tiny_context
+from tests.quantized import CLASSIFICATION, CODEBOOKS, INT8, METHOD, distinct, feed_of, params
+
+SUBJECT = distinct(layers=2).subject
+
+
+def choices(dim: Dim) -> tuple[Any, ...]:
+    return tuple(dim.distribution.choices)  # type: ignore[attr-defined]
+
+
+def timed(*kernels: str) -> Any:
+    return SUBJECT.having("timed", *(f"kernel:{name}" for name in kernels))
+
+
+def test_every_format_is_there_for_a_study_of_size_and_few_are_searched() -> None:
+    space = METHOD.search_space(SUBJECT)
+    assert set(choices(space["weight_bits"])) == {32, 16, 8, 4, 2, 1}
+    assert choices(space["scheme"]) == ("dynamic_int8", "static_int8", "weight_only")
+    assert choices(space["float_type"]) == ("bf16", "fp16")
+    assert choices(space["codebook"]) == ("uniform", "ternary")
+    searched = {name: choices(dim) for name, dim in fix_experts(space).items() if not dim.fixed}
+    assert searched == {
+        "weight_bits": (8, 4),
+        "scheme": ("dynamic_int8", "static_int8"),
+        "codebook": ("uniform", "ternary"),  # with two bits only, which a study has to name
+        "group_size": (32, 64, 128),
+        "embedding_bits": (32, 8, 4),
+    }
+
+
+@pytest.mark.parametrize(
+    ("kernels", "bits", "searched"),
+    [
+        (("int8",), {8, 32}, (8,)),
+        (("int8", "weight-only"), {8, 4, 32}, (8,)),
+        (("int8", "weight-only", "weight-only-2", "bf16"), {8, 4, 2, 16, 32}, (8,)),
+        (("weight-only",), {8, 4, 32}, (8, 4)),
+        (("bf16",), {16, 32}, (16,)),
+        (("bf16", "fp16"), {16, 32}, (16,)),
+    ],
+)
+def test_only_real_kernels_are_offered_where_time_counts(
+    kernels: tuple[str, ...], bits: set[int], searched: tuple[int, ...]
+) -> None:
+    space = METHOD.search_space(timed(*kernels))
+    assert set(choices(space["weight_bits"])) == bits
+    assert choices(fix_experts(space)["weight_bits"]) == searched
+    assert ("group_size" in space) == ("weight-only" in kernels)
+    assert ("calibration" in space) == ("int8" in kernels)
+    assert ("codebook" in space) == ("weight-only-2" in kernels)
+
+
+def test_a_timed_study_searches_integer_schemes_and_embeddings() -> None:
+    space = fix_experts(METHOD.search_space(timed("int8", "int8-exact", "weight-only", "bf16")))
+    assert {name for name, dim in space.items() if not dim.fixed} == {"scheme", "embedding_bits"}
+    chosen = METHOD.effective(SUBJECT, defaults(space))
+    assert (chosen["weight_bits"], chosen["scheme"]) == (8, "dynamic_int8"), "the baseline of every study"
+
+
+def test_without_a_real_kernel_it_cannot_follow() -> None:
+    assert METHOD.unsupported(SUBJECT) is None
+    assert METHOD.search_space(timed()) == {}
+    assert "as fast as float32" in str(METHOD.unsupported(timed()))
+
+
+@pytest.mark.parametrize("kernels", [("int8",), ("int8", "int8-exact"), ()])
+def test_seven_bits_are_the_default_where_eight_saturate(kernels: tuple[str, ...]) -> None:
+    subject = SUBJECT.having(*(f"kernel:{name}" for name in kernels))
+    assert METHOD.search_space(subject)["reduce_range"].default is (kernels == ("int8",))
+
+
+@pytest.mark.parametrize("size", [512, 8, 48])
+def test_group_sizes_that_decode_wrongly_are_never_proposed_and_refused_by_name(size: int) -> None:
+    dim = METHOD.search_space(SUBJECT)["group_size"]
+    allowed = "expected one of 16, 32, 64, 128, 256"
+    assert choices(dim) == BLOCKS
+    with pytest.raises(ValueError, match=f"{size} is outside the space: {allowed}"):
+        narrow(dim, size)
+    context = tiny_context(distinct(layers=1))
+    with pytest.raises(TrialError, match=f"group_size is {size}: {allowed}"):
+        METHOD.apply(distinct(layers=1), params("weight_only 4", group_size=size, qat=True), context)
+    assert context.fits == [], "before any training"
+
+
+@pytest.mark.parametrize(
+    ("kernels", "chosen", "message"),
+    [
+        (("int8",), {"weight_bits": 16, "float_type": "fp16"}, "weight_bits is 16: expected one of 8, 32"),
+        (("int8", "bf16"), {"weight_bits": 16, "float_type": "fp16"}, "float_type is 'fp16': expected one of bf16"),
+        (("int8",), CODEBOOKS["binary"], "weight_bits is 1: expected one of 8, 32"),
+        (("weight-only", "weight-only-2"), CODEBOOKS["ternary"], "codebook is 'ternary': expected one of uniform"),
+        (("weight-only",), {"weight_bits": 8}, None),
+        (("weight-only",), INT8["dynamic_int8"], "scheme is 'dynamic_int8': expected one of weight_only"),
+        ((), {"weight_bits": 8}, "weight_bits means nothing here"),
+    ],
+)
+def test_what_has_no_kernel_is_refused_where_time_counts(
+    kernels: tuple[str, ...], chosen: Params, message: str | None
+) -> None:
+    candidate = distinct(layers=1)
+    candidate = candidate.replace(subject=timed(*kernels))
+    if message is None:
+        message = "dynamic_int8 has no kernel that is real on this machine"
+    with pytest.raises(TrialError, match=message) as caught:
+        METHOD.apply(candidate, chosen, tiny_context(distinct(layers=1)))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"weight_bits": 3}, "weight_bits is 3: expected one of 8, 16, 4, 2, 1, 32"),
+        (params("dynamic_int8", embedding_bits=2), "embedding_bits is 2: expected one of 32, 16, 8, 4"),
+        (params("dynamic_int8", blocks=2), "blocks means nothing here: expected some of weight_bits, scheme"),
+    ],
+)
+def test_what_no_study_can_ask_for_is_refused(chosen: Params, message: str) -> None:
+    with pytest.raises(TrialError, match=message):
+        METHOD.apply(distinct(layers=1), chosen, tiny_context(distinct(layers=1)))
+
+
+@pytest.mark.parametrize(("asked", "used"), [(16, 32), (64, 64), (256, 128)])
+def test_two_bits_take_the_nearest_group_that_has_a_kernel(asked: int, used: int) -> None:
+    effective = METHOD.effective(SUBJECT, params("weight_only 2", group_size=asked, accuracy_level=0))
+    assert (effective["group_size"], effective["accuracy_level"]) == (used, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "unused"),
+    [
+        ("dynamic_int8", {"group_size": 128, "accuracy_level": 0, "calibration": "entropy", "qat_kd": False}),
+        ("weight_only 4", {"reduce_range": True, "granularity": "per_tensor", "calibration_examples": 33}),
+        ("ternary", {"qat": True, "group_size": 16, "accuracy_level": 0}),
+    ],
+)
+def test_recipes_that_do_the_same_are_the_same(name: str, unused: Params) -> None:
+    assert METHOD.effective(SUBJECT, params(name, **unused)) == METHOD.effective(SUBJECT, params(name))
+    assert METHOD.effective(SUBJECT, params(name)) == params(name)
+
+
+def test_training_and_ranking_make_their_parameters_matter() -> None:
+    settings_of_training = {"qat_kd": False, "learning_rate": 1e-4}
+    trained = params("weight_only 4", qat=True, **settings_of_training)
+    assert METHOD.effective(SUBJECT, trained) == trained
+    ranked = params("weight_only 4", high_precision_layers=2, calibration_examples=64)
+    assert METHOD.effective(SUBJECT, ranked) == ranked
+
+
+def test_only_ternary_and_binary_weights_are_simulated() -> None:
+    assert {format.name for format in FORMATS if format.simulated} == {"ternary", "binary"}
+    candidate = distinct(layers=1)
+    for name in ("ternary", "weight_only 2"):
+        result = METHOD.apply(candidate, params(name), tiny_context(candidate))
+        assert result.simulated == (name == "ternary")
+
+
+@cache
+def two_layers() -> Candidate:
+    return distinct(layers=2)
+
+
+@given(seed=st.integers(0, 10_000))
+@settings(max_examples=15, deadline=None)
+def test_every_point_of_the_space_applies_and_runs(seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    candidate = two_layers()
+    trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed)).ask()
+    chosen = suggest(trial, "quantization", METHOD.search_space(candidate.subject))
+    effective = METHOD.effective(candidate.subject, chosen)
+    assert METHOD.effective(candidate.subject, effective) == effective
+    context = tiny_context(candidate, steps=2)
+    result = METHOD.apply(candidate, effective, context)
+    assert result.subject == METHOD.after(candidate.subject, effective)
+    assert METHOD.trains(effective) == bool(context.fits)
+    artifact = tmp_path_factory.mktemp("point") / "artifact"
+    lower(result, artifact, CLASSIFICATION)
+    assert np.isfinite(load_runner(artifact, 1)(feed_of(candidate))).all()
+    assert Artifact.read(artifact).engine == ("torch" if effective["weight_bits"] == 16 else "onnxruntime")
+    assert Artifact.read(artifact).simulated == format_of(effective).simulated
