@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from compress_search import __version__, cli, driver
+from compress_search import __version__, cli, doctor, driver
 from compress_search.errors import ExportError, StorageError, StudyError, StudyLocked
 from compress_search.progress import StudyStarted, TrialStarted
 from compress_search.storage import Store
@@ -404,7 +404,26 @@ def test_a_method_needs_a_name_that_python_can_import(tmp_path: Path) -> None:
 
 
 def test_doctor_tells_versions_devices_kernels_memory_and_disk() -> None:
-    result = call("doctor")
+    result = call("doctor", "--quick")
     assert result.exit_code == 0
-    for part in ("torch", "processor", "accelerators", "int8", "free memory", "free disk"):
+    for part in (
+        "torch",
+        "processor",
+        "accelerators",
+        "int8",
+        "compile",
+        "free memory",
+        "free disk",
+        "cache folder",
+    ):
         assert part in result.output
+
+
+def test_doctor_prints_json_and_fails_where_something_needed_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = doctor.Check("torch", "broken", "cannot be imported: OSError: libgomp")
+    found = doctor.Findings({}, {}, (), (broken, doctor.Check("Hugging Face hub", "absent", "does not answer")))
+    monkeypatch.setattr(doctor, "examine", lambda study, quick: found)
+    result = call("doctor", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["ok"] is False
+    assert result.stderr == "error: broken: torch\n"

@@ -19,6 +19,7 @@ from compress_search import formats
 from compress_search.report import Entry, Report, wording
 
 if TYPE_CHECKING:
+    from compress_search.doctor import Findings
     from compress_search.estimate import Estimate
     from compress_search.method import Method
     from compress_search.plan import Plan
@@ -241,40 +242,27 @@ def contract_table(name: str, results: Sequence[CheckResult]) -> Table:
     )
 
 
-def doctor_tables() -> list[RenderableType]:
-    """Versions and hardware, which kernels are worth using here, free memory and disk."""
-    import psutil
-
-    from compress_search.environment import fingerprint, host_kind
-    from compress_search.runtimes.probe import describe_kernels
-
-    facts = fingerprint()
-    cpu, memory, disk = facts["cpu"], psutil.virtual_memory(), psutil.disk_usage(".")
-    machine = {
-        "host kind": host_kind(),
-        "system": facts["platform"],
-        "processor": f"{cpu['model']}, {cpu['cores']} cores usable",
-        "features": ", ".join(cpu["flags"]) or "none known",
-        "accelerators": ", ".join(gpu["name"] for gpu in facts["gpus"]) or "none",
-        "free memory": f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB",
-        "free disk here": f"{disk.free / 1e9:.1f} of {disk.total / 1e9:.1f} GB",
-    }
+def doctor_tables(found: Findings) -> list[RenderableType]:
+    """Versions and hardware, which kernels are worth using here, and what was looked at."""
     kernels = [
-        (kernel.name, "real" if kernel.real else "not real", _ratio(kernel.ratio), kernel.note)
-        for kernel in describe_kernels("cuda" if facts["gpus"] else "cpu")
+        (kernel.name, device, "real" if kernel.real else "not real", _ratio(kernel.ratio), kernel.note)
+        for device, kernel in found.kernels
     ]
-    heads = ["kernel", "here", "time against float32", "note"]
+    checks = [(check.name, check.state, check.finding) for check in found.checks]
+    heads = ["kernel", "on", "here", "time", "note"]
     return [
-        pairs({"python": facts["python"], **facts["packages"]}, "Versions"),
+        pairs(found.versions, "Versions"),
         Text(),
-        pairs(machine, "Machine"),
+        pairs(found.machine, "Machine"),
         Text(),
-        grid("Kernels", heads, kernels, left=("kernel", "here", "note")),
+        grid("Kernels", heads, kernels, left=("kernel", "on", "here", "note")),
+        Text(),
+        grid("Checks", ["", "state", "finding"], checks, left=("", "state", "finding")),
     ]
 
 
 def _ratio(ratio: float | None) -> str:
-    return "does not run" if ratio is None else f"{ratio:.2f}×"
+    return "–" if ratio is None else f"{ratio:.2f}×"
 
 
 def trials_table(found: Report) -> Table:
