@@ -142,6 +142,13 @@ class Context(Protocol):
     def calibration(self, examples: int, batch_size: int = 32) -> Iterator[Batch]:
         """Batches of training examples on ``device``, the same ones for the same trial seed."""
 
+    def layer_latency(self, subject: Subject) -> Callable[[int, int], float]:
+        """Milliseconds of one encoder layer as wide as the subject's, by its heads and its neurons.
+
+        For examples of the training data's mean length, as the study deploys its candidates. Measured at a few
+        shapes, once for a machine, and linear between them; the two blocks' times add up.
+        """
+
 
 class Method(ABC):
     """A compression method.

@@ -26,6 +26,7 @@ from compress_search.data.rows import read
 from compress_search.encoders import describe, shape_key, subject_of
 from compress_search.environment import host_kind
 from compress_search.measure import Bench, Latency, Score
+from compress_search.measure.layers import LayerTable, kept_layer_table, time_stacks
 from compress_search.method import Stage
 from compress_search.pipeline import Materials
 from compress_search.recipe import Recipe, digest
@@ -140,7 +141,14 @@ class Workbench:
             self.splits.get("unlabelled"),
             partial(untrained, self.study, task),
             self.tokenized,
+            self.layer_latency,
         )
+
+    def layer_latency(self, subject: Subject) -> LayerTable:
+        """Milliseconds of one layer by its heads and neurons, on examples of the training data's mean length."""
+        length = max(1, round(float(self.materials.train.lengths.mean())))
+        way = (self.study.measure.batch_size, length, self.study.measure.threads)
+        return kept_layer_table(subject, self.cache, time_stacks(*way), (*way, host_kind()))
 
     def tokenized(self, tokenizer: PreTrainedTokenizerBase) -> Mapping[str, Split]:
         """Every split as a candidate's own tokenizer cuts it; the latest reading is kept."""

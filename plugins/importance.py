@@ -1,90 +1,60 @@
-"""How much each head and each feed-forward neuron matters, and masks that switch them off.
+"""How much each head, each feed-forward neuron and each hidden channel matters.
 
-A head's mask variable ξ multiplies its context before the attention's output projection, a neuron's η its
-activation before the second feed-forward projection. Owns the masks and the criteria; how many units go, from
-where and when is not decided here. All layers must have the same shape: everything is (layers, units).
+Owns the criteria that look at a network as it is; those that learn while it trains are pruning_gates.py's, the
+masks whose gradients are taken pruning_masks.py's. How many units go, from where and when is not decided here.
 
 Sources: Michel et al. 2019, Are Sixteen Heads Really Better than One? (taylor); Kwon et al. 2022, A Fast
-Post-Training Pruning Framework for Transformers (fisher).
+Post-Training Pruning Framework for Transformers (fisher, rearrangement).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from compress_search import Batch, Loss
-from compress_search.encoders import layers, parts
+from compress_search.encoders import layers, parts, stream
 
-CRITERIA = ("taylor", "fisher", "magnitude", "random")
+from .pruning_masks import Masks, Units
+
 NEED_GRADIENTS = ("taylor", "fisher")
 
 
-class Units(NamedTuple):
-    """One number for every head (L, A) and every neuron (L, I)."""
+@torch.no_grad()
+def magnitude(network: nn.Module, masks: Masks) -> Units:
+    """‖W_q; W_k; W_v; W_o‖_F of a head over the root of its number of weights; ‖up‖₂·‖down‖₂ of a neuron.
 
-    heads: Tensor
-    neurons: Tensor
-
-
-class Masks:
-    """Masks on a network's heads and neurons, through forward pre-hooks; any optimizer step leaves them alone.
-
-    All ones leave the network's outputs as they were, to the bit. A masked unit gets no gradient.
+    A channel's is the norm of all that the layers write to it times the norm of all that they read from it.
     """
-
-    def __init__(self, network: nn.Module) -> None:
-        views = [parts(layer) for layer in layers(network)]
-        device = views[0].down.weight.device
-        self.units = Units(
-            torch.ones(len(views), views[0].heads, device=device),
-            torch.ones(len(views), views[0].neurons, device=device),
-        )
-        self._handles = []
-        for index, view in enumerate(views):
-            hooks = ((view.attention_output, self._head_hook(index, view.head_dim)), (view.down, self._hook(index)))
-            self._handles += [module.register_forward_pre_hook(hook) for module, hook in hooks]
-
-    def _head_hook(self, layer: int, width: int) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:
-        return lambda module, args: (args[0] * self.units.heads[layer].repeat_interleave(width),)
-
-    def _hook(self, layer: int) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:
-        return lambda module, args: (args[0] * self.units.neurons[layer],)
-
-    def remove(self) -> None:
-        """Take the hooks off; the network computes as if nothing had been masked."""
-        for handle in self._handles:
-            handle.remove()
-
-
-def magnitude(network: nn.Module) -> Units:
-    """‖W_q; W_k; W_v; W_o‖_F of a head over the root of its number of weights; ‖up‖₂·‖down‖₂ of a neuron."""
-    heads, neurons = [], []
-    with torch.no_grad():
-        for view in map(parts, layers(network)):
-            rows = [m.weight.unflatten(0, (view.heads, -1)) for m in (view.query, view.key, view.value)]
-            columns = view.attention_output.weight.T.unflatten(0, (view.heads, -1))
-            weights = torch.cat([w.flatten(1) for w in (*rows, columns)], dim=1)  # (A, 4·d·H)
-            heads.append(weights.norm(dim=1) / weights.shape[1] ** 0.5)
-            neurons.append(view.up.weight.norm(dim=1) * view.down.weight.norm(dim=0))
-    return Units(torch.stack(heads), torch.stack(neurons))
+    views, found = [parts(layer) for layer in layers(network)], stream(network)
+    heads = {}
+    for row, view in zip(masks.attentions, views, strict=True):
+        blocks = [m.weight.unflatten(0, (view.heads, -1)) for m in (view.query, view.key, view.value)]
+        columns = view.attention_output.weight.T.unflatten(0, (view.heads, -1))
+        weights = torch.cat([w.flatten(1) for w in (*blocks, columns)], dim=1)  # (A, 4·d·H)
+        heads[row] = weights.norm(dim=1) / weights.shape[1] ** 0.5
+    neurons = {
+        row: view.up.weight.norm(dim=1) * view.down.weight.norm(dim=0)
+        for row, view in zip(masks.feed_forwards, views, strict=True)
+    }
+    written = torch.cat([linear.weight for linear in found.writers], dim=1).norm(dim=1)
+    read = torch.cat([linear.weight for linear in found.readers]).norm(dim=0)
+    return Units(torch.stack(list(heads.values())), torch.stack(list(neurons.values())), (written * read)[None])
 
 
 def random(masks: Masks, seed: int) -> Units:
     """Uniform scores, as the control that any criterion has to beat; the same ones for the same seed."""
     generator = torch.Generator().manual_seed(seed)
-    heads, neurons = (torch.rand(mask.shape, generator=generator).to(mask) for mask in masks.units)
-    return Units(heads, neurons)
+    return Units(*(torch.rand(mask.shape, generator=generator).to(mask) for mask in masks.units))
 
 
-def from_gradients(network: nn.Module, masks: Masks, batches: Iterable[Batch], loss: Loss, criterion: str) -> Units:
-    """The loss's sensitivity to each mask variable, in evaluation mode.
+def mask_gradients(network: nn.Module, masks: Masks, batches: Iterable[Batch], loss: Loss) -> Units:
+    """∂L/∂ξ of every mask variable, each (batches, rows, units), in evaluation mode.
 
-    ``taylor``: mean over batches of the size of ∂L/∂ξ; ``fisher``: sum over batches of (∂L/∂ξ)², the diagonal of
-    the empirical Fisher information. Weights get no gradients; the network's mode is left as it was.
+    A block that several layers share has one variable for all its uses, so its gradient is their sum. Weights get
+    no gradients; the network's mode is left as it was.
     """
     mode = network.training
     network.eval()
@@ -92,7 +62,49 @@ def from_gradients(network: nn.Module, masks: Masks, batches: Iterable[Batch], l
     gradients = [torch.autograd.grad(loss(network, batch), masks.units) for batch in batches]  # of masks: small
     masks.units = Units(*(mask.detach() for mask in masks.units))
     network.train(mode)
-    heads, neurons = (torch.stack(each) for each in zip(*gradients, strict=True))  # (batches, L, units)
-    if criterion == "taylor":
-        return Units(heads.abs().mean(0), neurons.abs().mean(0))
-    return Units(heads.square().sum(0), neurons.square().sum(0))
+    return Units(*(torch.stack(each) for each in zip(*gradients, strict=True)))
+
+
+def taylor(gradients: Units) -> Units:
+    """The mean over batches of |∂L/∂ξ|: what removing a unit does to the loss, to first order (Michel, 4.1)."""
+    return Units(*(gradient.abs().mean(0) for gradient in gradients))
+
+
+def fisher(gradients: Units) -> Units:
+    """The sum over batches of (∂L/∂ξ)², the diagonal of the empirical Fisher information (Kwon 2022, 4.1)."""
+    return Units(*(gradient.square().sum(0) for gradient in gradients))
+
+
+def normalised(scores: Units) -> Units:
+    """Each row over its L2 norm, so that no layer's scale decides (Michel 2019, 4.1)."""
+    return Units(*(score / score.norm(dim=1, keepdim=True).clamp(min=1e-12) for score in scores))
+
+
+def rearranged(mask: Tensor, gradients: Tensor) -> Tensor:
+    """Another choice of as many units of each row, whose loss together is smaller.
+
+    The diagonal of the Fisher information knows nothing of units that stand in for each other. In each row every
+    masked unit is exchanged for the kept one that most reduces ‖Σ_{i masked} g_i‖², if any does, one after the
+    other from the least important (Kwon 2022, 4.2).
+
+    Args:
+        mask: (rows, units), zeros and ones.
+        gradients: (batches, rows, units).
+    """
+    mask = mask.clone()
+    for row, gradient in zip(mask, gradients.transpose(0, 1).mT, strict=True):  # (units,), (units, batches)
+        _rearrange(row, gradient)
+    return mask
+
+
+def _rearrange(mask: Tensor, gradient: Tensor) -> None:
+    masked = (mask == 0).nonzero().flatten()
+    total, squares = gradient[masked].sum(0), gradient.square().sum(1)
+    for unit in masked[squares[masked].argsort(stable=True)]:
+        rest = total - gradient[unit]
+        # ‖rest + g_k‖² − ‖rest‖² for each k that could be masked in its place
+        change = (2 * gradient @ rest + squares).masked_fill(mask == 0, torch.inf)
+        best = change.argmin()
+        if change[best] < 2 * gradient[unit] @ rest + squares[unit]:
+            mask[unit], mask[best] = 1, 0
+            total = rest + gradient[best]

@@ -1,190 +1,40 @@
-"""Structured pruning: remove whole layers, attention heads and feed-forward neurons, so that what is left is dense.
+"""Structured pruning: layers, heads, feed-forward neurons and hidden channels go, and what is left is dense.
 
-Every ``*_ratio`` is the part that is *removed*. Owns how many units go, from which layers and when; how much a
-unit matters is importance.py's, the surgery that removes it the engine's. Either at once on the trained network
-(``one_shot``, no training), or behind masks while the network trains (``cubic``), then recovery training.
+Every ``*_ratio`` is the part that is *removed*, a ``target`` the part of a cost that is *left*. Owns the method's
+parameters, what they come to and the order of its phases: layers go first, then the rest at once or while the
+network trains (pruner.py, gradual_pruning.py), then comes what makes up for it.
 
-Sources: Michel et al. 2019 (heads); Zhu and Gupta 2017, To prune, or not to prune (cubic schedule); Sajjad et
-al. 2023, On the Effect of Dropping Layers of Pre-trained Transformer Models (layer strategies).
+Sources: Michel et al. 2019 (heads); Kwon et al. 2022, A Fast Post-Training Pruning Framework for Transformers
+(budgets, rescaling); Xia et al. 2022, Structured Pruning Learns Compact and Accurate Models (gates, hidden width).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subject, TrialError
-from compress_search.encoders import keep_layers, prune_heads, prune_neurons
+from compress_search import Candidate, Context, Dim, Loss, Method, Params, Stage, Subject
+from compress_search.encoders import keep_layers, layer_drop
 
-from . import importance
-from .importance import CRITERIA, NEED_GRADIENTS, Masks, Units
-from .soft_targets import soft_target_loss
+from .gradual_pruning import train_while_pruning
+from .importance import NEED_GRADIENTS
+from .layer_dropping import STRATEGIES, kept_layers, most_changing_layers
+from .pruner import CRITERIA, LEARNED, Pruner
+from .pruning_allocation import Cut, macs_per_layer
+from .pruning_recovery import RECOVERIES, TRAINED, layer_distillation, loss_of
 
-STRATEGIES = ("top", "bottom", "alternate", "symmetric")
 FFN_MULTIPLES = (1, 8, 16, 32, 64)
-
-
-@dataclass(frozen=True)
-class Cut:
-    """What is left: so many layers, and so many heads and neurons in total over them.
-
-    Neurons are counted in groups of ``multiple``; no layer has fewer than ``min_heads`` heads or one group.
-    """
-
-    layers: int
-    heads: int
-    neurons: int
-    multiple: int
-    min_heads: int
-
-    @classmethod
-    def of(cls, subject: Subject, params: Params) -> Cut:
-        """The cut these parameters mean for a model with layers of equal shape.
-
-        Ratios are rounded to the nearest whole layer or head; of neurons, the number kept is rounded up.
-
-        Raises:
-            TrialError: a ratio that would leave nothing.
-        """
-        layers = subject.layers - _removed(params, "layer_ratio", subject.layers, least=1)
-        heads, neurons = int(subject.heads), int(subject.intermediate)
-        multiple = math.gcd(int(params["ffn_multiple"]), neurons)
-        least = min(int(params["min_heads"]), heads)
-        # in layers of equal allotment every one rounds alike, so one stands for all
-        equal, pool = (1, layers) if params["scope"] == "global" else (layers, 1)
-        kept_heads = pool * heads - _removed(params, "head_ratio", pool * heads, least=pool * least)
-        groups = pool * neurons // multiple
-        kept_groups = max(pool, math.ceil((1 - _ratio(params, "ffn_ratio")) * groups - 1e-6))
-        return cls(layers, equal * kept_heads, equal * kept_groups * multiple, multiple, least)
-
-
-def _ratio(params: Params, name: str) -> float:
-    ratio = float(params[name])
-    if not 0 <= ratio < 1:
-        raise TrialError(f"{name} is {ratio:g}, the part to remove: expected a number from 0 to below 1")
-    return ratio
-
-
-def _removed(params: Params, name: str, units: int, least: int) -> int:
-    return min(round(_ratio(params, name) * units), units - least)
-
-
-def kept_layers(depth: int, drop: int, strategy: str) -> list[int]:
-    """Which layers (0-based) stay when ``drop`` of ``depth`` go.
-
-    ``top`` and ``bottom``: the last or first ones go; ``alternate``: every second one, down from the last but
-    one, then the highest of the rest; ``symmetric``: the middle ones.
-    """
-    if strategy == "bottom":
-        return list(range(drop, depth))
-    if strategy == "symmetric":
-        start = (depth - drop + 1) // 2
-        return [layer for layer in range(depth) if not start <= layer < start + drop]
-    if strategy == "alternate":
-        order = [*range(depth - 2, -1, -2), *range(depth - 1, -1, -2)]
-        return sorted(order[drop:])
-    return list(range(depth - drop))
-
-
-def cubic_sparsity(t: float, start: float, end: float, initial: float = 0.0, final: float = 1.0) -> float:
-    """The part removed at time t: fast at first, slower as what is left matters more (Zhu and Gupta 2017, eq. 1).
-
-    s(t) = s_f + (s_i − s_f)·(1 − (t − t₀)/(t₁ − t₀))³ between t₀ = start and t₁ = end, constant outside.
-    """
-    if t >= end:
-        return final
-    done = max(0.0, (t - start) / (end - start))
-    return final + (initial - final) * (1 - done) ** 3
-
-
-def spread(keep: int, layers: int, multiple: int = 1) -> list[int]:
-    """So many units for each layer, as equal as groups of ``multiple`` allow."""
-    base, extra = divmod(keep // multiple, layers)
-    return [multiple * (base + (layer < extra)) for layer in range(layers)]
-
-
-def allot(scores: Tensor, keep: int, multiple: int = 1, least: int = 1) -> list[int]:
-    """So many units for each layer that the groups kept are the most important of all.
-
-    Args:
-        scores: (L, U); in a layer, the U/multiple groups are the best ``multiple``, the next best, and so on.
-        keep: units in total, a multiple of ``multiple``.
-        multiple: size of a group.
-        least: units that every layer keeps at least.
-    """
-    ranked = scores.sort(dim=1, descending=True).values
-    groups = ranked.unflatten(1, (-1, multiple)).sum(-1)  # (L, U/multiple), falling in every row
-    forced = -(-least // multiple)
-    rest = groups[:, forced:]
-    best = rest.flatten().argsort(descending=True, stable=True)[: keep // multiple - forced * len(rest)]
-    counts = torch.bincount(best // max(rest.shape[1], 1), minlength=len(rest)) + forced
-    return [multiple * int(count) for count in counts]
-
-
-def best_units(scores: Tensor, counts: list[int]) -> Tensor:
-    """A mask (L, U) of ones for the ``counts[l]`` highest scores of each layer l; the first wins a tie."""
-    rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    return (rank < torch.tensor(counts, device=scores.device)[:, None]).to(scores)
-
-
-def shrink(mask: Tensor, scores: Tensor, keep: int, multiple: int, least: int, *, even: bool) -> Tensor:
-    """The mask (L, U) with ``keep`` units left in total; what is masked stays masked."""
-    scores = scores.masked_fill(mask == 0, -math.inf)
-    counts = spread(keep, len(mask), multiple) if even else allot(scores, keep, multiple, least)
-    return best_units(scores, counts)
-
-
-def remove_masked(network: nn.Module, masks: Masks) -> None:
-    """Take the masks off and cut out what they switched off, in place: the outputs stay the same."""
-    masks.remove()
-    heads, neurons = (
-        {layer: row.nonzero().flatten().tolist() for layer, row in enumerate(mask)} for mask in masks.units
-    )
-    prune_heads(network, heads)
-    prune_neurons(network, neurons)
-
-
-@dataclass
-class Pruner:
-    """A network on its way to a cut, under masks."""
-
-    network: nn.Module
-    cut: Cut
-    params: Params
-    context: Context
-
-    def __post_init__(self) -> None:
-        self.masks = Masks(self.network)
-
-    def prune(self, fraction: float) -> None:
-        """Mask the least important units until this fraction of all that is to go has gone.
-
-        In a dry run, where importance means nothing, every layer gives the same.
-        """
-        cut = self.cut
-        if cut.neurons == self.masks.units.neurons.numel() and cut.heads == self.masks.units.heads.numel():
-            return
-        scores = self._scores()
-        even = self.context.dry or self.params["scope"] == "per_layer"
-        goals = ((cut.heads, 1, cut.min_heads), (cut.neurons, cut.multiple, cut.multiple))
-        shrunk = []
-        for mask, score, (final, multiple, least) in zip(self.masks.units, scores, goals, strict=True):
-            gone = multiple * math.floor(fraction * (mask.numel() - final) / multiple)
-            shrunk.append(shrink(mask, score, mask.numel() - gone, multiple, least, even=even))
-        self.masks.units = Units(*shrunk)
-
-    def _scores(self) -> Units:
-        criterion = str(self.params["criterion"])
-        if criterion == "random":
-            return importance.random(self.masks, self.context.seed)
-        if criterion == "magnitude" or self.context.dry:
-            return importance.magnitude(self.network)
-        batches = self.context.calibration(int(self.params["calib_examples"]))
-        return importance.from_gradients(self.network, self.masks, batches, self.context.task_loss, criterion)
+SCHEDULES = ("cubic", "one_shot", "iterative")
+SCOPES = ("global", "per_layer", "global_layer_normalised")
+BUDGETS = ("ratios", "macs", "latency")
+RATIOS = ("head_ratio", "ffn_ratio")
+GRADUAL = ("cubic", "iterative")
+DEFAULT_PACE = {"num_prune_steps": 8, "s_warmup": 0.1, "s_cooldown": 0.4}
 
 
 class StructuredPruning(Method):
@@ -193,122 +43,226 @@ class StructuredPruning(Method):
     stage = Stage.STRUCTURE
 
     def search_space(self, teacher: Subject) -> Mapping[str, Dim]:
-        """Ratios are parts removed; groups of neurons divide the teacher's number of them.
+        """How much goes, and when; groups of neurons divide the teacher's number of them.
 
-        ``num_prune_steps`` measures importance that often, each time on ``calib_examples``; ``s_warmup`` and
-        ``s_cooldown`` are the parts of the training before the first and after the last of these.
+        ``budget`` says how much: by ratios, or as the one ``target`` of multiply-accumulates or of the teacher's
+        latency that heads and neurons share. ``recover`` is what makes up for the loss: training (``kd`` and
+        ``layer_distill`` from soft targets, ``finetune`` from labels), least squares (``rescale``) or nothing.
+        Units go gradually only where there is training. ``num_prune_steps`` measures importance that often, each
+        time on ``calib_examples``; ``s_warmup`` and ``s_cooldown`` are the parts of the training before the first
+        and after the last of these. ``layerdrop_train`` trains with layers skipped at this rate before any goes.
         """
-        multiples = [m for m in FFN_MULTIPLES if teacher.intermediate % m == 0]
-        heads = min(0.75, 1 - 1 / teacher.heads)
-        gradual = {"schedule": ("cubic",)}
-        return {
-            "head_ratio": Dim.real(0.0, heads, min(0.25, heads)),
-            "ffn_ratio": Dim.real(0.0, 0.9, 0.5),
-            "layer_ratio": Dim.real(0.0, min(0.75, 1 - 1 / teacher.layers), 0.0),
-            "schedule": Dim.choice(("cubic", "one_shot"), "cubic"),
-            "scope": Dim.choice(("global", "per_layer"), "global", expert=True),
-            "criterion": Dim.choice(CRITERIA, "taylor", expert=True),
-            "calib_examples": Dim.choice(
-                (256, 512, 1024, 2048), 512, when={"criterion": NEED_GRADIENTS}, expert=True
-            ),
-            "ffn_multiple": Dim.choice(multiples, max(m for m in multiples if m <= 32), expert=True),
-            "min_heads": Dim.integer(1, int(teacher.heads), 1, expert=True),
-            "layer_strategy": Dim.choice(STRATEGIES, "top", expert=True),
-            "num_prune_steps": Dim.integer(1, 20, 8, when=gradual, expert=True),
-            "s_warmup": Dim.real(0.0, 0.3, 0.1, when=gradual, expert=True),
-            "s_cooldown": Dim.real(0.1, 0.6, 0.4, when=gradual, expert=True),
-            "kd": Dim.flag(False, when=gradual, expert=True),
-            "learning_rate": Dim.real(1e-6, 1e-2, 5e-5, log=True, when=gradual, expert=True),
-        }
+        return {**_amounts(teacher), **_means()}
 
     def unsupported(self, subject: Subject) -> str | None:
-        """Units are counted in layers of equal shape, each with weights of its own."""
-        if "shared" in subject.traits:
-            return "its layers share weights, and would have to lose the same units"
+        """Units are counted in layers of equal shape."""
         return "its layers differ in shape" if "non-uniform" in subject.traits else None
 
     def effective(self, subject: Subject, params: Params) -> Params:
-        """The exact parts that go, after rounding to whole layers, heads and groups of neurons."""
-        cut = Cut.of(subject, params)
-        heads, neurons = cut.layers * int(subject.heads), cut.layers * int(subject.intermediate)
-        return {
-            **params,
-            "layer_ratio": (subject.layers - cut.layers) / subject.layers,
-            "head_ratio": (heads - cut.heads) / heads,
-            "ffn_ratio": (neurons - cut.neurons) / neurons,
-            "ffn_multiple": cut.multiple,
-            "min_heads": cut.min_heads,
-            "layer_strategy": params["layer_strategy"] if cut.layers < subject.layers else "top",
-        }
+        """The exact parts that go, after rounding to whole layers, heads and groups of neurons.
+
+        What has no influence any more is left out or at its default. Layers that share weights lose the same units
+        each, and stay; learned criteria learn in a training, so they have one.
+        """
+        chosen = dict(params)
+        if "shared" in subject.traits:
+            chosen |= {"scope": "per_layer", "layer_ratio": 0.0}
+        if subject.word_rank:
+            chosen["hidden_ratio"] = 0.0
+        return _without_idle(chosen | _rounded(subject, chosen))
 
     def after(self, subject: Subject, params: Params) -> Subject:
-        """Mean heads and neurons of the layers left; with a global scope, layers can differ."""
+        """Mean heads and neurons of the layers left; with a global scope or a budget, layers can differ.
+
+        Under a budget these means are a forecast: what is pruned of which kind depends on the weights.
+        """
         cut = Cut.of(subject, params)
-        left = subject.having(
-            layers=cut.layers, heads=cut.heads / cut.layers, intermediate=cut.neurons / cut.layers
-        )
-        if left == subject:
+        if not _prunes(params):
             return subject
-        uneven = params["scope"] == "global" and cut.layers > 1 and _cuts_units(params)
-        return left.having("lossy", *(["non-uniform"] if uneven else []))
+        same_table = subject.embedding_size == subject.hidden
+        left = subject.having(
+            layers=cut.layers,
+            heads=cut.heads / cut.layers,
+            intermediate=cut.neurons / cut.layers,
+            hidden=cut.hidden,
+            embedding_size=cut.hidden if same_table else subject.embedding_size,
+        )
+        counted = params["budget"] == "ratios"
+        uneven = counted and params["scope"] != "per_layer" and cut.layers > 1 and _prunes(params, *RATIOS)
+        return left.having("lossy", *(["non-uniform"] if uneven or not counted else []))
 
     def trains(self, params: Params) -> bool:
-        """Only while it prunes gradually."""
-        return params["schedule"] == "cubic" and (_cuts_units(params) or float(params["layer_ratio"]) > 0)
+        """Where training recovers, and where it makes layers ready to go."""
+        return _prunes(params) and (params["recover"] in TRAINED or float(params.get("layerdrop_train", 0)) > 0)
 
     def apply(self, candidate: Candidate, params: Params, context: Context) -> Candidate:
-        """Layers go first and at once; then heads and neurons, as the schedule says."""
-        candidate, params = candidate.copy(), self.effective(candidate.subject, params)
-        subject, network = candidate.subject, candidate.network.to(context.device)
-        cut = Cut.of(subject, params)
-        drop = subject.layers - cut.layers
-        keep_layers(network, kept_layers(subject.layers, drop, str(params["layer_strategy"])))
-        pruner = Pruner(network, cut, params, context)
-        cooldown = float(params["s_cooldown"]) if self.trains(params) else 0.0
-        if cooldown:
-            # a network that has not lost everything yet scores better than it will
-            _train(network, subject.task, params, context, share=1 - cooldown, scored=False, pruner=pruner)
-        pruner.prune(1.0)
-        remove_masked(network, pruner.masks)
-        if cooldown:
-            _train(network, subject.task, params, context, share=cooldown)
-        return candidate.replace(network=network, subject=self.after(subject, params))
+        """Layers go first and at once; then heads, neurons and channels, as the schedule says."""
+        original, candidate, params = candidate.network, candidate.copy(), self.effective(candidate.subject, params)
+        if not _prunes(params):
+            return candidate
+        network, shares = candidate.network.to(context.device), Shares.of(params)
+        kept = _drop_layers(network, candidate.subject, params, context, shares.layer_drop)
+        pruner = Pruner(network, candidate.subject, Cut.of(candidate.subject, params), params, context)
+        loss = _loss(original, kept, pruner)
+        if shares.pruning and not context.dry:
+            train_while_pruning(pruner, loss, shares.pruning)
+        else:
+            pruner.prune_at_once()
+        if params["recover"] == "rescale":
+            pruner.rescale()
+        pruner.cut_out()
+        if shares.recovery:
+            context.fit(network, loss=loss, share=shares.recovery, learning_rate=float(params["learning_rate"]))
+        return candidate.replace(network=network, subject=self.after(candidate.subject, params))
 
 
-def _train(
-    network: nn.Module,
-    task: str,
-    params: Params,
-    context: Context,
-    *,
-    share: float,
-    scored: bool = True,
-    pruner: Pruner | None = None,
-) -> None:
-    context.fit(
-        network,
-        loss=soft_target_loss(context, task) if params["kd"] else None,
-        scored=scored,
-        share=share,
-        learning_rate=float(params["learning_rate"]),
-        on_step=None if pruner is None else _pruning_steps(pruner, params),
+def _amounts(teacher: Subject) -> dict[str, Dim]:
+    """The dimensions that say how much goes."""
+    multiples = [m for m in FFN_MULTIPLES if teacher.intermediate % m == 0]
+    heads, counted = min(0.75, 1 - 1 / teacher.heads), {"budget": ("ratios",)}
+    return {
+        "budget": Dim.choice(BUDGETS, "ratios", expert=True),
+        "target": Dim.real(0.05, 1.0, 0.6, when={"budget": ("macs", "latency")}, expert=True),
+        "head_ratio": Dim.real(0.0, heads, min(0.25, heads), when=counted),
+        "ffn_ratio": Dim.real(0.0, 0.9, 0.5, when=counted),
+        "layer_ratio": Dim.real(0.0, min(0.75, 1 - 1 / teacher.layers), 0.0),
+        "hidden_ratio": Dim.real(0.0, 0.5, 0.0, expert=True),
+        "ffn_multiple": Dim.choice(multiples, max(m for m in multiples if m <= 32), expert=True),
+        "min_heads": Dim.integer(0, int(teacher.heads), 1, expert=True),
+    }
+
+
+def _means() -> dict[str, Dim]:
+    """The dimensions that say what goes, when, and what makes up for it."""
+    trained = {"recover": TRAINED}
+    gradual = {"schedule": GRADUAL, **trained}
+    return {
+        "recover": Dim.choice(RECOVERIES, "kd", expert=True),
+        "schedule": Dim.choice(SCHEDULES, "cubic", when=trained),
+        "criterion": Dim.choice(CRITERIA, "taylor", expert=True),
+        "scope": Dim.choice(SCOPES, "global", expert=True),
+        "calib_examples": Dim.choice((256, 512, 1024, 2048), 512, expert=True),
+        "layer_strategy": Dim.choice(STRATEGIES, "top", expert=True),
+        "layerdrop_train": Dim.real(0.0, 0.5, 0.0, expert=True),
+        "num_prune_steps": Dim.integer(1, 20, int(DEFAULT_PACE["num_prune_steps"]), when=gradual, expert=True),
+        "s_warmup": Dim.real(0.0, 0.3, DEFAULT_PACE["s_warmup"], when=gradual, expert=True),
+        "s_cooldown": Dim.real(0.1, 0.6, DEFAULT_PACE["s_cooldown"], when=gradual, expert=True),
+        "learning_rate": Dim.real(1e-6, 1e-2, 5e-5, log=True, expert=True),
+    }
+
+
+def _prunes(params: Params, *names: str) -> bool:
+    """Whether anything goes, or anything of the ratios named."""
+    of = names or (*RATIOS, "layer_ratio", "hidden_ratio")
+    return (not names and params["budget"] != "ratios") or any(float(params.get(name, 0)) > 0 for name in of)
+
+
+def _rounded(subject: Subject, params: Params) -> dict[str, Any]:
+    """The amounts as they will really be."""
+    cut = Cut.of(subject, params)
+    rounded = {
+        "layer_ratio": (subject.layers - cut.layers) / subject.layers,
+        "hidden_ratio": (subject.hidden - cut.hidden) / subject.hidden,
+        "ffn_multiple": cut.multiple,
+        "min_heads": cut.min_heads,
+    }
+    if params["budget"] != "ratios":
+        least = _least_part(subject, cut)
+        return {**rounded, "target": min(1.0, max(round(float(params["target"]), 2), math.ceil(100 * least) / 100))}
+    heads, neurons = cut.layers * int(subject.heads), cut.layers * int(subject.intermediate)
+    return {
+        **rounded,
+        "head_ratio": (heads - cut.heads) / heads,
+        "ffn_ratio": (neurons - cut.neurons) / neurons,
+    }
+
+
+def _least_part(subject: Subject, cut: Cut) -> float:
+    """What the least shape costs of the whole in multiply-accumulates, whatever the length of the examples."""
+    parts = []
+    for length in (1, subject.positions):
+        least = macs_per_layer(subject.having(hidden=cut.hidden), length)(cut.min_heads, cut.multiple)
+        parts.append(cut.layers * least / subject.macs(length))
+    return max(parts)
+
+
+def _without_idle(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters with those left out, or at their default, that change nothing."""
+    chosen = dict(params)
+    units = chosen["budget"] != "ratios" or _prunes(chosen, *RATIOS, "hidden_ratio")
+    if not _prunes(chosen):
+        chosen["recover"] = "none"
+    if not units:
+        chosen |= {"criterion": "magnitude", "scope": "global"}
+    if chosen["criterion"] in LEARNED and chosen["recover"] not in TRAINED:
+        chosen["recover"] = "finetune"
+    if not _prunes(chosen, "layer_ratio"):
+        chosen |= {"layer_strategy": "top", "layerdrop_train": 0.0}
+    if chosen["budget"] == "ratios":
+        chosen |= {} if _prunes(chosen, "ffn_ratio", "hidden_ratio") else {"ffn_multiple": 1}
+        chosen |= {} if _prunes(chosen, "head_ratio") else {"min_heads": 1}
+    return _paced(chosen, gradual=units)
+
+
+def _paced(params: Mapping[str, Any], *, gradual: bool) -> dict[str, Any]:
+    """The parameters with those of calibration, schedule and training that are used, and no others."""
+    chosen = {"schedule": "cubic", **DEFAULT_PACE, **params}
+    if not gradual:
+        chosen["schedule"] = "one_shot"
+    elif chosen["criterion"] == "l0" or (chosen["criterion"] == "movement" and chosen["schedule"] == "one_shot"):
+        chosen["schedule"] = "cubic"
+    needs_data = (
+        chosen["criterion"] in NEED_GRADIENTS
+        or chosen["recover"] == "rescale"
+        or chosen["layer_strategy"] == "importance"
+        or chosen["budget"] == "macs"
     )
+    idle = set() if needs_data else {"calib_examples"}
+    if chosen["recover"] not in TRAINED:
+        idle |= {"schedule", *DEFAULT_PACE} | (set() if chosen["layerdrop_train"] else {"learning_rate"})
+    elif chosen["schedule"] == "one_shot":
+        idle |= set(DEFAULT_PACE)
+    elif chosen["criterion"] == "l0":
+        idle |= {"num_prune_steps"}
+    return {name: value for name, value in chosen.items() if name not in idle}
 
 
-def _pruning_steps(pruner: Pruner, params: Params) -> Callable[[int, int], None]:
-    """Prune ``num_prune_steps`` times at equal distances after the warm-up, the last time when training is over."""
-    times, done = int(params["num_prune_steps"]), 0
-    start = float(params["s_warmup"]) / (1 - float(params["s_cooldown"]))  # of this phase; both are of the whole
+@dataclass(frozen=True)
+class Shares:
+    """The parts of the step's training budget: with layers skipped at random, under masks, and after the cut."""
 
-    def on_step(step: int, steps: int) -> None:
-        nonlocal done
-        due = math.floor(times * (step / steps - start) / (1 - start))
-        if due > done:
-            done = due
-            pruner.prune(cubic_sparsity(due / times, 0, 1))
+    layer_drop: float
+    pruning: float
+    recovery: float
 
-    return on_step
+    @classmethod
+    def of(cls, params: Params) -> Shares:
+        """How these parameters divide it; all to the only phase there is, half to each of two kinds."""
+        trained, drops = params["recover"] in TRAINED, float(params["layerdrop_train"]) > 0
+        first = (0.5 if trained else 1.0) if drops else 0.0
+        rest = 1 - first if trained else 0.0
+        after = rest * (float(params["s_cooldown"]) if params.get("schedule") in GRADUAL else 1.0)
+        return cls(first, rest - after, after)
 
 
-def _cuts_units(params: Params) -> bool:
-    return float(params["head_ratio"]) > 0 or float(params["ffn_ratio"]) > 0
+def _drop_layers(network: nn.Module, subject: Subject, params: Params, context: Context, share: float) -> list[int]:
+    """Remove layers, after training with some skipped if there is a share for it; which of them stayed."""
+    drop = round(float(params["layer_ratio"]) * subject.layers)
+    if share:
+        loss, rate = loss_of(str(params["recover"]), subject.task, context), float(params["learning_rate"])
+        with layer_drop(network, float(params["layerdrop_train"])):
+            context.fit(network, loss=loss, scored=False, share=share, learning_rate=rate)
+    if params["layer_strategy"] == "importance" and not context.dry:
+        kept = most_changing_layers(network, context.calibration(int(params["calib_examples"])), drop)
+    else:
+        kept = kept_layers(subject.layers, drop, str(params["layer_strategy"]))
+    keep_layers(network, kept)
+    return kept
+
+
+def _loss(original: nn.Module, kept: list[int], pruner: Pruner) -> Loss | None:
+    """What the network is trained for while it is pruned and after; None is the task's own loss."""
+    if pruner.params["recover"] != "layer_distill":
+        return loss_of(str(pruner.params["recover"]), pruner.task, pruner.context)
+    dense = deepcopy(original).to(pruner.context.device).eval().requires_grad_(False)
+    return layer_distillation(pruner.context, pruner.task, dense, kept, lambda: pruner.channels)

@@ -4,6 +4,7 @@ from compress_search.encoders.factors import Factored, FactoredEmbedding
 from compress_search.encoders.features import feature_shape, read_features, recording
 from compress_search.encoders.layer_drop import layer_drop
 from compress_search.encoders.manifest import build, describe, load, load_network, save, shape_key
+from compress_search.encoders.stream import Stream, norm_over, stream
 from compress_search.encoders.surgery import (
     bake,
     keep_layers,
@@ -35,6 +36,7 @@ __all__ = [
     "FactoredEmbedding",
     "LayerParts",
     "Pieces",
+    "Stream",
     "backbone",
     "bake",
     "build",
@@ -52,6 +54,7 @@ __all__ = [
     "layers",
     "load",
     "load_network",
+    "norm_over",
     "parts",
     "prune_heads",
     "prune_hidden",
@@ -64,5 +67,6 @@ __all__ = [
     "set_layers",
     "shape_key",
     "share_parts",
+    "stream",
     "subject_of",
 ]

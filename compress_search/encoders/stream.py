@@ -47,7 +47,8 @@ def stream(network: nn.Module) -> Stream:
         TrialError: the word table is a product of two matrices, of which none has the stream's channels alone.
     """
     all_parts = [view.parts(layer) for layer in view.layers(network)]
-    block, projection = view.embeddings(network), getattr(view.backbone(network), "embeddings_project", None)
+    block = view.embeddings(network)
+    projection = cast("nn.Linear | None", getattr(view.backbone(network), "embeddings_project", None))
     if not isinstance(block.word_embeddings, nn.Embedding):
         raise TrialError("the hidden width cannot change once the word embeddings are factorized")
     tables = [] if projection else [m for m in block.children() if isinstance(m, nn.Embedding)]
@@ -58,7 +59,7 @@ def stream(network: nn.Module) -> Stream:
     return Stream(
         tables=tuple(tables),
         norms=_distinct(norms + [norm for p in all_parts for norm in (p.attention_norm, p.output_norm)]),
-        writers=_distinct([projection] * bool(projection) + writers + linears[:-1]),
+        writers=_distinct([*filter(None, [projection]), *writers, *linears[:-1]]),
         readers=_distinct(readers + linears),
         pooled=tuple(linears[1:]),
         projection=projection,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from compress_search.candidate import Candidate
+from compress_search.candidate import Candidate, Subject
 from compress_search.encoders import read_features, subject_of
 from compress_search.method import Batch
 from compress_search.tasks import Task
@@ -226,6 +226,11 @@ class TinyContext:
     def calibration(self, examples: int, batch_size: int = 32) -> Iterator[Batch]:
         """Batches of the tiny task, the same ones for the same seed."""
         return tiny_batches(self.candidate, batch_size=batch_size, seed=self.seed, examples=examples)
+
+    def layer_latency(self, subject: Subject) -> Callable[[int, int], float]:
+        """A made-up machine, on which a layer takes a nanosecond for each of its weights."""
+        width = subject.hidden
+        return lambda heads, neurons: 1e-6 * width * (4 * heads * subject.head_dim + 2 * neurons)
 
 
 def tiny_context(

@@ -1,0 +1,241 @@
+"""A network on its way to a smaller shape: which units are masked when, and the surgery at the end.
+
+Owns the course of a pruning: it asks a criterion for scores, an allocation for counts and the masks for the rest.
+What follows the surgery is structured_pruning.py's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from compress_search import Batch, Context, Params, Subject, TrialError
+from compress_search.encoders import subject_of
+
+from . import importance
+from .pruning_allocation import (
+    Cut,
+    Ladder,
+    LayerCost,
+    allot,
+    best_units,
+    macs_per_layer,
+    sparsity,
+    spread,
+    uniform_shape,
+    within_budget,
+)
+from .pruning_masks import Masks, Units, remove_masked
+from .pruning_rescale import tune
+
+LEARNED = ("movement", "l0")
+CRITERIA = ("taylor", "fisher", "magnitude", *LEARNED, "random")
+TUNING_EXAMPLES = 512
+"""At most so many examples for the least squares of mask tuning, which hold two hidden states of each."""
+
+Counts = tuple[list[int], list[int], list[int]]
+"""Units kept of each row of heads, neurons and channels."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the layers may cost together: ``cap`` at the end, ``full`` before anything is pruned from them.
+
+    ``whole`` is what a ``target`` is a part of; ``unit`` names it for people.
+    """
+
+    cost: LayerCost
+    full: float
+    cap: float
+    whole: float
+    unit: str
+
+
+def budget_of(subject: Subject, cut: Cut, params: Params, context: Context) -> Budget | None:
+    """The budget that the parameters ask for; None where they are ratios.
+
+    Multiply-accumulates are counted for the calibration data's mean length, and against the model before this step;
+    milliseconds against the teacher.
+    """
+    if params["budget"] == "ratios":
+        return None
+    left = subject.having(hidden=cut.hidden)
+    if params["budget"] == "macs":
+        length = _mean_length(context.calibration(int(params.get("calib_examples", 512))))
+        cost, unit = macs_per_layer(left, length), "multiply-accumulates of the model before"
+        whole = subject.layers * macs_per_layer(subject, length)(int(subject.heads), int(subject.intermediate))
+    else:
+        cost, unit = context.layer_latency(left), "milliseconds of the teacher's layers"
+        teacher = subject_of(context.teacher, subject.task, subject.device)
+        of_teacher = context.layer_latency(teacher)
+        whole = teacher.layers * of_teacher(round(teacher.heads), round(teacher.intermediate))
+    full = cut.layers * cost(int(subject.heads), int(subject.intermediate))
+    return Budget(cost, full, float(params["target"]) * whole, whole, unit)
+
+
+def _mean_length(batches: Iterator[Batch]) -> int:
+    lengths = [int(length) for batch in batches for length in batch["attention_mask"].sum(1)]
+    return round(sum(lengths) / len(lengths))
+
+
+class Pruner:
+    """Masks on a network, on their way to a cut.
+
+    Args:
+        network: of layers of equal shape, as many as the cut has.
+        subject: the model before this step.
+        cut: what is to be left.
+        params: of the method, effective.
+        context: of the step.
+
+    Raises:
+        TrialError: no shape is within the budget.
+    """
+
+    def __init__(self, network: nn.Module, subject: Subject, cut: Cut, params: Params, context: Context) -> None:
+        self.network, self.cut, self.params, self.context, self.task = network, cut, params, context, subject.task
+        self.criterion = str(params["criterion"])
+        self.masks = Masks(network)
+        self.budget = budget_of(subject, cut, params, context)
+        self.even = context.dry or params["scope"] == "per_layer"
+        if self.budget:
+            self._within_budget(self.masks.units, 1.0)  # whether it can be met at all, before any training
+        self.kept = self.counts(self.masks.units, 0.0)
+
+    @property
+    def channels(self) -> Tensor:
+        """The hidden channels that are left."""
+        return self.masks.units.hidden[0].nonzero().flatten()
+
+    # how many
+
+    def goals(self, progress: float) -> tuple[int, int, int]:
+        """Heads, neurons and channels that are left in all at this part of the way, in [0, 1]."""
+        cut, (heads, neurons, hidden) = self.cut, (len(mask) for mask in self.masks.units)
+        finals = (cut.heads * heads // cut.layers, cut.neurons * neurons // cut.layers, cut.hidden * hidden)
+        groups = (1, cut.multiple, cut.channels)
+        left = []
+        for mask, final, multiple in zip(self.masks.units, finals, groups, strict=True):
+            part = sparsity(str(self.params.get("schedule", "one_shot")), progress, 1 - final / mask.numel())
+            gone = multiple * math.floor(part * mask.numel() / multiple + 1e-6)
+            left.append(max(final, mask.numel() - gone))
+        return left[0], left[1], left[2]
+
+    def counts(self, scores: Units, progress: float) -> Counts:
+        """Units to keep of each row at this part of the way."""
+        cut, (heads, neurons, hidden) = self.cut, self.goals(progress)
+        if self.budget:
+            return *self._within_budget(scores, progress), [hidden]
+        if self.even:
+            spreads = spread(heads, len(scores.heads)), spread(neurons, len(scores.neurons), cut.multiple)
+            return *spreads, [hidden]
+        by_score = allot(scores.heads, heads, 1, cut.min_heads), allot(scores.neurons, neurons, *[cut.multiple] * 2)
+        return *by_score, [hidden]
+
+    def _within_budget(self, scores: Units, progress: float) -> tuple[list[int], list[int]]:
+        budget, cut = self.budget, self.cut
+        assert budget is not None
+        part = sparsity(
+            str(self.params.get("schedule", "one_shot")), progress, max(0.0, 1 - budget.cap / budget.full)
+        )
+        cap = budget.full * (1 - part)
+        found = self._uniform(cap) if self.context.dry else self._best(scores, cap)
+        if found is None:
+            least = cut.layers * budget.cost(cut.min_heads, cut.multiple) / budget.whole
+            raise TrialError(
+                f"target is {self.params['target']} of the {budget.unit}, and {cut.layers} layers come to no less "
+                f"than {least:.3f}: expected at least that, or fewer layers (layer_ratio)"
+            )
+        return found
+
+    def _uniform(self, cap: float) -> tuple[list[int], list[int]] | None:
+        assert self.budget is not None
+        sizes = (self.masks.units.heads.shape[1], self.masks.units.neurons.shape[1])
+        heads, neurons = uniform_shape(self.budget.cost, cap / self.cut.layers, *sizes, self.cut)
+        if self.cut.layers * self.budget.cost(heads, neurons) > cap * (1 + 1e-9):
+            return None
+        return [heads] * len(self.masks.units.heads), [neurons] * len(self.masks.units.neurons)
+
+    def _best(self, scores: Units, cap: float) -> tuple[list[int], list[int]] | None:
+        cut, budget = self.cut, self.budget
+        assert budget is not None
+        heads = Ladder.of(scores.heads, 1, cut.min_heads, even=self.even)
+        neurons = Ladder.of(scores.neurons, cut.multiple, cut.multiple, even=self.even)
+        return within_budget(heads, neurons, self.uses(), budget.cost, cap)
+
+    def uses(self) -> tuple[Tensor, Tensor]:
+        """How many layers use each row of heads and of neurons."""
+        rows = (self.masks.attentions, self.masks.feed_forwards)
+        heads, neurons = (torch.tensor(row).bincount().to(self.masks.units.heads.device) for row in rows)
+        return heads, neurons
+
+    # which
+
+    def prune(self, progress: float) -> None:
+        """Mask the least important units, until what is left is what there should be at this part of the way.
+
+        What is masked stays masked. In a dry run, where importance means nothing, every layer gives the same.
+        """
+        if self.budget is None and self.goals(1.0) == tuple(mask.numel() for mask in self.masks.units):
+            return
+        self.choose(self.scores(), progress)
+
+    def choose(self, scores: Units, progress: float) -> None:
+        """Mask all but the best by these scores."""
+        pairs = zip(scores, self.masks.units, strict=True)
+        ranked = Units(*(score.masked_fill(mask == 0, -math.inf) for score, mask in pairs))
+        self.kept = self.counts(ranked, progress)
+        self.masks.units = best(ranked, self.kept)
+
+    def scores(self) -> Units:
+        """What the criterion says of every unit; of a learned one, before it has learned anything."""
+        if self.criterion == "random":
+            scores = importance.random(self.masks, self.context.seed)
+        elif self.context.dry or self.criterion not in importance.NEED_GRADIENTS:
+            scores = importance.magnitude(self.network, self.masks)
+        else:
+            gradients = self.gradients()
+            scores = importance.taylor(gradients) if self.criterion == "taylor" else importance.fisher(gradients)
+        return self.scoped(scores)
+
+    def scoped(self, scores: Units) -> Units:
+        """The scores as layers are compared by them."""
+        return importance.normalised(scores) if self.params["scope"] == "global_layer_normalised" else scores
+
+    def gradients(self) -> Units:
+        """The loss's gradient by every mask variable, batch by batch."""
+        batches = self.context.calibration(int(self.params["calib_examples"]))
+        return importance.mask_gradients(self.network, self.masks, batches, self.context.task_loss)
+
+    # at once, without training
+
+    def prune_at_once(self) -> None:
+        """Go all the way; by fisher, units that stand in for each other are then exchanged (Kwon 2022, 4.2)."""
+        if self.criterion != "fisher" or self.context.dry:
+            self.prune(1.0)
+            return
+        gradients = self.gradients()
+        self.choose(self.scoped(importance.fisher(gradients)), 1.0)
+        units, found = self.masks.units, (gradients.heads, gradients.neurons)
+        heads, neurons = (importance.rearranged(mask, each) for mask, each in zip(units[:2], found, strict=True))
+        self.masks.units = Units(heads, neurons, units.hidden)
+
+    def rescale(self) -> None:
+        """Scale what is left by least squares; nothing where importance means nothing."""
+        if not self.context.dry:
+            examples = min(TUNING_EXAMPLES, int(self.params.get("calib_examples", TUNING_EXAMPLES)))
+            pooled = self.task != "token-classification"
+            tune(self.network, self.masks, self.context.calibration(examples), pooled=pooled)
+
+    def cut_out(self) -> None:
+        """Surgery: the outputs stay the same."""
+        remove_masked(self.network, self.masks)
+
+
+def best(scores: Units, kept: Counts) -> Units:
+    """Masks of ones for the highest scores of each row."""
+    return Units(*(best_units(score, count) for score, count in zip(scores, kept, strict=True)))
