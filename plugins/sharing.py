@@ -175,7 +175,7 @@ class Sharing(Method):
         warmup = float(params.get("tie_warmup", 0.0))
         if params.get("align") and not context.dry:
             _align_groups(network, names, groups)
-        if warmup:
+        if loss and warmup:
             _draw_together(network, names, groups, loss, params, context)
         _tie(network, names, groups, params, context)
         if loss:
@@ -195,7 +195,7 @@ def _draw_together(
     network: nn.Module,
     names: Sequence[str],
     groups: Sequence[Group],
-    recovery: Loss | None,
+    recovery: Loss,
     params: Params,
     context: Context,
 ) -> None:
@@ -207,8 +207,7 @@ def _draw_together(
         penalty = float(params["tie_penalty"]) * step / steps
 
     def loss(network: nn.Module, batch: Batch) -> Tensor:
-        value = recovery(network, batch) if recovery else context.task_loss(network, batch)
-        return value + penalty * disagreement(network, names, groups)
+        return recovery(network, batch) + penalty * disagreement(network, names, groups)
 
     context.fit(
         network,
