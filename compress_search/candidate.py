@@ -19,6 +19,11 @@ Lowering = Callable[[Path, Path], None]
 """A file-level transform: reads the ONNX file at the first path and writes the second."""
 
 
+GATES = {"bilstm": 4, "bigru": 3}
+"""Families that are no transformers, with the gates of their cells: no heads, no positions, ``hidden`` of both
+directions together."""
+
+
 @dataclass(frozen=True)
 class Subject:
     """What a step may know of the model it would be applied to: shapes and traits, no weights.
@@ -32,17 +37,22 @@ class Subject:
 
     ``density`` is the part of the weights of the layers' matrices that are not zero.
 
+    ``ranks`` are the inner widths of maps that are products of two matrices, in the order query, key, value,
+    attention output, up, down (0: a single matrix; (): all are); where layers differ, means with which r·(out + in)
+    is still the number of weights.
+
     ``alphabet`` counts the pieces without which the tokenizer could not spell every text (0: unknown).
 
     ``threads`` are those that models are timed with unless a step says otherwise, ``cpus`` the cores of a trial.
 
-    Traits the engine itself sets on the teacher: ``"timed"`` (an objective or constraint depends on running
-    time, so only real kernels count), ``"sized"`` (one depends on the stored size), ``"tokenizer:<kind>"``
-    (``tokenizer:WordPiece``, as the ``tokenizers`` library names it) and ``"kernel:<name>"`` for each kernel that a probe found to be real on
-    this machine (``kernel:int8``, ``kernel:bf16``, ``kernel:weight-only``); ``"unlabelled"`` (the study names text
-    without labels). Steps add their own, such as
-    ``"lossy"`` (training could win back accuracy), ``"non-uniform"``, ``"shared"``, ``"sparse"`` (zeros that must
-    stay: nothing may rebuild the matrices), ``"onnx-only"`` and ``"torch-only"``.
+    Traits the engine itself sets on the teacher: ``"timed"`` and ``"sized"`` (an objective or constraint depends on
+    running time, so only real kernels count, or on the stored size), ``"tokenizer:<kind>"`` (as the ``tokenizers``
+    library calls it, or ``ByteLevelBPE``), ``"kernel:<name>"`` for each kernel that a probe found to be real on
+    this machine (``kernel:int8``, ``kernel:bf16``, ``kernel:weight-only``) and ``"unlabelled"`` (the study names
+    text without labels). Steps add their own, such as ``"lossy"`` (training could win back accuracy),
+    ``"non-uniform"``, ``"shared"``, ``"low-rank"`` (matrices that are products of two), ``"sparse"`` (zeros that
+    must stay: nothing may rebuild the matrices), ``"recurrent"`` (no transformer layers: nothing to cut, share or
+    replace), ``"data-sized"`` (the vocabulary is an upper bound), ``"onnx-only"`` and ``"torch-only"``.
     """
 
     family: str
@@ -67,6 +77,7 @@ class Subject:
     attention_sets: int = 0
     ffn_sets: int = 0
     norm_sets: int = 0
+    ranks: tuple[float, ...] = ()
     alphabet: int = 0
     density: float = 1.0
     traits: frozenset[str] = frozenset()
@@ -87,8 +98,18 @@ class Subject:
         """
         width = self.embedding_size or self.hidden
         projection = 0 if width == self.hidden else width * self.hidden + self.hidden
+        if self.family in GATES:
+            return self.vocabulary * width
         words = self.word_rank * (self.vocabulary + width) if self.word_rank else self.vocabulary * width
         return words + (self.positions + self.token_types) * width + 2 * width + projection
+
+    @property
+    def _block_weights(self) -> tuple[float, float]:
+        """4·k·d·H weights of a layer's attention and 2·f·H of its feed-forward; of rank r, r·(out + in) each."""
+        shapes = [(self.heads * self.head_dim, self.hidden)] * 4 + [(self.intermediate, self.hidden)] * 2
+        ranks = self.ranks or (0,) * len(shapes)
+        counts = [rank * (a + b) if rank else a * b for (a, b), rank in zip(shapes, ranks, strict=True)]
+        return sum(counts[:4]), sum(counts[4:])
 
     @property
     def encoder_parameters(self) -> int:
@@ -97,17 +118,26 @@ class Subject:
         That is 4·k·d·H + 3·k·d + H of attention, 2·f·H + f + H of feed-forward and 2·H for each of two norms; what
         layers share counts once.
         """
+        if self.family in GATES:
+            return self._recurrent_weights + 2 * self.layers * GATES[self.family] * self.hidden
         width = self.heads * self.head_dim
-        attention = 4 * width * self.hidden + 3 * width + self.hidden
-        feed_forward = 2 * self.intermediate * self.hidden + self.intermediate + self.hidden
+        attention, feed_forward = self._block_weights
+        attention += 3 * width + self.hidden
+        feed_forward += self.intermediate + self.hidden
         blocks = (self.attention_sets or self.layers) * attention + (self.ffn_sets or self.layers) * feed_forward
         return round(blocks + (self.norm_sets or 2 * self.layers) * 2 * self.hidden)
 
     @property
+    def _recurrent_weights(self) -> int:
+        """Weights of both directions of u = H/2 units with g gates: 2·g·u·(in + u), in = E, then H, then H."""
+        units = self.hidden // 2
+        inputs = (self.embedding_size or self.hidden) + (self.layers - 1) * self.hidden
+        return 2 * GATES[self.family] * units * (inputs + self.layers * units)
+
+    @property
     def linear_parameters(self) -> int:
         """The weights of the layers' matrices, which can be sparse: 4·k·d·H + 2·f·H per layer, shared ones once."""
-        attention = 4 * self.heads * self.head_dim * self.hidden
-        feed_forward = 2 * self.intermediate * self.hidden
+        attention, feed_forward = self._block_weights
         return round(
             (self.attention_sets or self.layers) * attention + (self.ffn_sets or self.layers) * feed_forward
         )
@@ -132,19 +162,22 @@ class Subject:
 
     def macs(self, length: int) -> float:
         """Multiply-accumulates of the encoder for one example of ``length`` tokens: L·(S·(4kdH + 2fH) + 2S²kd)."""
+        if self.family in GATES:
+            return length * self._recurrent_weights
         width = self.heads * self.head_dim
-        linear = length * (4 * width * self.hidden + 2 * self.intermediate * self.hidden)
+        linear = length * sum(self._block_weights)
         return self.layers * (linear + 2 * length**2 * width)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, the inverse of :meth:`from_dict`."""
-        return {**asdict(self), "traits": sorted(self.traits)}
+        return {**asdict(self), "ranks": list(self.ranks), "traits": sorted(self.traits)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Subject:
         """Rebuild a subject from :meth:`to_dict`'s output."""
         known = {f.name for f in fields(cls)}
-        return cls(**{**{k: v for k, v in data.items() if k in known}, "traits": frozenset(data["traits"])})
+        plain = {name: value for name, value in data.items() if name in known}
+        return cls(**{**plain, "ranks": tuple(data.get("ranks", ())), "traits": frozenset(data["traits"])})
 
 
 def packed_bits(bits: float, density: float) -> float:

@@ -13,12 +13,13 @@ import pytest
 
 from compress_search import workbench
 from compress_search.candidate import Candidate
+from compress_search.encoders import keep_pieces, subject_of
 from compress_search.measure import Latency
 from compress_search.recipe import Recipe, Step
 from compress_search.registry import Registry
 from compress_search.study import load_study
 from compress_search.workbench import Workbench
-from tests.tiny import tiny_network
+from tests.tiny import tiny_network, tiny_tokenizer
 
 LATENCY = Latency(0.5, 0.4, 0.6, 1.0, 1.5, 2.0, 1000.0, 1.0, 1.1, noisy=False)
 INT8 = Recipe((Step.of("quantization", {"weight_bits": 8}),))
@@ -63,8 +64,7 @@ def bench(tiny_study: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> C
 
 def candidate() -> Candidate:
     network: Any = tiny_network()
-    parts: Any = None
-    return Candidate(network, parts, parts)
+    return Candidate(network, tiny_tokenizer(), subject_of(network, "text-classification"))
 
 
 def test_workers_that_meet_the_same_shape_at_once_share_one_measurement(bench: Any) -> None:
@@ -90,6 +90,19 @@ def test_a_measurement_of_former_data_or_without_memory_is_not_taken_for_a_new_o
         assert shape.memory == (7.0 if "objectives" in changes else None)
 
 
+def test_zeros_change_the_size_but_not_the_time(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workbench, "size_mb", lambda directory: {"dense": 1.5, "sparse": 0.5}[directory.name])
+    dense = candidate()
+    sparse = dense.replace(subject=dense.subject.having("sparse", density=0.2))
+    for objectives, measured in ((["accuracy", "size_mb"], 1), (["accuracy", "size_mb", "memory_mb"], 2)):
+        made, taken = bench(objectives=objectives)
+        first = made.shape(dense, Path("dense"), Recipe())
+        second = made.shape(sparse, Path("sparse"), Recipe())
+        assert (first.size, second.size) == (1.5, 0.5)
+        assert first.latency == second.latency
+        assert len(taken) == measured, "what a packed file takes to load is measured where memory counts"
+
+
 def test_a_changed_precision_method_is_measured_again(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made, taken = bench()
     made.shape(candidate(), Path("artifact"), INT8)
@@ -97,4 +110,13 @@ def test_a_changed_precision_method_is_measured_again(bench: Any, monkeypatch: p
     assert len(taken) == 1
     monkeypatch.setattr(made.registry, "fingerprint", lambda name: "changed")
     made.shape(candidate(), Path("artifact"), INT8)
+    assert len(taken) == 2
+
+
+def test_a_candidate_whose_tokenizer_cuts_otherwise_is_measured_again(bench: Any) -> None:
+    made, taken = bench()
+    pruned = candidate()
+    kept = range(len(pruned.tokenizer) - 1)
+    made.shape(candidate(), Path("artifact"), Recipe())
+    made.shape(pruned.replace(tokenizer=keep_pieces(pruned.tokenizer, kept)), Path("artifact"), Recipe())
     assert len(taken) == 2

@@ -1,6 +1,6 @@
 """BERT-like encoders as methods see them: one view of their parts, surgery on them, and saving what results."""
 
-from compress_search.encoders.factors import Factored, FactoredEmbedding
+from compress_search.encoders.factors import Factored, FactoredEmbedding, LowRankLinear
 from compress_search.encoders.features import feature_shape, read_features, recording
 from compress_search.encoders.layer_drop import layer_drop
 from compress_search.encoders.manifest import build, describe, load, load_network, save, shape_key
@@ -35,6 +35,7 @@ __all__ = [
     "Factored",
     "FactoredEmbedding",
     "LayerParts",
+    "LowRankLinear",
     "Pieces",
     "Stream",
     "backbone",

@@ -71,5 +71,52 @@ class FactoredEmbedding(Factored):
         return f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}"
 
 
-KINDS: dict[str, type[Factored]] = {kind.kind: kind for kind in (FactoredEmbedding,)}
+class LowRankLinear(Factored):
+    """A linear map x·Wᵀ + b with W (out, in) = L·R: R (r, in) without a bias, then L (out, r) with b.
+
+    Has the attributes of the :class:`torch.nn.Linear` it replaces; ``weight`` is the product, made when asked for.
+    """
+
+    kind = "linear"
+
+    def __init__(self, left: Tensor, right: Tensor, bias: Tensor | None = None) -> None:
+        """From L (out, r), R (r, in) and b (out,), which become parameters as they are."""
+        super().__init__()
+        self.out_features, self.rank = left.shape
+        self.in_features = right.shape[1]
+        self.reduce = nn.Linear(self.in_features, self.rank, bias=False, device="meta")
+        self.expand = nn.Linear(self.rank, self.out_features, bias=bias is not None, device="meta")
+        self.reduce.weight, self.expand.weight = nn.Parameter(right), nn.Parameter(left)
+        if bias is not None:
+            self.expand.bias = nn.Parameter(bias)
+
+    @classmethod
+    def like(cls, whole: nn.Module, rank: int) -> Self:
+        """See :meth:`Factored.like`."""
+        if not isinstance(whole, nn.Linear):
+            raise TypeError(f"{type(whole).__name__} is no linear map")
+        weight, bias = whole.weight.detach(), None if whole.bias is None else whole.bias.detach().clone()
+        return cls(weight.new_empty(whole.out_features, rank), weight.new_empty(rank, whole.in_features), bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """W (out, in); no parameter, and of rank r at most."""
+        return self.expand.weight @ self.reduce.weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """b (out,)."""
+        return self.expand.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) to (…, out)."""
+        mapped: Tensor = self.expand(self.reduce(x))
+        return mapped
+
+    def extra_repr(self) -> str:
+        """Shapes as printed by ``repr``."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+KINDS: dict[str, type[Factored]] = {kind.kind: kind for kind in (FactoredEmbedding, LowRankLinear)}
 """Every kind that a manifest may name."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from compress_search.encoders import view
+from compress_search.encoders.factors import Factored
 from compress_search.encoders.stream import stream
 
 
@@ -101,10 +102,11 @@ def prune_hidden(network: nn.Module, keep: Sequence[int]) -> None:
     stays that of the network before, and the manifest says what is left.
 
     Raises:
-        ValueError: no channel, unknown channels or duplicates.
-        TrialError: the word embeddings are factorized.
+        ValueError: no channel, unknown channels or duplicates, or the word table is a product of two matrices.
     """
     found = stream(network)
+    if not isinstance(view.embeddings(network).word_embeddings, nn.Embedding):
+        raise ValueError("the hidden width cannot change once the word embeddings are factorized")
     if not keep:
         raise ValueError("an encoder needs at least one hidden channel")
     _check(keep, found.width, "channels")
@@ -246,6 +248,8 @@ def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
 
 
 def _require_plain(linear: nn.Linear) -> None:
+    if isinstance(linear, Factored):
+        raise ValueError("a factored weight cannot be cut: cut first, then factor what is left")
     if parametrize.is_parametrized(linear):
         raise ValueError("a parametrized weight cannot be cut: fold the masks with bake(network) first")
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 from torch import nn
 
 from compress_search.candidate import Subject
-from compress_search.encoders.factors import FactoredEmbedding
+from compress_search.encoders.factors import FactoredEmbedding, LowRankLinear
 from compress_search.errors import TrialError
 
 
@@ -211,6 +211,7 @@ def subject_of(network: nn.Module, task: str, device: str = "cpu") -> Subject:
         embedding_size=words.embedding_dim,
         word_rank=words.rank if isinstance(words, FactoredEmbedding) else 0,
         **sets,
+        ranks=_ranks(all_parts),
         vocabulary=tables["word_embeddings"],
         positions=tables["position_embeddings"],
         token_types=tables.get("token_type_embeddings", 0),
@@ -221,6 +222,23 @@ def subject_of(network: nn.Module, task: str, device: str = "cpu") -> Subject:
             name for name, holds in {"non-uniform": len(shapes) > 1, "shared": any(sets.values())}.items() if holds
         ),
     )
+
+
+def _ranks(all_parts: Sequence[LayerParts]) -> tuple[float, ...]:
+    """The inner widths of the layers' maps, as :class:`Subject` counts them: () where none is a product."""
+    rows = [(p.query, p.key, p.value, p.attention_output, p.up, p.down) for p in all_parts]
+    if not any(isinstance(linear, LowRankLinear) for row in rows for linear in row):
+        return ()
+    return tuple(map(_mean_rank, zip(*rows, strict=True)))
+
+
+def _mean_rank(linears: Sequence[nn.Linear | LowRankLinear]) -> float:
+    """The rank r with which r·(out + in) is the mean number of weights of these maps; 0 where all are whole."""
+    if not any(isinstance(linear, LowRankLinear) for linear in linears):
+        return 0
+    widths = sum(linear.out_features + linear.in_features for linear in linears)
+    matrices = [matrix for linear in linears for matrix in linear.modules() if isinstance(matrix, nn.Linear)]
+    return sum(matrix.out_features * matrix.in_features for matrix in matrices) / widths
 
 
 def _shared_sets(all_parts: Sequence[LayerParts]) -> dict[str, int]:
