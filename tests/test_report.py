@@ -8,6 +8,7 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -22,7 +23,9 @@ from compress_search.errors import CompressSearchError, NothingFeasible
 from compress_search.report import (
     Report,
     build_report,
+    entry_of,
     hypervolume_history,
+    kernels,
     page,
     reference_point,
     searched,
@@ -397,6 +400,34 @@ def test_an_axis_holds_its_values_between_few_round_ticks(values: list[float]) -
     assert 2 <= len(scale.ticks) <= 12
     assert scale.ticks == sorted(scale.ticks)
     assert all(-0.1 <= scale(value) <= 100.1 for value in values)
+
+
+def test_a_report_says_which_kernels_are_real_what_the_front_runs_on_and_what_is_simulated() -> None:
+    trials = [
+        teacher().model_copy(update={"engine": "onnxruntime"}),
+        entry(1, 0.87, 5.0, engine="torch", marks=["simulated"]),
+        entry(2, 0.86, 6.0, engine="compile"),
+    ]
+    found = report_of(*trials, kernels=["bf16", "int8"])
+    said = (
+        "Real kernels: bf16, int8. The front runs on onnxruntime (1), torch (1). "
+        "Simulated, so that their times mean nothing: 1."
+    )
+    assert wording.run_on(found) == said
+    assert said in terminal.text(*terminal.report_tables(found, "study.yaml"))
+    assert said in page.render_html(found, facts(), "study.yaml")
+    assert wording.run_on(report_of(teacher())) == ""
+
+
+def test_kernels_and_engines_are_read_from_what_is_stored() -> None:
+    assert kernels({"traits": ["timed", "kernel:int8", "kernel:bf16"]}) == ["bf16", "int8"]
+    assert kernels({}) == []
+    row: Any = SimpleNamespace(
+        number=3, state="complete", recipe=None, metrics={}, intervals={}, seconds={}, attempts=1, error=None
+    )
+    row.baseline, row.provisional = None, False
+    assert entry_of(row, {"runtime": {"engine": "compile", "buckets": [8]}}).engine == "compile"
+    assert entry_of(row, {}).engine is None
 
 
 def test_the_terminal_shows_teacher_baseline_and_front_and_marks_doubts() -> None:

@@ -52,6 +52,7 @@ class Entry(_Document):
     attempts: int = 1
     error: str | None = None
     baseline: str | None = None
+    engine: str | None = None
     marks: list[str] = Field(default_factory=list)
     alike: list[int] = Field(default_factory=list)
 
@@ -100,6 +101,7 @@ class Facts(Aims):
     """What a report needs to know of the study beside its trials; all of it stored in the database."""
 
     searched: list[str] = Field(default_factory=list)
+    kernels: list[str] = Field(default_factory=list)
     environment: dict[str, Any] = Field(default_factory=dict)
     settings: dict[str, Any] = Field(default_factory=dict)
     seconds: float = 0.0
@@ -110,6 +112,7 @@ class Report(Aims):
 
     schema_version: Literal[1] = 1
     searched: list[str]
+    kernels: list[str]
     teacher: dict[str, float]
     baselines: list[Baseline]
     hypervolume: float | None
@@ -153,6 +156,7 @@ def read_facts(store: Store, name: str) -> Facts:
         constraints=definition.get("constraints") or {},
         reference_point=reference_point(info.identity["objectives"], definition["task"], info.reference),
         searched=searched(info.identity.get("space", {})),
+        kernels=kernels(info.subject),
         environment=dict(info.environment),
         seconds=info.seconds,
         settings=dict(definition),
@@ -183,6 +187,12 @@ def searched(space: Mapping[str, Any]) -> list[str]:
     return [name for name, (distribution, *_) in dims.items() if not json_to_distribution(distribution).single()]
 
 
+def kernels(subject: Mapping[str, Any]) -> list[str]:
+    """Names of the kernels that the study found to be real where it was begun."""
+    mark = "kernel:"
+    return sorted(trait.removeprefix(mark) for trait in subject.get("traits", ()) if trait.startswith(mark))
+
+
 def read_entries(store: Store, name: str) -> list[Entry]:
     """The stored trials of a study."""
     measurements = store.measurements(name)
@@ -208,6 +218,7 @@ def entry_of(row: TrialRow, measurements: Mapping[str, Any]) -> Entry:
             "attempts": row.attempts,
             "error": f"{row.error.kind}: {row.error.message}" if row.error else None,
             "baseline": row.baseline,
+            "engine": measurements.get("runtime", {}).get("engine"),
             "marks": [mark for mark, holds in marks.items() if holds],
         }
     )

@@ -35,6 +35,7 @@ def render_html(found: Report, facts: Facts, study: str) -> str:
     return _TEMPLATES.get_template("report.html.j2").render(
         report=found,
         headline=wording.recommendation(found),
+        run_on=wording.run_on(found),
         headliners=wording.headliners(found),
         metrics=metrics,
         key_metrics=wording.key_metrics(found),

@@ -81,7 +81,7 @@ def report_tables(found: Report, study: str) -> list[RenderableType]:
     if found.recommended is not None:
         number = found.recommended
         parts.append(Text(f"  compress-search export {study} {number} -o trial-{number}/"))
-    parts.append(Text(counts_line(found), style="dim"))
+    parts += [Text(line, style="dim") for line in (wording.run_on(found), counts_line(found)) if line]
     failed = wording.failures(found)
     if failed:
         rows = [(len(numbers), reason, ", ".join(map(str, numbers))) for reason, numbers in failed]

@@ -6,6 +6,7 @@ Knows nothing of terminals or markup.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from compress_search import formats
@@ -108,6 +109,19 @@ def _gains(entry: Entry, report: Report) -> list[str]:
             f"{formats.number('size_mb', teacher['size_mb'])} MB"
         )
     return words
+
+
+def run_on(report: Report) -> str:
+    """Which kernels were real, what the front runs on, and whose arithmetic was only simulated; maybe nothing."""
+    found = [f"Real kernels: {', '.join(report.kernels)}."] if report.kernels else []
+    engines = Counter(entry.engine for entry in report.members if entry.engine)
+    if engines:
+        each = ", ".join(f"{engine} ({count})" for engine, count in sorted(engines.items()))
+        found.append(f"The front runs on {each}.")
+    simulated = [str(entry.number) for entry in report.trials if "simulated" in entry.marks]
+    if simulated:
+        found.append(f"Simulated, so that their times mean nothing: {', '.join(simulated)}.")
+    return " ".join(found)
 
 
 def key_metrics(report: Report) -> list[str]:
