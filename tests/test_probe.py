@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from compress_search.runtimes import probe
@@ -28,7 +29,9 @@ def test_the_probe_covers_kernels_and_engines_and_is_short(cache: Path) -> None:
     start = time.perf_counter()
     found = {kernel.name: kernel for kernel in probe._measure("cpu")}
     assert time.perf_counter() - start < 2
-    assert found.keys() == {"int8", "weight-only", "bf16", "compile"}
+    integers = {"int8", "int8-exact", "weight-only", "weight-only-2"}
+    assert found.keys() == integers | {"bf16", "fp16", "compile"}
+    assert found.pop("int8-exact").ratio is None, "it is exact or not, and no faster for that"
     compiling = found.pop("compile")
     assert compiling.real == (probe.toolchain() is None)
     assert compiling.ratio is None, "what compiling gains takes too long to tell here"
@@ -76,6 +79,15 @@ def test_what_raises_is_not_real() -> None:
 
     verdict = probe._verdict("int8", lambda: (broken, broken))
     assert verdict == Kernel("int8", False, None, "does not run: no such operator")
+
+
+@pytest.mark.parametrize(("factor", "exact"), [(1, True), (0.5, False)])
+def test_saturating_products_are_found(factor: float, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = np.full((2, 2), factor * 255 * 127 * probe.WIDTH * 0.01, np.float32)
+    monkeypatch.setattr(probe, "_session", lambda model, x: lambda: [answer])
+    verdict = probe._exactness()
+    assert verdict.real == exact
+    assert ("saturate" in verdict.note) == (not exact)
 
 
 @pytest.mark.parametrize(("name", "slowdown", "real"), [("int8", 2.0, False), ("int8", 0.5, True)])

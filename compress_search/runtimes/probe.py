@@ -35,7 +35,7 @@ TOKENS, WIDTH = 64, 768
 """The probe multiplies (TOKENS, WIDTH) by (WIDTH, WIDTH): one projection of a base model on a short text."""
 
 _ROUNDS, _WARMUP = 15, 3
-_LIMITS = {"int8": 1.05, "weight-only": 1.5, "bf16": 1.05, "compile": 1.05}
+_LIMITS = {"int8": 1.05, "weight-only": 1.5, "weight-only-2": 1.5, "bf16": 1.05, "fp16": 1.05, "compile": 1.05}
 
 Run = Callable[[], Any]
 
@@ -51,13 +51,15 @@ class Kernel:
 
 
 def kernels(device: str = "cpu") -> frozenset[str]:
-    """Names of what is real here: ``int8`` (MatMulInteger), ``weight-only`` (MatMulNBits), ``bf16`` (torch) and the
-    engines ``compile`` and ``onnx-cuda``."""
+    """Names of what is real here: ``int8`` (MatMulInteger), and ``int8-exact`` where it does not saturate;
+    ``weight-only`` and ``weight-only-2`` (MatMulNBits with 4 and 2 bits), ``bf16`` and ``fp16`` (torch), and the
+    engines ``compile`` and ``onnx-cuda``.
+    """
     return frozenset(kernel.name for kernel in describe_kernels(device) if kernel.real)
 
 
 def describe_kernels(device: str = "cpu") -> tuple[Kernel, ...]:
-    """Every kernel with its verdict, as :func:`keep_kernels` wrote it down; else measured in half a second."""
+    """Every kernel with its verdict, as :func:`keep_kernels` wrote it down; else measured in a second."""
     return _found(device)
 
 
@@ -75,11 +77,14 @@ def keep_kernels(device: str = "cpu") -> None:
 
 
 def _measure(device: str) -> tuple[Kernel, ...]:
-    found = [_verdict("bf16", lambda: _torch_pair(device))]
+    found = [_verdict("bf16", lambda: _torch_pair(device)), _verdict("fp16", lambda: _half_pair(device))]
     if device == "cpu":
-        found += [_verdict("int8", lambda: _onnx_pair(_int8_graph)), _verdict("weight-only", _weight_only_pair)]
+        found += [_verdict("int8", lambda: _onnx_pair(_int8_graph)), _exactness()]
+        found += [_verdict("weight-only", lambda: _onnx_pair(_weight_only_graph))]
+        found += [_verdict("weight-only-2", lambda: _onnx_pair(lambda: _weight_only_graph(bits=2)))]
     else:
-        found += [Kernel(name, False, None, f"no kernel on {device}") for name in ("int8", "weight-only")]
+        names = ("int8", "int8-exact", "weight-only", "weight-only-2")
+        found += [Kernel(name, False, None, f"no kernel on {device}") for name in names]
         found.append(_provider())
     missing = toolchain(device)
     note = missing or "it can; what it gains depends on the network, and doctor measures an example"
@@ -171,35 +176,56 @@ def _seconds(run: Run) -> float:
 
 def _torch_pair(device: str) -> tuple[Run, Run]:
     import torch
-    from torch.nn.functional import linear
 
     if device != "cpu" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise RuntimeError("this device has no bfloat16")
+    return _products(device, torch.bfloat16)
+
+
+def _half_pair(device: str) -> tuple[Run, Run]:
+    import torch
+
+    return _products(device, torch.float16)
+
+
+def _products(device: str, dtype: torch.dtype) -> tuple[Run, Run]:
+    import torch
+    from torch.nn.functional import linear
+
     x, w = torch.randn(TOKENS, WIDTH, device=device), torch.randn(WIDTH, WIDTH, device=device)
     wait: Run = torch.cuda.synchronize if device != "cpu" else (lambda: None)
 
     def timed(x: torch.Tensor, w: torch.Tensor) -> Run:
         return lambda: (linear(x, w), wait())
 
-    return timed(x.bfloat16(), w.bfloat16()), timed(x, w)
+    return timed(x.to(dtype), w.to(dtype)), timed(x, w)
 
 
 def _onnx_pair(graph: Callable[[], Any]) -> tuple[Run, Run]:
     x = np.random.default_rng(0).standard_normal((TOKENS, WIDTH)).astype(np.float32)
-
-    def session(model: Any) -> Run:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        loaded = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
-        return lambda: loaded.run(None, {"x": x})
-
-    return session(graph()), session(_float_graph())
+    return _session(graph(), x), _session(_float_graph(), x)
 
 
-def _weight_only_pair() -> tuple[Run, Run]:
-    return _onnx_pair(_weight_only_graph)
+def _session(model: Any, x: np.ndarray[Any, Any]) -> Run:
+    """A run of the graph on x (TOKENS, WIDTH)."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    loaded = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+    return lambda: loaded.run(None, {"x": x})
+
+
+def _exactness() -> Kernel:
+    """Whether integer products of the largest factors are exact: some processors add pairs of them in 16 bits."""
+    weight = np.full((WIDTH, WIDTH), 127, np.int8)
+    try:
+        (found,) = _session(_int8_graph(weight), np.full((TOKENS, WIDTH), 255, np.float32))()
+    except Exception as error:  # as in _verdict
+        return Kernel("int8-exact", False, None, f"does not run: {str(error).splitlines()[0][:120]}")
+    exact = bool(np.allclose(found, 255 * 127 * WIDTH * np.float32(0.01), rtol=1e-4))
+    note = "products of 8 bits are exact" if exact else "products of 8 bits saturate: weights need 7 (reduce_range)"
+    return Kernel("int8-exact", exact, None, note)
 
 
 def _float_graph() -> Any:
@@ -209,7 +235,7 @@ def _float_graph() -> Any:
     return _model([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": weight})
 
 
-def _int8_graph() -> Any:
+def _int8_graph(weight: np.ndarray[Any, Any] | None = None) -> Any:
     """Dynamic quantization of the activations, an integer product, and the scales multiplied back in."""
     from onnx import TensorProto, helper
 
@@ -220,18 +246,19 @@ def _int8_graph() -> Any:
         helper.make_node("Mul", ["xs", "ws"], ["s"]),
         helper.make_node("Mul", ["accf", "s"], ["y"]),
     ]
-    weight = np.random.default_rng(1).integers(-127, 128, (WIDTH, WIDTH)).astype(np.int8)
+    if weight is None:
+        weight = np.random.default_rng(1).integers(-127, 128, (WIDTH, WIDTH)).astype(np.int8)
     scales, zeros = np.full(WIDTH, 0.01, np.float32), np.zeros(WIDTH, np.int8)
     return _model(nodes, {"wq": weight, "wz": zeros, "ws": scales})
 
 
-def _weight_only_graph() -> Any:
-    """4-bit weights in blocks of 32, packed two to a byte, computed on with int8 activations."""
+def _weight_only_graph(bits: int = 4) -> Any:
+    """Weights of so many bits in blocks of 32, packed into bytes, computed on with int8 activations."""
     from onnx import helper
 
     blocks = WIDTH // 32
-    size: dict[str, Any] = {"K": WIDTH, "N": WIDTH, "bits": 4, "block_size": 32, "accuracy_level": 4}
-    weight = np.random.default_rng(1).integers(0, 256, (WIDTH, blocks, 16)).astype(np.uint8)
+    size: dict[str, Any] = {"K": WIDTH, "N": WIDTH, "bits": bits, "block_size": 32, "accuracy_level": 4}
+    weight = np.random.default_rng(1).integers(0, 256, (WIDTH, blocks, 4 * bits)).astype(np.uint8)
     scales = np.full(WIDTH * blocks, 0.01, np.float32)
     node = helper.make_node("MatMulNBits", ["x", "w", "s"], ["y"], domain="com.microsoft", **size)
     return _model([node], {"w": weight, "s": scales})
