@@ -65,6 +65,8 @@ class Quantization(Method):
 
     def unsupported(self, subject: Subject) -> str | None:
         """Whether any kernel for fewer bits is real here."""
+        if "recurrent" in subject.traits:
+            return "its weights are those of recurrent cells, and only linear maps have a smaller form"
         return None if offered(subject) else "no kernel for fewer bits is as fast as float32 on this machine"
 
     def effective(self, subject: Subject, params: Params) -> Params:
@@ -75,7 +77,8 @@ class Quantization(Method):
         """The mean stored bits, scales and what stays in float32 included; which engine is left."""
         setting = Setting.of(params)
         bits, embedding_bits = stored_bits(subject, setting)
-        return subject.having(setting.format.engine, bits=bits, embedding_bits=embedding_bits)
+        density = 1.0 if setting.format.name == "binary" else subject.density  # nothing binary is zero
+        return subject.having(setting.format.engine, bits=bits, embedding_bits=embedding_bits, density=density)
 
     def trains(self, params: Params) -> bool:
         """Only with rounded weights in the loop."""
@@ -107,11 +110,19 @@ class Quantization(Method):
 def _bits(formats: tuple[Format, ...], teacher: Subject) -> Dim:
     """All bits there are; searched are those that no others beat in size, time and accuracy at once."""
     options = bits_of(formats)
-    if "timed" in teacher.traits:
-        usual = (8,) if _has_integer_kernel(formats) else tuple(bits for bits in options if bits in (16, 8, 4))
+    if _integers_are_best(formats, teacher):
+        usual: tuple[int, ...] = (8,)
+    elif "timed" not in teacher.traits or _has_integer_kernel(formats):
+        usual = tuple(bits for bits in (8, 4) if bits in options)
     else:
-        usual = (8, 4)
+        usual = tuple(bits for bits in options if bits in (16, 8, 4))
     return Dim.choice(options, usual[0], usual=usual)
+
+
+def _integers_are_best(formats: tuple[Format, ...], teacher: Subject) -> bool:
+    """Whether int8 arithmetic is all that is worth trying: it is the fastest, and packed weights only smaller."""
+    timed = "timed" in teacher.traits and "sized" not in teacher.traits
+    return timed and _has_integer_kernel(formats)
 
 
 def _has_integer_kernel(formats: tuple[Format, ...]) -> bool:
@@ -142,11 +153,10 @@ def _when(users: list[Format], formats: tuple[Format, ...]) -> dict[str, tuple[i
 
 def _dimensions(teacher: Subject, formats: tuple[Format, ...]) -> dict[str, Dim]:
     """What is chosen within a format. Group sizes are searched where packed weights are."""
-    packed_is_slower = "timed" in teacher.traits and _has_integer_kernel(formats)
     kernels = {"kernel:int8": True, "kernel:int8-exact": False}
     saturates = {name: name in teacher.traits for name in kernels} == kernels
     return {
-        "group_size": Dim.choice(BLOCKS, 32, usual=(32, 64, 128), expert=packed_is_slower),
+        "group_size": Dim.choice(BLOCKS, 32, usual=(32, 64, 128), expert=_integers_are_best(formats, teacher)),
         "embedding_bits": Dim.choice((32, 16, 8, 4), 8, usual=(32, 8, 4)),
         "granularity": Dim.choice(("per_channel", "per_tensor"), "per_channel", expert=True),
         **{f"exclude_{part}": Dim.flag(False, expert=True) for part in EXCLUDABLE},

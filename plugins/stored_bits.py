@@ -56,25 +56,30 @@ def stored_bits(subject: Subject, setting: Setting) -> tuple[float, float]:
 
 
 def _maps(subject: Subject, excluded: tuple[str, ...]) -> list[Matrix]:
+    """The matrices of the layers and of the head."""
+    hidden = subject.hidden
+    ending = [Matrix(subject.labels, hidden, 1, float("classifier" in excluded))]
+    if subject.pooler:
+        ending.append(Matrix(hidden, hidden, 1, float("pooler" in excluded)))
+    return _layer_maps(subject, excluded) + ending
+
+
+def _layer_maps(subject: Subject, excluded: tuple[str, ...]) -> list[Matrix]:
+    """Query, key, value, attention output, up and down: a matrix each, or the two of a product."""
     hidden, width, neurons = subject.hidden, subject.heads * subject.head_dim, subject.intermediate
-    ends = sum(end in excluded for end in ("first_layer", "last_layer"))
+    shapes = [(width, hidden)] * 3 + [(hidden, width), (neurons, hidden), (hidden, neurons)]
     attention, ffn = subject.attention_sets or subject.layers, subject.ffn_sets or subject.layers
-
-    def layered(outputs: float, inputs: float, count: int, rank: float, part: str = "") -> list[Matrix]:
-        kept = count if part in excluded else min(ends, count)
-        if rank:  # a product of two matrices
-            return [Matrix(rank, inputs, count, kept), Matrix(outputs, rank, count, kept)]
-        return [Matrix(outputs, inputs, count, kept)]
-
-    query, key, value, output, up, down = subject.ranks or (0,) * 6
-    return [
-        *(matrix for rank in (query, key, value) for matrix in layered(width, hidden, attention, rank)),
-        *layered(hidden, width, attention, output, part="attention_output"),
-        *layered(neurons, hidden, ffn, up),
-        *layered(hidden, neurons, ffn, down, part="ffn_down"),
-        *([Matrix(hidden, hidden, 1, float("pooler" in excluded))] if subject.pooler else []),
-        Matrix(subject.labels, hidden, 1, float("classifier" in excluded)),
-    ]
+    counts = [attention] * 4 + [ffn] * 2
+    ends = sum(end in excluded for end in ("first_layer", "last_layer"))
+    named = {3: "attention_output", 5: "ffn_down"}
+    found = []
+    for place, ((outputs, inputs), count, rank) in enumerate(
+        zip(shapes, counts, subject.ranks or [0] * 6, strict=True)
+    ):
+        kept = count if named.get(place) in excluded else min(ends, count)
+        factors = [(outputs, rank), (rank, inputs)] if rank else [(outputs, inputs)]
+        found += [Matrix(*shape, count, kept) for shape in factors]
+    return found
 
 
 def _embedding_bits(subject: Subject, setting: Setting) -> float:

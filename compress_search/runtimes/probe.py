@@ -25,11 +25,14 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from compress_search.runtimes.engines import CUDA_PROVIDER
+
+if TYPE_CHECKING:
+    import torch
 
 TOKENS, WIDTH = 64, 768
 """The probe multiplies (TOKENS, WIDTH) by (WIDTH, WIDTH): one projection of a base model on a short text."""

@@ -74,6 +74,18 @@ def test_a_timed_study_searches_integer_schemes_and_embeddings() -> None:
     assert (chosen["weight_bits"], chosen["scheme"]) == (8, "dynamic_int8"), "the baseline of every study"
 
 
+def test_where_size_counts_too_packed_weights_are_searched_beside_them() -> None:
+    space = fix_experts(METHOD.search_space(timed("int8", "weight-only", "bf16").having("sized")))
+    assert choices(space["weight_bits"]) == (8, 4)
+    assert not space["group_size"].fixed
+    space = fix_experts(METHOD.search_space(timed("int8").having("sized")))
+    assert space["weight_bits"].fixed
+
+
+def test_recurrent_cells_have_no_smaller_form() -> None:
+    assert "recurrent" in str(METHOD.unsupported(SUBJECT.having("recurrent")))
+
+
 def test_without_a_real_kernel_it_cannot_follow() -> None:
     assert METHOD.unsupported(SUBJECT) is None
     assert METHOD.search_space(timed()) == {}
