@@ -258,7 +258,7 @@ def _same_shapes(application: Application, measured: Subject, promised: Subject)
     if "data-sized" not in promised.traits:
         fields.append("vocabulary")
     if "non-uniform" not in promised.traits:
-        fields += ["heads", "intermediate"]
+        fields += ["heads", "intermediate", "ranks"]
         uneven = "non-uniform" in measured.traits
         require(not uneven, f"{application.title}: its layers differ in shape, and after does not say so")
     for field in fields:
