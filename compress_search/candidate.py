@@ -181,14 +181,18 @@ class Subject:
 
 
 def packed_bits(bits: float, density: float) -> float:
-    """Mean stored bits of a weight of so many bits where the part ``density`` is not zero, in the smallest form.
+    """Mean stored bits of a weight of so many bits where the part ``density``, at random places, is not zero.
 
-    Dense; a bitmap, 1 + δ·b; or the non-zero ones with 8 bits each for their distance, δ·(8 + b). Weights below 8
-    bits share bytes, of which those are left out that hold nothing but zeros. See encoders.sparse_storage.
+    That is b, or each weight that is not zero with its distance from the one before in w = 4 or 8 bits. Distances
+    have a geometric distribution: δ·(w + b) / (1 − (1 − δ)^(2^w − 1)), what bridges wider gaps included. Weights
+    below 8 bits share bytes, of which those are left out that hold nothing but zeros. See encoders.sparse_storage.
     """
     unit = max(8.0, bits)
     filled = float(1 - (1 - density) ** (unit / bits))
-    return bits / unit * min(unit, 1 + filled * unit, filled * (8 + unit))
+    if not filled:
+        return 0.0
+    forms = [filled * (width + unit) / (1 - (1 - filled) ** (2**width - 1)) for width in (4, 8)]
+    return bits / unit * min(unit, *forms)
 
 
 @dataclass

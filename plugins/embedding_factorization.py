@@ -94,6 +94,8 @@ class EmbeddingFactorization(Method):
 
     def unsupported(self, subject: Subject) -> str | None:
         """A whole word table, large enough for two to be smaller."""
+        if "recurrent" in subject.traits:
+            return "it has no transformer layers"
         if subject.word_rank:
             return f"its word table is factored already, with rank {subject.word_rank}"
         if not sizes(subject):

@@ -136,6 +136,8 @@ class Sharing(Method):
 
     def unsupported(self, subject: Subject) -> str | None:
         """At least two layers of equal shape, each with weights of its own."""
+        if "recurrent" in subject.traits:
+            return "it has no transformer layers"
         if subject.layers < 2:
             return f"{subject.layers} layer has no other to share with"
         if "shared" in subject.traits:

@@ -33,6 +33,12 @@ SCHEDULES = ("cubic", "one_shot", "iterative")
 SCOPES = ("global", "per_layer", "global_layer_normalised")
 BUDGETS = ("ratios", "macs", "latency")
 RATIOS = ("head_ratio", "ffn_ratio")
+REFUSED = {
+    "recurrent": "it has no transformer layers",
+    "non-uniform": "its layers differ in shape",
+    "low-rank": "its matrices are products of two",
+    "sparse": "the zeros of its matrices must stay",
+}
 GRADUAL = ("cubic", "iterative")
 DEFAULT_PACE = {"num_prune_steps": 8, "s_warmup": 0.1, "s_cooldown": 0.4}
 
@@ -55,8 +61,8 @@ class StructuredPruning(Method):
         return {**_amounts(teacher), **_means()}
 
     def unsupported(self, subject: Subject) -> str | None:
-        """Units are counted in layers of equal shape."""
-        return "its layers differ in shape" if "non-uniform" in subject.traits else None
+        """Units are counted in layers of equal shape, and are rows and columns of whole dense matrices."""
+        return next((reason for trait, reason in REFUSED.items() if trait in subject.traits), None)
 
     def effective(self, subject: Subject, params: Params) -> Params:
         """The exact parts that go, after rounding to whole layers, heads and groups of neurons.

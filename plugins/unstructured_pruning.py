@@ -185,6 +185,8 @@ class UnstructuredPruning(Method):
 
     def unsupported(self, subject: Subject) -> str | None:
         """Zeros are of use where the size counts, in matrices that are neither sparse nor products already."""
+        if "recurrent" in subject.traits:
+            return "it has no transformer layers"
         if "sized" not in subject.traits:
             return "zeros make a model smaller, not faster, and neither an objective nor a constraint is size_mb"
         if "sparse" in subject.traits:

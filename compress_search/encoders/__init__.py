@@ -2,8 +2,9 @@
 
 from compress_search.encoders.factors import Factored, FactoredEmbedding, LowRankLinear
 from compress_search.encoders.features import feature_shape, read_features, recording
-from compress_search.encoders.layer_drop import layer_drop
 from compress_search.encoders.manifest import build, describe, load, load_network, save, shape_key
+from compress_search.encoders.recurrent import RecurrentConfig, new_recurrent
+from compress_search.encoders.skipping import layer_drop
 from compress_search.encoders.stream import Stream, norm_over, stream
 from compress_search.encoders.surgery import (
     bake,
@@ -37,6 +38,7 @@ __all__ = [
     "LayerParts",
     "LowRankLinear",
     "Pieces",
+    "RecurrentConfig",
     "Stream",
     "backbone",
     "bake",
@@ -55,6 +57,7 @@ __all__ = [
     "layers",
     "load",
     "load_network",
+    "new_recurrent",
     "norm_over",
     "parts",
     "prune_heads",

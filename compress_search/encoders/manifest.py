@@ -21,7 +21,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
-from compress_search.encoders import sparse_storage, surgery, view
+from compress_search.encoders import recurrent, sparse_storage, surgery, view
 from compress_search.encoders.factors import KINDS, Factored
 from compress_search.errors import ExportError
 
@@ -46,22 +46,32 @@ def describe(network: nn.Module) -> dict[str, Any]:
     Raises:
         ExportError: the network holds something that the manifest cannot express, so it would not load again.
     """
-    shared = _shared_modules(network)
+    if isinstance(network, recurrent.Recurrent):
+        manifest = {**_common(network), "layers": recurrent.shapes(network), "factors": {}}
+        _check_complete(network, manifest)
+        return manifest
     manifest = {
-        "format": FORMAT,
-        "class": type(network).__name__,
-        "config": _config(network),
-        "dtype": _dtype(network),
+        **_common(network),
         "layers": [_shape(layer) for layer in view.layers(network)],
         "factors": _factors(network),
-        "shared": shared,
-        "tied": _tied_tensors(network, shared),
     }
     width = len(view.parts(view.layers(network)[0]).output_norm.weight)
     if width != cast(Any, network.config).hidden_size:
         manifest["hidden"] = width
     _check_complete(network, manifest)
     return manifest
+
+
+def _common(network: nn.Module) -> dict[str, Any]:
+    shared = _shared_modules(network)
+    return {
+        "format": FORMAT,
+        "class": type(network).__name__,
+        "config": _config(network),
+        "dtype": _dtype(network),
+        "shared": shared,
+        "tied": _tied_tensors(network, shared),
+    }
 
 
 def build(manifest: Manifest, device: str = "cpu") -> nn.Module:
@@ -72,6 +82,8 @@ def build(manifest: Manifest, device: str = "cpu") -> nn.Module:
     """
     if manifest.get("format") != FORMAT:
         raise ExportError(f"manifest format {manifest.get('format')!r} is not supported: expected {FORMAT}")
+    if manifest["class"] in recurrent.CLASSES:
+        return recurrent.build(manifest["class"], manifest["config"], device).to(_dtype_of(manifest)).eval()
     if not str(manifest["class"]).endswith(_HEADS) or manifest["config"]["model_type"] not in view.FAMILIES:
         raise ExportError(f"{manifest['class']!r} is no network that a manifest may describe")
     config = AutoConfig.for_model(**manifest["config"])
@@ -83,7 +95,12 @@ def build(manifest: Manifest, device: str = "cpu") -> nn.Module:
         surgery.prune_hidden(network, range(manifest["hidden"]))
     _factor(network, manifest.get("factors", {}))
     _alias(network, manifest)
-    return network.to(getattr(torch, manifest["dtype"])).eval()
+    return network.to(_dtype_of(manifest)).eval()
+
+
+def _dtype_of(manifest: Manifest) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, manifest["dtype"])
+    return dtype
 
 
 def save(network: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any, cast
 from torch import nn
 
 from compress_search.candidate import Subject
+from compress_search.encoders import recurrent
 from compress_search.encoders.factors import FactoredEmbedding, LowRankLinear
 from compress_search.errors import TrialError
 
@@ -184,11 +185,14 @@ def inputs(network: nn.Module) -> tuple[str, ...]:
 
 def set_attention(network: nn.Module, implementation: str) -> None:
     """Compute attention by ``"sdpa"`` or ``"eager"``, which alone hands out attention probabilities."""
-    cast(Any, network).set_attn_implementation(implementation)
+    if not isinstance(network, recurrent.Recurrent):
+        cast(Any, network).set_attn_implementation(implementation)
 
 
 def subject_of(network: nn.Module, task: str, device: str = "cpu") -> Subject:
     """The network's shapes, read off its modules."""
+    if isinstance(network, recurrent.Recurrent):
+        return recurrent.describe(network, task, device)
     all_parts = [parts(layer) for layer in layers(network)]
     block = embeddings(network)
     words = cast(nn.Embedding | FactoredEmbedding, block.word_embeddings)

@@ -189,7 +189,8 @@ class _Scorer:
         tokenizer = AutoTokenizer.from_pretrained(directory)
         task = self.card.task
         split = tokenize_rows(self.validation, tokenizer, self.card.max_length, task, self.scratch)
-        return dict(self.bench.score(directory, split.path, task, self.batch_size, form=form).metrics)
+        score = self.bench.score(directory, split.path, task, self.batch_size, form=form, as_they_come=True)
+        return dict(score.metrics)
 
 
 def tolerance(environment: Mapping[str, Any]) -> float:
@@ -261,6 +262,8 @@ def as_pretrained(network: Any) -> PreTrainedModel | None:
     from compress_search.encoders import describe
 
     manifest = describe(network)
+    if not hasattr(network, "save_pretrained"):  # a network of our own
+        return None
     if manifest["shared"] or manifest["tied"] or len({layer["ffn"] for layer in manifest["layers"]}) != 1:
         return None
     config, width = deepcopy(network.config), manifest["layers"][0]["ffn"]

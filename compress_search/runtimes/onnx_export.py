@@ -22,6 +22,7 @@ _NOISE = (
     (DeprecationWarning, "The feature will be removed"),
     (TracerWarning, "Converting a tensor to a Python boolean"),
     (UserWarning, "Exporting aten::index operator of advanced indexing"),
+    (UserWarning, "Exporting a model to ONNX with a batch_size other than 1"),  # initial states follow the batch
 )
 
 
