@@ -202,11 +202,13 @@ class Workbench:
         """Metrics of an artefact on a split.
 
         Arithmetic with one scale for a whole batch depends on an example's companions; ``as_deployed`` scores
-        at the study's measured batch size, as it must be for lowered arithmetic.
+        at the study's measured batch size and in the split's order, as it must be for lowered arithmetic.
         """
         batch_size = self.study.measure.batch_size if as_deployed else SCORING_BATCH
         split, task = self.as_read(directory, name), self.materials.task
-        return self.bench.score(directory, split.path, task, batch_size, timeout=patience(len(split)))
+        return self.bench.score(
+            directory, split.path, task, batch_size, as_they_come=as_deployed, timeout=patience(len(split))
+        )
 
     def latency(self, directory: Path, *, repeats: int, seed: int) -> Latency:
         """Time an artefact against the teacher on the validation data's own lengths, as the teacher reads it."""

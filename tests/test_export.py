@@ -121,6 +121,34 @@ def test_a_uniform_model_loads_by_from_pretrained_and_by_onnx_runtime(make, expo
     assert float(probability) == pytest.approx(float(logits.softmax(0).max()), abs=2e-4)
 
 
+def test_an_exported_model_cuts_and_pads_as_it_was_measured(bench, export, tmp_path):
+    """The cut is in the tokenizer and the settings, the buckets in the settings, and the score is that of both."""
+    from transformers import AutoTokenizer
+
+    from compress_search.candidate import Candidate
+    from compress_search.data import tokenize_rows
+    from compress_search.encoders import subject_of
+    from compress_search.runtimes import lower
+
+    task, network, tokenizer = task_for("pairs"), tiny.tiny_network("pairs"), tiny.tiny_tokenizer()
+    candidate = Candidate(network, tokenizer, subject_of(network, task.name))
+    runtime = {"max_length": 12, "buckets": (10, 12), "threads": 1}
+    lower(candidate.replace(runtime=runtime), tmp_path / "artifact", task)
+    rows = rows_for("pairs", task)
+    splits = {length: tokenize_rows(rows, tokenizer, length, task, tmp_path / "cache") for length in (12, 32)}
+    assert splits[32].lengths.max() > 12 == splits[12].lengths.max()
+    score = bench.score(tmp_path / "artifact", splits[12].path, task, 8)
+    card = Card("tiny", 7, 0, RECIPE, task, 32, score.metrics, score.intervals, environment=fingerprint())
+    out = export(tmp_path / "artifact", tmp_path / "out", card, rows)
+    settings = json.loads((out / "hf" / "settings.json").read_text())
+    assert (settings["max_length"], settings["buckets"], settings["threads"]) == (12, [10, 12], 1)
+    assert json.loads((out / "onnx" / "settings.json").read_text()) == settings
+    exported = AutoTokenizer.from_pretrained(out / "hf")
+    row = int(splits[32].lengths.argmax())
+    assert len(exported(rows.texts[row], rows.pairs[row], truncation=True)["input_ids"]) == 12
+    assert "\t" in run_example(out / "onnx", rows.texts[row], rows.pairs[row])
+
+
 def test_a_model_no_configuration_can_express_comes_with_its_manifest(make, export, tmp_path):
     from compress_search.encoders import load
 

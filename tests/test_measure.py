@@ -280,6 +280,11 @@ def test_predictions_come_in_the_splits_order_from_batches_sorted_by_length():
     assert [row.tolist() for row in logits] == [[0, 0], [1, 2], [2, 4], [3, 6]]
     assert labels == [10, 11, 12, 13]
     assert widths == [(2, 3), (2, 9)]
+    logits, labels = predict(
+        runner, FakeSplit([5, 2, 9, 3], [10, 11, 12, 13]), TASK, batch_size=2, as_they_come=True
+    )
+    assert [row.tolist() for row in logits] == [[0, 0], [1, 2], [2, 4], [3, 6]]
+    assert widths[2:] == [(2, 5), (2, 9)]
 
 
 def test_interleaving_shuffles_the_order_and_times_each_runner():

@@ -12,7 +12,16 @@ import pytest
 from compress_search.errors import BenchDied
 from compress_search.recipe import Recipe
 from compress_search.records import Assignment, Failure
-from compress_search.trial import TrialWorker, clear_scratch, read_death, read_result, time_limit, trial_folder
+from compress_search.trial import (
+    Attempt,
+    Stopwatch,
+    TrialWorker,
+    clear_scratch,
+    read_death,
+    read_result,
+    time_limit,
+    trial_folder,
+)
 
 
 def worker_that_dies_while_it_prepares(output: Path) -> TrialWorker:
@@ -45,6 +54,26 @@ def test_scratch_of_killed_attempts_is_cleared_and_results_stay(tmp_path: Path) 
     (folder / "result.json").write_text("{}")
     clear_scratch(tmp_path)
     assert [path.name for path in folder.iterdir()] == ["result.json"]
+
+
+@pytest.mark.parametrize(("kind", "costs_the_trial"), [("timeout", True), ("died", False)])
+def test_a_bench_that_hangs_costs_its_trial_and_one_that_dies_is_the_machines_fault(
+    kind: str, costs_the_trial: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(attempt: Attempt) -> None:
+        raise BenchDied("latency of model took longer than 900 s", kind=kind)
+
+    monkeypatch.setattr(Attempt, "_run", fail)
+    bench: Any = SimpleNamespace()
+    attempt = Attempt(bench, Assignment(3, 0, Recipe(), seed=1), lambda rung: True, tmp_path, Stopwatch())
+    if not costs_the_trial:
+        with pytest.raises(BenchDied):
+            attempt.run()
+        return
+    result = attempt.run()
+    assert result.state == "failed"
+    assert result.failure is not None
+    assert (result.failure.kind, "took longer than 900 s" in result.failure.message) == ("timeout", True)
 
 
 @pytest.mark.parametrize("end", [None, SystemExit, BenchDied])  # by SystemExit Tune stops a trial

@@ -209,14 +209,16 @@ class Bench:
         batch_size: int,
         *,
         form: str | None = None,
+        as_they_come: bool = False,
         timeout: float | None = None,
     ) -> Score:
         """Metrics over the whole split; with a ``form`` (see runtimes.deployed) those of an exported model.
 
         Arithmetic with one scale per batch (dynamic int8) depends on an example's companions: score such an
-        artefact at the batch size it will be deployed with.
+        artefact at the batch size it will be deployed with, and the examples ``as_they_come`` instead of by length.
         """
         request = {"artifact": str(artifact), "split": str(split), "batch_size": batch_size, "form": form}
+        request["as_they_come"] = as_they_come
         return Score.from_dict(self._ask("score", {**request, "task": task.to_dict()}, timeout))
 
     def latency(

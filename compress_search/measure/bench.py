@@ -52,12 +52,14 @@ LOADED_RUNNERS = 4
 # what the bench computes
 
 
-def predict(runner: Runner, split: Split, task: Task, batch_size: int) -> tuple[list[Any], list[Any]]:
+def predict(
+    runner: Runner, split: Split, task: Task, batch_size: int, *, as_they_come: bool = False
+) -> tuple[list[Any], list[Any]]:
     """Logits and labels of every example in the split's order, as :meth:`Task.score` takes them.
 
-    Examples are batched by length, so that little is padded.
+    Examples are batched by length, so that little is padded, or ``as_they_come``.
     """
-    order = np.argsort(split.lengths, kind="stable")
+    order = np.arange(len(split)) if as_they_come else np.argsort(split.lengths, kind="stable")
     found: list[tuple[int, Any, Any]] = []
     for start in range(0, len(order), batch_size):
         batch = split.arrays(order[start : start + batch_size])
@@ -161,13 +163,19 @@ class Station:
         return self._runner(artifact, written, copy)
 
     def score(
-        self, artifact: str, split: str, task: Mapping[str, Any], batch_size: int, form: Form | None = None
+        self,
+        artifact: str,
+        split: str,
+        task: Mapping[str, Any],
+        batch_size: int,
+        form: Form | None = None,
+        as_they_come: bool = False,
     ) -> dict[str, Any]:
         """Metrics and their bootstrap intervals over a whole split, of an artefact or of an exported form."""
         rows, judge = Split.open(Path(split)), Task.from_dict(task)
         runner = load_deployed(Path(artifact), form, judge, self.threads) if form else self.runner(artifact)
         started = time.perf_counter()
-        logits, labels = predict(runner, rows, judge, batch_size)
+        logits, labels = predict(runner, rows, judge, batch_size, as_they_come=as_they_come)
         return {
             "metrics": judge.score(logits, labels),
             "intervals": judge.intervals(logits, labels),
