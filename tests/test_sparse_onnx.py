@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
@@ -83,8 +86,20 @@ def test_arrays_side_by_side_are_packed_each_in_its_own_form(tmp_path):
     assert all(np.array_equal(found, array) for found, array in zip(run(path)[0], arrays, strict=True))
 
 
+@given(st.integers(0, 2500), st.sampled_from([np.float32, np.int8]))
+@settings(max_examples=20, deadline=None)
+def test_no_file_gets_larger(zeros, dtype):
+    array = np.ones((50, 50), dtype)
+    array.reshape(-1)[:zeros] = 0
+    with tempfile.TemporaryDirectory() as folder:
+        path = model(Path(folder) / "a_long_name_for_a_model_of_one_array.onnx", array)
+        before = path.stat().st_size
+        packed = sparse_onnx.pack(path)
+        assert path.stat().st_size < before if packed else path.stat().st_size == before
+
+
 def test_what_would_not_get_smaller_stays_as_it_is(tmp_path):
-    dense, small, integers = sparse(1.0, np.float32), np.zeros((8, 8), np.float32), np.zeros((64, 64), np.int64)
+    dense, small, integers = sparse(1.0, np.float32), np.zeros((32, 31), np.int8), np.zeros((64, 64), np.int64)
     path = model(tmp_path / "model.onnx", dense, small, integers)
     before = path.read_bytes()
     assert sparse_onnx.pack(path) == 0

@@ -17,7 +17,7 @@ from torch import Tensor
 from compress_search import ExportError
 from compress_search.candidate import packed_bits
 from compress_search.encoders import layers, load_network, parts, save
-from compress_search.encoders.sparse_storage import bitmap, gaps, pack, pack_tensors, unpack, unpack_tensors
+from compress_search.encoders.sparse_storage import GAP_BITS, pack, pack_tensors, pack_with, unpack, unpack_tensors
 from compress_search.testing import tiny_candidate
 
 
@@ -33,7 +33,7 @@ def arrays(draw: st.DrawFn) -> NDArray[np.int32]:
 @given(arrays(), st.sampled_from([0, 3]))
 @settings(max_examples=60, deadline=None)
 def test_both_forms_give_the_same_array_back(array: NDArray[np.int32], fill: int) -> None:
-    for packed in (bitmap(array, fill), gaps(array, fill)):
+    for packed in (pack_with(bits, array, fill) for bits in GAP_BITS):
         assert np.array_equal(unpack(packed, len(array), fill), array)
     smaller = pack(array, fill)
     assert smaller is None or smaller.nbytes < array.nbytes
@@ -49,17 +49,16 @@ def test_the_smaller_form_takes_what_the_closed_form_says(density: float, dtype:
     packed = pack(array)
     found = array.nbytes if packed is None else packed.nbytes
     expected = packed_bits(8 * array.itemsize, density) * count / 8
-    assert found == pytest.approx(expected, rel=0.015), "distances beyond 255 cost a little"
+    assert found == pytest.approx(expected, rel=0.015), "wide gaps are bridged"
 
 
-def test_gaps_are_the_smaller_form_below_one_in_eight() -> None:
+@pytest.mark.parametrize(("distance", "bits"), [(2, 4), (15, 4), (16, 8), (255, 8), (700, 8)])
+def test_gaps_have_no_more_bits_than_they_need(distance: int, bits: int) -> None:
     array = np.zeros(8000, np.int32)
-    array[::9] = 1
-    assert (found := pack(array)) is not None
-    assert found.form == "gaps"
-    array[::7] = 1
-    assert (found := pack(array)) is not None
-    assert found.form == "bitmap"
+    array[::distance] = 1
+    found = pack(array)
+    assert found is not None
+    assert found.gap_bits == bits
 
 
 def special(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -79,7 +78,7 @@ def test_tensors_come_back_bit_for_bit(dtype: torch.dtype) -> None:
     tensors = {"sparse": special((33, 65), dtype), "dense": torch.randn(33, 65).to(dtype), "bias": torch.zeros(33)}
     stored, forms = pack_tensors(tensors)
     assert set(forms) == {"sparse"}
-    assert set(stored) == {"sparse.places", "sparse.values", "dense", "bias"}
+    assert set(stored) == {"sparse.gaps", "sparse.values", "dense", "bias"}
     restored = unpack_tensors(stored, json.loads(json.dumps(forms)))
     for name, tensor in tensors.items():
         assert restored[name].dtype == tensor.dtype
@@ -111,9 +110,9 @@ def test_a_sparse_network_is_saved_small_and_reloads_to_the_same_bits(tmp_path: 
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [
-        ("places", None, "is incomplete: .*query.weight.places is missing"),
-        ("values", slice(0, 5), "places and values that do not fit"),
-        ("places", slice(0, 5), "places and values that do not fit"),
+        ("gaps", None, "is incomplete: .*query.weight.gaps is missing"),
+        ("values", slice(0, 5), "which do not fit 5 values"),
+        ("gaps", slice(0, 5), "5 bytes of gaps, which do not fit"),
     ],
 )
 def test_a_damaged_file_is_refused(tmp_path: Path, part: str, change: slice | None, message: str) -> None:

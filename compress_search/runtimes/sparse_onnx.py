@@ -18,6 +18,9 @@ from compress_search.encoders.sparse_storage import Packed
 if TYPE_CHECKING:
     import onnx
 
+OVERHEAD = 1024
+"""Bytes that the nodes and constants of one packed array take, at most: so much must be won at least."""
+
 _PREFIX = "sparse/"
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
@@ -49,7 +52,9 @@ def _packed(tensor: onnx.TensorProto) -> tuple[Packed, NDArray[Any], NDArray[Any
     bits = array.reshape(-1).view(_UNSIGNED[array.itemsize])
     fill = int(np.bincount(bits).argmax()) if array.itemsize == 1 else 0
     packed = sparse_storage.pack(bits, fill)
-    return None if packed is None else (packed, array, np.array([fill], bits.dtype).view(array.dtype))
+    if packed is None or packed.nbytes + OVERHEAD > array.nbytes:
+        return None
+    return packed, array, np.array([fill], bits.dtype).view(array.dtype)
 
 
 def _expand(graph: onnx.GraphProto, packed: dict[str, tuple[Packed, NDArray[Any], NDArray[Any]]]) -> None:
@@ -73,47 +78,28 @@ class _Writer:
 
     def expand(self, name: str, packed: Packed, array: NDArray[Any], fill: NDArray[Any]) -> None:
         """Nodes whose last output is the array, under its name."""
-        values = packed.values.view(array.dtype)
-        places = self._constant(f"{name}/places", packed.places)
-        if packed.form == "bitmap":
-            table = self._constant(f"{name}/values", np.concatenate([fill, values]))
-            flat = self._node("Gather", table, self._rows(places, array.size))
-        else:
-            dense = self._filled(array.size, fill)
-            values_name = self._constant(f"{name}/values", values)
-            flat = self._node("ScatterElements", dense, self._indices(places), values_name, axis=0)
+        from onnx import TensorProto, numpy_helper
+
+        gaps = self._constant(f"{name}/gaps", packed.gaps)
+        if packed.gap_bits == 4:
+            gaps = self._halves(gaps, len(packed.values))
+        steps = self._node("Cast", gaps, to=TensorProto.INT32)  # 64 bits would double what loading takes
+        places = self._node("CumSum", steps, self._constant("axis", np.array(0)))
+        values = self._constant(f"{name}/values", packed.values.view(array.dtype))
+        size = self._constant(f"length {array.size}", np.array([array.size]))
+        empty = self._node("ConstantOfShape", size, value=numpy_helper.from_array(fill))
+        flat = self._node("ScatterElements", empty, places, values, axis=0)
         self._node("Reshape", flat, self._constant(f"{name}/shape", np.array(array.shape)), output=name)
 
-    def _rows(self, bitmap: str, count: int) -> str:
-        """For each of so many elements its row in a table of the common element and then the values."""
-        bytes_ = self._node("Unsqueeze", bitmap, self._constant("columns", np.array([1])))
-        shifts = self._constant("shifts", np.arange(8, dtype=np.uint8))
-        shifted = self._node("BitShift", bytes_, shifts, direction="RIGHT")  # (⌈n/8⌉, 8)
-        bits = self._node("Mod", shifted, self._constant("two", np.array(2, np.uint8)))
-        flat = self._node("Reshape", bits, self._constant("flat", np.array([-1])))
-        limits = self._constant("start", np.array([0])), self._constant(f"{count}", np.array([count]))
-        known = self._integers(self._node("Slice", flat, *limits))
-        return self._node("Mul", known, self._sums(known))
-
-    def _indices(self, gaps: str) -> str:
-        """Where each value stands: as far behind the one before as its gap says, the first behind −1."""
-        one = self._constant("one", np.array(1))
-        steps = self._node("Add", self._integers(gaps), one)
-        return self._node("Sub", self._sums(steps), one)
-
-    def _filled(self, count: int, fill: NDArray[Any]) -> str:
-        from onnx import numpy_helper
-
-        shape = self._constant(f"{count}", np.array([count]))
-        return self._node("ConstantOfShape", shape, value=numpy_helper.from_array(fill))
-
-    def _integers(self, name: str) -> str:
-        from onnx import TensorProto
-
-        return self._node("Cast", name, to=TensorProto.INT64)
-
-    def _sums(self, name: str) -> str:
-        return self._node("CumSum", name, self._constant("axis", np.array(0)))
+    def _halves(self, pairs: str, count: int) -> str:
+        """The first ``count`` of the 4-bit numbers in these bytes, lower bits first."""
+        columns = self._node("Unsqueeze", pairs, self._constant("columns", np.array([1])))
+        shifts = self._constant("shifts", np.array([0, 4], np.uint8))
+        shifted = self._node("BitShift", columns, shifts, direction="RIGHT")  # (⌈k/2⌉, 2)
+        halves = self._node("Mod", shifted, self._constant("sixteen", np.array(16, np.uint8)))
+        flat = self._node("Reshape", halves, self._constant("flat", np.array([-1])))
+        limits = self._constant("start", np.array([0])), self._constant(f"length {count}", np.array([count]))
+        return self._node("Slice", flat, *limits)
 
     def _node(self, kind: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
         from onnx import helper
