@@ -22,7 +22,10 @@ WIDTHS = (1.0, 0.75, 0.5, 0.25)
 
 def widths(teacher: Subject) -> list[float]:
     """The parts of the teacher's width that leave heads of whole, even size."""
-    return [part for part in WIDTHS if (teacher.hidden * part / teacher.heads) % 2 == 0] or [1.0]
+    even = [part for part in WIDTHS if (teacher.hidden * part / teacher.heads) % 2 == 0] or [1.0]
+    # where tables of another width are projected, a student of just that width would have no projection to cut
+    untied = teacher.embedding_size not in (0, teacher.hidden)
+    return [part for part in even if not (untied and teacher.hidden * part == teacher.embedding_size)]
 
 
 def unfit(subject: Subject) -> str | None:
@@ -64,7 +67,7 @@ def cut_student(candidate: Candidate, sources: Sequence[int], width: float) -> C
 def narrowed(network: nn.Module, hidden: int, neurons: int) -> nn.Module:
     """A new network of smaller width with what matters most of the old one's channels and neurons.
 
-    Channels are kept by the norm of their column of the word embeddings, the same ones everywhere; within a head
+    Channels are kept by the norm of what the word embeddings put there, the same ones everywhere; within a head
     by the product of the norms of what multiplies there, queries with keys, values with the output; neurons by the
     product of the norms of their two vectors.
 
@@ -74,7 +77,7 @@ def narrowed(network: nn.Module, hidden: int, neurons: int) -> nn.Module:
         neurons: the new width of the feed-forward blocks.
     """
     small = _blank(network, hidden, neurons)
-    channels = _largest(cast(nn.Embedding, embeddings(network).word_embeddings).weight.norm(dim=0), hidden)
+    channels = _largest(_norms(_table(network), 0 if _tied(network) else 1), hidden)
     with torch.no_grad():
         _copy_embeddings(small, network, channels)
         for ours, theirs in zip(layers(small), layers(network), strict=True):
@@ -89,16 +92,30 @@ def _part(size: int, width: float) -> int:
 
 def _blank(network: nn.Module, hidden: int, neurons: int) -> nn.Module:
     config = deepcopy(cast(Any, network).config)
-    tied = getattr(config, "embedding_size", None) == config.hidden_size
     names = ("dim", "hidden_dim") if family(network) == "distilbert" else ("hidden_size", "intermediate_size")
     for name, size in zip(names, (hidden, neurons), strict=True):
         setattr(config, name, size)
-    if tied:
+    if _tied(network) and hasattr(config, "embedding_size"):
         config.embedding_size = hidden
     parameter = next(network.parameters())
     with no_init_weights():
         small: nn.Module = type(network)(config)  # type: ignore[call-arg]
     return small.to(parameter.device, parameter.dtype)
+
+
+def _tied(network: nn.Module) -> bool:
+    """Whether the embedding tables have the network's width; in ELECTRA they may have another, and be projected."""
+    return not hasattr(backbone(network), "embeddings_project")
+
+
+def _table(network: nn.Module) -> Any:
+    """What brings words into the network's channels."""
+    return embeddings(network).word_embeddings if _tied(network) else backbone(network).embeddings_project
+
+
+def _norms(module: Any, dim: int) -> Tensor:
+    size: Tensor = torch.linalg.vector_norm(module.weight, dim=dim)
+    return size
 
 
 def _largest(importance: Tensor, count: int) -> Tensor:
@@ -108,14 +125,13 @@ def _largest(importance: Tensor, count: int) -> Tensor:
 
 def _copy_embeddings(small: nn.Module, network: nn.Module, channels: Tensor) -> None:
     ours, theirs = dict(embeddings(small).named_modules()), dict(embeddings(network).named_modules())
-    # tables narrower or wider than the network (ELECTRA) stay as they are, and their projection is cut
-    tied = "embeddings_project" not in dict(backbone(network).named_children())
+    tied = _tied(network)
     for name, module in theirs.items():
         if isinstance(module, nn.Embedding):
             ours[name].weight.copy_(module.weight[:, channels] if tied else module.weight)  # type: ignore[operator]
         elif isinstance(module, nn.LayerNorm):
             _copy_norm(ours[name], module, channels if tied else slice(None))
-    if not tied:
+    if not tied:  # the tables stay as they are
         _copy_linear(
             backbone(small).embeddings_project, backbone(network).embeddings_project, channels, slice(None)
         )
@@ -133,13 +149,9 @@ def _copy_layer(small: nn.Module, layer: nn.Module, channels: Tensor) -> None:
         flat: Tensor = (kept + offsets).flatten()
         return flat
 
-    def norms(linear: nn.Linear, dim: int) -> Tensor:
-        size: Tensor = torch.linalg.vector_norm(linear.weight, dim=dim)
-        return size
-
-    asked = rows(norms(theirs.query, 1), norms(theirs.key, 1))
-    told = rows(norms(theirs.value, 1), norms(theirs.attention_output, 0))
-    neurons = _largest(norms(theirs.up, 1) * norms(theirs.down, 0), ours.neurons)
+    asked = rows(_norms(theirs.query, 1), _norms(theirs.key, 1))
+    told = rows(_norms(theirs.value, 1), _norms(theirs.attention_output, 0))
+    neurons = _largest(_norms(theirs.up, 1) * _norms(theirs.down, 0), ours.neurons)
     _copy_linear(ours.query, theirs.query, asked, channels)
     _copy_linear(ours.key, theirs.key, asked, channels)
     _copy_linear(ours.value, theirs.value, told, channels)

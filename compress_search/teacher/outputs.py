@@ -109,6 +109,8 @@ class TeacherOutputs:
             _compute(self.teacher, self.split, {name: self._shape(name) for name in missing}, unfinished)
         for name in missing:
             (unfinished / name).replace(self.directory / name)
+        if missing:
+            unfinished.rmdir()
         for name in names:
             os.utime(self.directory / name)
 

@@ -1,0 +1,274 @@
+"""A student that learns from its teacher's layers: what it learns from, when, and that it does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compress_search_plugins.layer_match import ALIGNED, FEATURES, LayerMatch, strategic
+from compress_search_plugins.matching import Match, Matching
+from compress_search_plugins.objective import Objective, aligned, some
+from compress_search_plugins.soft_targets import SoftTerm
+
+from compress_search import Params, StudyError, Subject, TrialError
+from compress_search.driver import prepare
+from compress_search.encoders import read_features, subject_of
+from compress_search.space import defaults, narrow
+from compress_search.study import load_study
+from compress_search.testing import tiny_batches, tiny_candidate, tiny_context
+from compress_search.training import forward
+
+METHOD = LayerMatch()
+BERT = Subject("bert", "text-classification", 12, 12, 64, 768, 3072, 30522, 512, 2, 2)
+
+
+def params_for(subject: Subject, **changes) -> Params:
+    space = METHOD.search_space(subject)
+    return METHOD.effective(subject, {**defaults(space), **changes})
+
+
+def applied(candidate, context=None, **changes):
+    context = context or tiny_context(candidate)
+    params = params_for(candidate.subject, **changes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return METHOD.apply(candidate, params, context)
+
+
+def shown(matches):
+    return [(m.feature, m.student_layer, m.teacher_layer, m.loss, m.weight) for m in matches]
+
+
+class TestStrategies:
+    def test_uniform_with_all_features_is_tinyberts_map(self):
+        params = params_for(BERT, layers=4, features="embedding+hidden+attention", width=0.5)
+        found = shown(strategic(params, 4, 12))
+        assert found == [
+            ("embedding", 0, 0, "hidden_mse", 1.0),
+            *(("hidden", m, 3 * m, "hidden_mse", 1.0) for m in (1, 2, 3, 4)),
+            *(("attention_scores", m - 1, 3 * m - 1, "attention_mse", 1.0) for m in (1, 2, 3, 4)),
+        ]
+
+    @pytest.mark.parametrize("features", FEATURES)
+    def test_features_are_those_asked_for(self, features):
+        matches = strategic(params_for(BERT, features=features), 6, 12)
+        assert {m.feature.removesuffix("_scores") for m in matches} == set(features.split("+"))
+
+    def test_weights_are_of_their_kind(self):
+        params = params_for(BERT, hidden_weight=0.5, attention_weight=3.0)
+        weights = {m.feature: m.weight for m in strategic(params, 6, 12)}
+        assert weights == {"hidden": 0.5, "attention_scores": 3.0}
+
+    def test_narrow_students_are_projected_and_matched_before_they_are_taught(self):
+        params = params_for(BERT, width=0.5)
+        assert (params["projection"], params["phases"]) == ("linear", "two_phase")
+        matches = strategic(params, 6, 12)
+        assert all(m.phase == 1 for m in matches)
+        assert {m.proj.shared for m in matches if m.proj} == {"hidden"}
+
+    def test_students_of_full_width_are_not(self):
+        params = params_for(BERT)
+        assert (params["projection"], params["phases"]) == ("none", "joint")
+        assert not any(m.proj for m in strategic(params, 6, 12))
+
+    @pytest.mark.parametrize(
+        ("changes", "absent"),
+        [
+            ({}, {"matches", "matching_fraction", "shared_projection", "projection_learning_rate"}),
+            ({"features": "attention"}, {"hidden_weight", "hidden_loss"}),
+            ({"features": "hidden"}, {"attention_weight", "attention_loss"}),
+        ],
+    )
+    def test_what_says_nothing_is_no_part_of_a_recipe(self, changes, absent):
+        assert not absent & set(params_for(BERT, **changes))
+
+    def test_alignment_picks_one_student_layer_for_each_of_a_few_of_the_teachers(self):
+        teacher = tiny_candidate(layers=6)
+        # the student's layers are the teacher's 2nd, 4th and 6th, so hidden states differ least there by order
+        params = params_for(teacher.subject, layers=3, strategy=ALIGNED, features="hidden")
+        matches = strategic(params, 3, 6)
+        assert len(matches) == 9
+        student = tiny_candidate(layers=3, seed=5)
+        matching = Matching.between(matches, student.network, teacher.network, seed=0)
+        batch = next(tiny_batches(teacher))
+        ours = read_features(student.network, batch, matching.student_features)
+        theirs = read_features(teacher.network, batch, matching.teacher_features)
+        # two of the teacher's states are made to be the student's own: these are found, and the rest in order
+        theirs |= {"hidden.4": ours["hidden.2"], "hidden.6": ours["hidden.3"]}
+        chosen = aligned(matching, ours, theirs, batch["attention_mask"])
+        pairs = [(matches[n].teacher_layer, matches[n].student_layer) for n in chosen]
+        assert pairs == [(2, 1), (4, 2), (6, 3)]
+
+    def test_dropout_leaves_out_matches_but_never_all(self):
+        matching = Matching(tuple(Match(teacher_layer=n) for n in range(4)))
+        choose = some(0.5, seed=0)
+        drawn = [choose(matching, {}, {}, torch.ones(1)) for _ in range(400)]
+        assert min(map(len, drawn)) == 1
+        assert max(map(len, drawn)) == 4
+        assert 0.45 < sum(map(len, drawn)) / 1600 < 0.6
+        again = some(0.5, seed=0)
+        assert [again(matching, {}, {}, torch.ones(1)) for _ in range(400)] == drawn
+
+
+class TestWrittenMatches:
+    TEXT = (
+        "- {teacher_layer: 4, student_layer: 1, loss: cos}\n- {teacher_layer: 3, feature: q, loss: 'relation_kl:4'}"
+    )
+
+    def study(self, tiny_study, matches, **narrowing):
+        return load_study(tiny_study(methods={"layer_match": {"matches": matches, **narrowing}}))
+
+    def test_a_study_writes_them(self, tiny_study):
+        text = "- {teacher_layer: 2, student_layer: 1, loss: cos}"
+        plan = prepare(self.study(tiny_study, text, use=True)).plan
+        recipe, point = plan.at_defaults({"layer_match"})
+        assert recipe.steps[0].params["matches"] == text
+        assert "strategy" not in recipe.steps[0].params
+        assert not any("strategy" in name or "weight" in name for name in point)
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("- {teacher_layer: 9}", "teacher_layer 9 does not exist: hidden of its 2 layers counts from 0 to 2"),
+            ("- {loss: mse2}", "no loss is called 'mse2'"),
+            ("nothing", "expected a list of matches"),
+        ],
+    )
+    def test_what_is_wrong_is_said_before_anything_runs(self, tiny_study, text, message):
+        with pytest.raises(StudyError, match=f"methods.layer_match.matches: .*{message}"):
+            prepare(self.study(tiny_study, text))
+
+    def test_they_are_what_is_trained_on(self):
+        candidate = tiny_candidate()
+        result = applied(candidate, matches=self.TEXT, layers=1)
+        assert set(METHOD.evaluate(result, tiny_context(candidate))) == {"hidden", "q", "soft", "hard"}
+
+    def test_a_layer_the_student_has_not_is_refused_before_any_training(self):
+        candidate = tiny_candidate()
+        context = tiny_context(candidate, dry=True)
+        with pytest.raises(TrialError, match="student_layer 2 does not exist"):
+            applied(candidate, context, matches="- {student_layer: 2}", layers=1)
+        assert context.fits == []
+
+    def test_text_is_any_text_that_its_check_lets_pass(self):
+        dim = METHOD.search_space(BERT)["matches"]
+        assert narrow(dim, self.TEXT).default == self.TEXT
+        with pytest.raises(ValueError, match="expected text"):
+            narrow(dim, 3)
+
+
+class TestObjective:
+    def objective(self, candidate, **options):
+        matching = Matching.between(
+            [Match(student_layer=2, teacher_layer=4)], candidate.network, candidate.network, 0
+        )
+        return Objective(tiny_context(candidate), matching, SoftTerm(candidate.subject.task), **options)
+
+    def test_is_the_weighted_sum_of_its_terms(self):
+        candidate, batch = tiny_candidate(), next(tiny_batches(tiny_candidate()))
+        objective = self.objective(candidate, soft_weight=0.5, hard_weight=2.0)
+        student = tiny_candidate(seed=3).network
+        total = objective(student, batch)
+        terms = objective.report()
+        assert set(terms) == {"hidden", "soft", "hard"}
+        assert total.item() == pytest.approx(terms["hidden"] + 0.5 * terms["soft"] + 2 * terms["hard"], rel=1e-5)
+
+    def test_without_labels_only_matches(self):
+        candidate = tiny_candidate()
+        batch = next(tiny_context(candidate).unlabelled(4))
+        objective = self.objective(candidate)
+        assert objective(tiny_candidate(seed=3).network, batch) > 0
+        assert set(objective.report()) == {"hidden"}
+
+    def test_weights_of_zero_are_not_computed(self):
+        candidate = tiny_candidate()
+        objective = self.objective(candidate, hard_weight=1.0)
+        objective.context.teacher_logits = lambda batch: pytest.fail("asked for logits of weight 0")
+        objective.matching = Matching(())
+        batch = next(tiny_batches(candidate))
+        loss = objective(candidate.network, batch)
+        torch.testing.assert_close(loss, objective.context.task_loss(candidate.network, batch))
+
+
+class TestTraining:
+    def test_phases_share_the_budget(self):
+        candidate = tiny_candidate()
+        context = tiny_context(candidate, steps=10)
+        applied(candidate, context, width=0.5, matching_fraction=0.3)
+        assert context.fits == [3, 7]
+        context = tiny_context(candidate, steps=10)
+        applied(candidate, context)
+        assert context.fits == [10]
+
+    def test_the_first_phase_leaves_the_head_alone_and_is_not_scored(self, monkeypatch):
+        candidate = tiny_candidate()
+        context, seen = tiny_context(candidate), []
+        original = context.fit
+
+        def watched(network, **options):
+            before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+            original(network, **options)
+            changed = {
+                name for name, tensor in network.state_dict().items() if not torch.equal(tensor, before[name])
+            }
+            seen.append((options.get("scored", True), any(name.startswith("classifier") for name in changed)))
+
+        monkeypatch.setattr(context, "fit", watched)
+        applied(candidate, context, width=0.5)
+        assert seen == [(False, False), (True, True)]
+
+    def test_unlabelled_text_is_offered_and_used_where_there_is_some(self):
+        candidate = tiny_candidate()
+        assert "unlabelled_text" not in METHOD.search_space(candidate.subject)
+        subject = candidate.subject.having("unlabelled")
+        assert "unlabelled_text" in METHOD.search_space(subject)
+        context = tiny_context(candidate)
+        params = METHOD.effective(
+            subject, {**defaults(METHOD.search_space(subject)), "phases": "two_phase", "unlabelled_text": True}
+        )
+        drawn, original = [], context.unlabelled
+        context.unlabelled = lambda size: (drawn.append(size), original(size))[1]
+        METHOD.apply(candidate.replace(subject=subject), params, context)
+        assert drawn == [32]
+
+    def test_nothing_of_the_training_stays_in_the_student(self):
+        candidate = tiny_candidate()
+        result = applied(candidate, width=0.5, features="embedding+hidden+attention")
+        assert subject_of(result.network, "text-classification") == result.subject.without("lossy")
+        assert result.subject.parameters == sum(p.numel() for p in result.network.parameters())
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in result.network.modules())
+
+    @pytest.mark.parametrize("task", ["text-regression", "token-classification"])
+    @pytest.mark.parametrize("width", [1.0, 0.5])
+    def test_every_task(self, task, width):
+        candidate = tiny_candidate("roberta", task)
+        result = applied(candidate, width=width)
+        assert forward(result.network, next(tiny_batches(candidate))).isfinite().all()
+
+    @pytest.mark.parametrize("width", [1.0, 0.5])
+    def test_a_student_comes_nearer_to_its_teacher(self, width):
+        candidate = tiny_candidate()
+        held_out = next(tiny_batches(candidate, batch_size=128, seed=999))
+
+        def distance(result):
+            with torch.no_grad():
+                ours, theirs = (forward(network, held_out) for network in (result.network, candidate.network))
+                return (ours.softmax(-1) - theirs.softmax(-1)).abs().mean().item()
+
+        changes = {"width": width, "learning_rate": 3e-3, "logit_weight": 10.0, "hard_weight": 0.01}
+        start = applied(candidate, tiny_context(candidate, dry=True), **changes)
+        trained = applied(candidate, tiny_context(candidate, steps=60, batch_size=16), **changes)
+        assert distance(trained) < 0.8 * distance(start)
+
+    def test_the_terms_are_reported_unweighted(self):
+        candidate = tiny_candidate()
+        context = tiny_context(candidate)
+        light, heavy = (
+            METHOD.evaluate(applied(candidate, context, hidden_weight=weight, learning_rate=1e-6), context)
+            for weight in (0.01, 10.0)
+        )
+        assert set(light) == {"hidden", "attention_scores", "soft", "hard"}
+        assert heavy["hidden"] == pytest.approx(light["hidden"], rel=0.2)
+
+    def test_a_dry_run_reports_nothing(self):
+        candidate = tiny_candidate()
+        assert METHOD.evaluate(applied(candidate, tiny_context(candidate, dry=True)), tiny_context(candidate)) == {}

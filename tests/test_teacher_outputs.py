@@ -1,0 +1,199 @@
+"""What the teacher computes on the way is the same from disk as from a forward pass, and keeps to its limit."""
+
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+
+from compress_search.data import Split, read, tokenize, training_batches
+from compress_search.encoders import read_features
+from compress_search.study import load_study
+from compress_search.teacher import load_teacher, outputs, prepare_teacher
+from compress_search.teacher.outputs import FILE, TeacherOutputs
+from tests import tiny
+
+NAMES = ["hidden.0", "hidden.2", "query.1", "value.0", "scores.1", "probabilities.1", "values.0", "logits"]
+
+
+@pytest.fixture
+def prepared(tiny_study, tmp_path):
+    """``prepared(kind)``: the teacher's directory, its network and the training split."""
+
+    def prepare(kind="text-classification"):
+        study = load_study(tiny_study(kind))
+        raw, task = read(study)
+        directory = prepare_teacher(study, raw, task, tmp_path / "cache")
+        network, tokenizer = load_teacher(directory)
+        return directory.name, network, tokenize(raw, tokenizer, study, task, tmp_path / "cache")["train"]
+
+    return prepare
+
+
+def kept(of):
+    return sorted(path.parent.name for path in of.directory.glob(f"*/{FILE}"))
+
+
+def batches(split, count=3, size=7):
+    stream = training_batches(split, size, seed=3)
+    return [next(stream) for _ in range(count)]
+
+
+def close(found, expected, batch):
+    """Equal where neither a token nor, in relations, its partner is padding."""
+    real = batch["attention_mask"].bool()
+    for name, tensor in expected.items():
+        ours = found[name]
+        assert ours.shape == tensor.shape
+        if name.startswith(("query", "value.")):
+            ours, tensor = (each.transpose(1, 2)[real] for each in (ours, tensor))
+        elif name.startswith(("scores", "probabilities", "values")):
+            pairs = (real[:, None, :, None] & real[:, None, None, :]).expand_as(tensor)
+            ours, tensor = ours[pairs], tensor[pairs]
+        elif name != "logits" or tensor.ndim == 3:
+            ours, tensor = ours[real], tensor[real]
+        torch.testing.assert_close(ours, tensor, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", list(tiny.ROWS))
+def test_from_disk_as_from_a_forward_pass(prepared, tmp_path, kind):
+    key, network, split = prepared(kind)
+    stored = TeacherOutputs(network, key, split, tmp_path, limit=1e9)
+    for batch in batches(split):
+        with torch.no_grad():
+            expected = read_features(network, batch, NAMES)
+        close(stored(batch, NAMES), expected, batch)
+    assert kept(stored) == ["hidden.0", "hidden.2", "key.1", "logits", "query.1", "value.0"]
+
+
+def test_pooled_has_a_row_for_each_text(prepared, tmp_path):
+    key, network, split = prepared()
+    stored = TeacherOutputs(network, key, split, tmp_path, limit=1e9)
+    batch = batches(split, 1)[0]
+    torch.testing.assert_close(
+        stored(batch, ["pooled"])["pooled"],
+        read_features(network, batch, ["pooled"])["pooled"],
+        atol=1e-5,
+        rtol=1e-5,
+    )
+    assert np.load(stored.directory / "pooled" / FILE).shape == (len(split), 32)
+
+
+def test_more_padding_than_the_rows_need_is_no_matter(prepared, tmp_path):
+    key, network, split = prepared()
+    stored = TeacherOutputs(network, key, split, tmp_path, limit=1e9)
+    batch = batches(split, 1)[0]
+    wide = {n: torch.nn.functional.pad(t, (0, 4)) if t.ndim == 2 else t for n, t in batch.items()}
+    length = batch["input_ids"].shape[1]
+    narrow, found = stored(batch, ["hidden.1"])["hidden.1"], stored(wide, ["hidden.1"])["hidden.1"]
+    assert torch.equal(found[:, :length], narrow)
+    assert not found[:, length:].any()
+
+
+def test_the_teacher_runs_once_over_the_rows(prepared, tmp_path, monkeypatch):
+    key, network, split = prepared()
+    asked = ["hidden.1", "scores.0"]
+    TeacherOutputs(network, key, split, tmp_path, 1e9)(batches(split, 1)[0], asked)
+    monkeypatch.setattr(outputs, "read_features", lambda *_: pytest.fail("the teacher was run again"))
+    again = TeacherOutputs(network, key, split, tmp_path, 1e9)
+    assert set(again(batches(split, 1)[0], ["hidden.1", "query.0"])) == {"hidden.1", "query.0"}
+
+
+def test_beyond_the_limit_nothing_is_written_and_the_answer_is_the_same(prepared, tmp_path):
+    key, network, split = prepared()
+    computed = TeacherOutputs(network, key, split, tmp_path, limit=1000)
+    batch = batches(split, 1)[0]
+    close(computed(batch, NAMES), read_features(network, batch, NAMES), batch)
+    assert not computed.directory.exists()
+
+
+def test_whether_it_is_stored_does_not_depend_on_what_was_asked_before(prepared, tmp_path):
+    key, network, split = prepared()
+    one = int(split.offsets[-1]) * 32 * 4
+    limited = TeacherOutputs(network, key, split, tmp_path, limit=2.5 * one)
+    batch = batches(split, 1)[0]
+    for asked in (["hidden.0", "hidden.1"], ["hidden.1", "hidden.2"], ["query.0"], ["query.0", "key.0"]):
+        limited(batch, asked)
+        assert set(asked) <= set(kept(limited))
+        size = sum(path.stat().st_size for path in limited.directory.glob(f"*/{FILE}"))
+        assert size <= limited.limit + 1000  # headers of the files
+    assert kept(limited) == ["key.0", "query.0"]
+    # three are more than fit together, whoever asks first
+    fresh = TeacherOutputs(network, key, split, tmp_path / "fresh", limit=2.5 * one)
+    for each in (limited, fresh):
+        assert not each.fits(["hidden.0", "hidden.1", "hidden.2"])
+        each(batch, ["hidden.0", "hidden.1", "hidden.2"])
+    assert kept(limited) == ["key.0", "query.0"]
+    assert not fresh.directory.exists()
+
+
+def test_a_reader_keeps_what_another_worker_deletes(prepared, tmp_path):
+    key, network, split = prepared()
+    one = int(split.offsets[-1]) * 32 * 4
+    first, second = (TeacherOutputs(network, key, split, tmp_path, limit=1.5 * one) for _ in range(2))
+    batch, other = batches(split, 2)
+    first(batch, ["hidden.1"])
+    second(batch, ["hidden.2"])
+    assert kept(first) == ["hidden.2"]
+    with torch.no_grad():
+        close(first(other, ["hidden.1"]), read_features(network, other, ["hidden.1"]), other)
+
+
+def test_what_a_dead_process_left_is_made_anew(prepared, tmp_path):
+    key, network, split = prepared()
+    stored = TeacherOutputs(network, key, split, tmp_path, limit=1e9)
+    (stored.directory / "unfinished" / "hidden.1").mkdir(parents=True)
+    (stored.directory / "unfinished" / "hidden.1" / FILE).write_text("half")
+    batch = batches(split, 1)[0]
+    close(stored(batch, ["hidden.1"]), read_features(network, batch, ["hidden.1"]), batch)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda batch: batch["input_ids"].__setitem__((0, 1), batch["input_ids"][0, 1] + 1),
+        lambda batch: batch["attention_mask"].__setitem__((0, 1), 0),
+        lambda batch: batch.pop("index"),
+        lambda batch: batch["index"].__setitem__(0, 100_000),
+        lambda batch: batch["index"].__setitem__(0, -1),
+    ],
+    ids=["another word", "a shorter text", "no rows", "no such row", "a negative row"],
+)
+def test_texts_that_are_not_the_rows_are_computed(prepared, tmp_path, change):
+    key, network, split = prepared()
+    stored = TeacherOutputs(network, key, split, tmp_path, limit=1e9)
+    batch = {name: tensor.clone() for name, tensor in batches(split, 1)[0].items()}
+    assert split.rows_of(batch).tolist() == batch["index"].tolist()
+    change(batch)
+    assert split.rows_of(batch) is None
+    with torch.no_grad():
+        expected = read_features(network, batch, ["hidden.2"])["hidden.2"]
+    assert torch.equal(stored(batch, ["hidden.2"])["hidden.2"], expected)
+    assert not stored.directory.exists()
+
+
+def test_another_teacher_or_split_has_outputs_of_its_own(prepared, tmp_path):
+    key, network, split = prepared()
+    made = [TeacherOutputs(network, name, split, tmp_path, 1e9).directory for name in (key, "other")]
+    assert made[0] != made[1]
+
+
+def test_several_workers_share_one_pass(prepared, tmp_path, monkeypatch):
+    key, network, split = prepared()
+    passes, compute = [], outputs._compute
+
+    def counted(*arguments):
+        passes.append(arguments)
+        compute(*arguments)
+
+    def ask(worker):
+        # a copy of the network and a view of the rows of its own, as in another process
+        stored = TeacherOutputs(deepcopy(network), key, Split.open(split.path), tmp_path, limit=1e9)
+        return stored(split.batch(range(8)), ["hidden.1", "scores.0"])
+
+    monkeypatch.setattr(outputs, "_compute", counted)
+    with ThreadPoolExecutor(3) as workers:
+        first, *others = workers.map(ask, range(3))
+    assert len(passes) == 1
+    assert all(torch.equal(first[name], found[name]) for found in others for name in first)
