@@ -73,7 +73,7 @@ def pack_with(gap_bits: int, array: NDArray[Any], fill: int = 0) -> Packed:
     gaps[ends] = steps - reach * bridges
     if gap_bits == 4:
         pairs = np.resize(np.append(gaps, np.uint8(0)), 2 * -(-count // 2)).reshape(-1, 2)
-        gaps = pairs[:, 0] | pairs[:, 1] << 4
+        gaps = (pairs[:, 0] | pairs[:, 1] << 4).astype(np.uint8)
     return Packed(gap_bits, gaps, values)
 
 

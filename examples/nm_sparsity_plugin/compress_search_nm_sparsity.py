@@ -1,6 +1,7 @@
 """N:M semi-structured sparsity: of every m consecutive weights of a row only the n largest stay.
 
-Owns the pattern and the mask that keeps it through later training. Changes no shape, so neither size nor latency.
+Owns the pattern and the mask that keeps it through later training. Changes no shape, so no latency; what is stored
+leaves the zeros out.
 
 Source: Mishra et al., Accelerating Sparse Deep Neural Networks, 2021, section 3.
 """
@@ -72,8 +73,8 @@ class NMSparsity(Method):
         return {**params, "kept": min(int(params["kept"]), int(params["group"]) - 1)}
 
     def after(self, subject: Subject, params: Params) -> Subject:
-        """The same shapes; training could win back accuracy."""
-        return subject.having("lossy")
+        """The same shapes with fewer weights; training could win back accuracy."""
+        return subject.having("lossy", "sparse", density=int(params["kept"]) / int(params["group"]))
 
     def apply(self, candidate: Candidate, params: Params, context: Context) -> Candidate:
         """Mask every linear map of a copy."""
