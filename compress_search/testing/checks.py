@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from compress_search.candidate import Candidate, Subject
 from compress_search.encoders import bake, describe, shape_key, subject_of
 from compress_search.method import Stage
-from compress_search.runtimes import load_runner, lower
+from compress_search.runtimes import default_engine, load_runner, lower
 from compress_search.space import Params, Space, in_order
 from compress_search.testing.rehearsal import Application, Rehearsal, require
 from compress_search.testing.tiny import tiny_batches, tiny_context
@@ -125,6 +125,21 @@ def leaves_the_others_alone(rehearsal: Rehearsal) -> None:
     for application in rehearsal.applications:
         changed = application.changed()
         require(not changed, f"{application.title}: apply changed {' and '.join(changed)}")
+
+
+@check
+def nothing_is_changed_where_it_says_so(rehearsal: Rehearsal) -> None:
+    """Where ``changes_nothing``, ``apply`` leaves weights, subject, file-level steps and runtime as they were."""
+    for application in rehearsal.applications:
+        given, result = application.given, application.result
+        if not rehearsal.method.changes_nothing(given.subject, application.params):
+            continue
+        engine = {"engine": default_engine(given.subject)}
+        runs = [{**engine, **candidate.runtime} for candidate in (given, result)]
+        before, after = _state(given), _state(result)
+        weights = before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+        same = weights and runs[0] == runs[1] and given.lowering == result.lowering
+        require(same and given.subject == result.subject, f"{application.title}: it changes something")
 
 
 @check
