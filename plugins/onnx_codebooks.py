@@ -58,14 +58,15 @@ def _decoder(graph: Any, name: str, weight: NDArray[np.float32], grid: Grid) -> 
         "shape": np.array(weight.shape),
     }
     at = {part: add_constant(graph, f"{name}_{part}", value) for part, value in constants.items()}
-    codebook = add_constant(graph, f"codebook_{grid.kind}", table.numpy().astype(np.float32))
+    codebook = add_constant(graph, f"codebook_{grid.kind}", table.numpy().astype(np.int8))
     flat, start = add_constant(graph, "codebook_flat", np.array([-1])), add_constant(graph, "zero", np.array([0]))
-    out = [f"{name}_{part}" for part in ("indices", "digits", "flat", "codes", "matrix", "decoded")]
+    out = [f"{name}_{part}" for part in ("indices", "digits", "flat", "codes", "floats", "matrix", "decoded")]
     return [
         helper.make_node("Cast", [at["packed"]], [out[0]], to=TensorProto.INT32),
         helper.make_node("Gather", [codebook, out[0]], [out[1]]),
         helper.make_node("Reshape", [out[1], flat], [out[2]]),
         helper.make_node("Slice", [out[2], start, at["size"]], [out[3]]),  # what fills the last byte
-        helper.make_node("Reshape", [out[3], at["shape"]], [out[4]]),
-        helper.make_node("Mul", [out[4], at["scales"]], [out[5]]),
+        helper.make_node("Cast", [out[3]], [out[4]], to=TensorProto.FLOAT),
+        helper.make_node("Reshape", [out[4], at["shape"]], [out[5]]),
+        helper.make_node("Mul", [out[5], at["scales"]], [out[6]]),
     ]

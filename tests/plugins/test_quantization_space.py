@@ -189,7 +189,7 @@ def two_layers() -> Candidate:
 
 
 @given(seed=st.integers(0, 10_000))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_every_point_of_the_space_applies_and_runs(seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     candidate = two_layers()
     trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed)).ask()

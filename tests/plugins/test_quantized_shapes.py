@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from compress_search import Candidate
-from compress_search.encoders import layers, prune_heads, prune_neurons, set_layers, subject_of
+from compress_search.encoders import (
+    FactoredEmbedding,
+    LowRankLinear,
+    embeddings,
+    layers,
+    parts,
+    prune_heads,
+    prune_neurons,
+    set_layers,
+    subject_of,
+)
 from compress_search.runtimes import size_mb
-from compress_search.runtimes.onnx_export import export
-from compress_search.testing import tiny_context
 from tests.quantized import (
     INT8,
     METHOD,
@@ -52,37 +61,32 @@ def test_a_shared_map_is_left_alone_at_all_its_places(name: str, part: str, kept
     assert found["MatMulInteger"] + found["MatMulNBits"] == 6 * 3 + 2 - kept
 
 
-class Product(torch.nn.Module):
-    """A map through a narrow middle, as a low-rank step leaves it."""
-
-    def __init__(self, linear: torch.nn.Linear, rank: int) -> None:
-        super().__init__()
-        self.first = torch.nn.Linear(linear.in_features, rank, bias=False)
-        self.second = torch.nn.Linear(rank, linear.out_features)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.second(self.first(x))  # type: ignore[no-any-return]
-
-
-@pytest.mark.parametrize("exclude", [False, True])
-@pytest.mark.parametrize("name", ["dynamic_int8", "weight_only 4", "ternary"])
-def test_both_factors_of_a_product_are_quantized(name: str, exclude: bool, tmp_path: Path) -> None:
-    candidate = distinct(layers=2)
+def factored(candidate: Candidate, rank: int) -> Candidate:
+    """The down projections as products of two matrices, and the word table too."""
     for layer in layers(candidate.network):
-        layer.output.dense = Product(layer.output.dense, 8)
+        down = parts(layer).down
+        layer.output.dense = LowRankLinear.like(down, rank)
+        for parameter in layer.output.dense.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    block = embeddings(candidate.network)
+    table = block.word_embeddings.weight.data
+    block.word_embeddings = FactoredEmbedding(table[:, :rank].clone(), 0.2 * torch.randn(table.shape[1], rank), 0)
+    return candidate.replace(subject=subject_of(candidate.network, "text-classification"))
+
+
+@pytest.mark.parametrize(("name", "exclude"), [*((name, False) for name in SCHEMES), ("weight_only 4", True)])
+def test_both_factors_of_a_product_are_quantized(name: str, exclude: bool, tmp_path: Path) -> None:
+    candidate = factored(distinct(layers=2, hidden=256, intermediate=1024), 64)
+    assert candidate.subject.word_rank == candidate.subject.ranks[5] == 64
     chosen = params(name, exclude_ffn_down=exclude)
-    path = tmp_path / "0.onnx"
-    result = METHOD.apply(candidate, chosen, tiny_context(candidate))
-    export(result.network, path)
-    for number, function in enumerate(result.lowering, start=1):
-        function(path, tmp_path / f"{number}.onnx")
-        path = tmp_path / f"{number}.onnx"
-    path.rename(tmp_path / "model.onnx")
-    found = operators(model_of(tmp_path))
-    if name != "ternary":
-        assert found["MatMulInteger"] + found["MatMulNBits"] == 7 * 2 + 2 - 4 * exclude
-    packed = [key for key in tensors(model_of(tmp_path)) if key.endswith("_packed")]
-    assert len(packed) == (name == "ternary") * (7 * 2 + 2 - 4 * exclude)
+    artifact = quantize(candidate, chosen, tmp_path / "artifact")
+    model = model_of(artifact)
+    assert linear_maps(model) == 7 * 2 + 2 + 1
+    floats = {key: v.shape for key, v in tensors(model).items() if v.dtype == np.float32 and v.size >= 64 * 64}
+    left = sorted(shape for key, shape in floats.items() if not key.endswith("_scales"))
+    assert left == ([(64, 256)] * 2 + [(1024, 64)] * 2 if exclude else [])
+    predicted = METHOD.after(candidate.subject, chosen).megabytes
+    assert stored_bytes(artifact) / 1e6 == pytest.approx(predicted, rel=0.02)
 
 
 def test_the_closed_form_holds_for_cut_networks_and_for_the_file(tmp_path: Path) -> None:
