@@ -81,6 +81,13 @@ class Identity(Halve):
         return candidate.copy()
 
 
+class Modest(Halve):
+    """Says that it changes nothing, and halves weights."""
+
+    def changes_nothing(self, subject: Subject, params: Params) -> bool:
+        return True
+
+
 class NoStage(Identity):
     stage = 6  # type: ignore[assignment]
 
@@ -281,6 +288,7 @@ BROKEN: dict[type[Method], str] = {
     Diverges: "drawn_parameters_apply",
     OnTheArgument: "leaves_the_others_alone",
     OnTheTeacher: "leaves_the_others_alone",
+    Modest: "nothing_is_changed_where_it_says_so",
     Silent: "leaves_what_after_says",
     Boastful: "leaves_what_after_says",
     Uneven: "leaves_what_after_says",
