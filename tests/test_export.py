@@ -14,7 +14,7 @@ import pytest
 from compress_search.data.rows import Rows
 from compress_search.environment import fingerprint
 from compress_search.errors import ExportError, StorageError, StudyError
-from compress_search.export import as_pretrained, check, export_artifact, teacher_metrics, tolerance
+from compress_search.export import as_pretrained, check, export_artifact, teacher_metrics, tolerance, write_forms
 from compress_search.export.model_card import Card, Contents, render
 from compress_search.measure import Bench
 from compress_search.recipe import Recipe, Step
@@ -147,6 +147,27 @@ def test_an_exported_model_cuts_and_pads_as_it_was_measured(bench, export, tmp_p
     row = int(splits[32].lengths.argmax())
     assert len(exported(rows.texts[row], rows.pairs[row], truncation=True)["input_ids"]) == 12
     assert "\t" in run_example(out / "onnx", rows.texts[row], rows.pairs[row])
+
+
+@pytest.mark.parametrize(
+    ("engine", "forms", "file"),
+    [
+        ("torch", ["manifest"], "weights/model.safetensors"),
+        ("onnxruntime", ["transformers", "onnx"], "onnx/model.onnx"),
+    ],
+)
+def test_a_sparse_model_is_handed_over_as_small_as_it_was_measured(tmp_path, engine, forms, file):
+    from compress_search.candidate import Candidate
+    from compress_search.encoders import layers, parts, subject_of
+    from compress_search.runtimes import lower, size_mb
+
+    task, network = task_for("text-classification"), tiny.tiny_network()
+    for layer in layers(network):
+        parts(layer).up.weight.data[1:] = 0
+    subject = subject_of(network, task.name).having("sparse", density=0.7)
+    lower(Candidate(network, tiny.tiny_tokenizer(), subject, runtime={"engine": engine}), tmp_path / "it", task)
+    assert write_forms(tmp_path / "it", tmp_path / "out", task, 32) == forms
+    assert (tmp_path / "out" / file).stat().st_size / 1e6 == size_mb(tmp_path / "it")
 
 
 def test_a_model_no_configuration_can_express_comes_with_its_manifest(make, export, tmp_path):

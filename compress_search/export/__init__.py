@@ -220,10 +220,13 @@ def write_forms(artifact: Path, directory: Path, task: Task, max_length: int) ->
     Beside each lie a tokenizer that cuts where the model was measured to, and the settings it was measured with.
     """
     from compress_search.encoders import load
+    from compress_search.encoders.manifest import read as read_manifest
     from compress_search.teacher.networks import quiet
 
     network, tokenizer = load(artifact / "weights")
-    record, plain = Artifact.read(artifact), as_pretrained(network)
+    record, onnx = Artifact.read(artifact), (artifact / "model.onnx").exists()
+    # what torch ran from a packed file stays one, which from_pretrained could not read
+    plain = None if not onnx and read_manifest(artifact / "weights").get("sparse") else as_pretrained(network)
     forms = ["manifest" if plain is None else "transformers"]
     folder = directory / FOLDERS[forms[0]]
     if plain is None:
@@ -231,7 +234,7 @@ def write_forms(artifact: Path, directory: Path, task: Task, max_length: int) ->
     else:
         with quiet():
             plain.save_pretrained(folder)
-    if (artifact / "model.onnx").exists():
+    if onnx:
         forms.append("onnx")
         _write_onnx(artifact / "model.onnx", directory / FOLDERS["onnx"])
     settings = settings_of(record.runtime, task, max_length, record.pad)
