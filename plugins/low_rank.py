@@ -199,7 +199,8 @@ def factored(weight: Tensor, importance: Tensor | None, params: Params) -> Facto
 
 def placeholder(weight: Tensor, params: Params) -> Factors:
     """Factors of the rank there would be, or could be at most, with finite weights that mean nothing."""
-    rank = useful_rank(*weight.shape, params)
+    out, within = weight.shape
+    rank = useful_rank(out, within, params)
     return Factors(weight[:, :rank].clone(), weight[:rank].clone())
 
 
