@@ -297,7 +297,7 @@ def test_a_bucket_is_the_first_that_holds_a_batch() -> None:
     assert padded_width(5, ()) == 5
 
 
-@pytest.mark.parametrize("engine", ["onnxruntime", "torch", "compile"])
+@pytest.mark.parametrize("engine", ["onnxruntime", "torch", pytest.param("compile", marks=pytest.mark.slow)])
 def test_one_artefact_runs_every_batch_size_and_length(
     engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
