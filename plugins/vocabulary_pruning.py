@@ -106,9 +106,9 @@ def _texts(context: Context) -> Iterator[Ids]:
 def choose(pieces: Pieces, text: Ids, size: int, params: Params) -> list[int]:
     """Ids of the pieces that stay, in their old order.
 
-    Those the tokenizer cannot do without, then the most frequent, each with the pieces it is merged from; of equally
-    frequent ones the lower id, as vocabularies are written from the most frequent piece on. Where a word of the
-    training text could no longer be spelled, all the pieces it has stay too.
+    Those the tokenizer cannot do without, then the most frequent, each with the pieces it is merged from; of
+    equally frequent ones the lower id, as vocabularies are written from the most frequent piece on. Where a word of
+    the training text could no longer be spelled, all the pieces it has stay too.
 
     Args:
         pieces: of the tokenizer.
