@@ -29,6 +29,8 @@ from .students import cut_student, student_subject, unfit, widths
 
 FEATURES = ("hidden", "attention", "hidden+attention", "embedding+hidden+attention")
 ALIGNED = "learned_align"
+BY_STRATEGY = "by strategy"
+"""What ``matches`` says where it holds none."""
 PROJECTED = {"shared_projection", "projection_learning_rate"}
 """Dimensions that say something only of a projection."""
 BATCH = 32
@@ -36,12 +38,12 @@ BATCH = 32
 
 
 def written(matches: str, teacher_layers: int) -> tuple[Match, ...]:
-    """The matches of a text for a teacher of so many layers; none for an empty one.
+    """The matches of a text for a teacher of so many layers; none where a strategy is to write them.
 
     Raises:
         ValueError: what is wrong, in one line.
     """
-    if not matches:
+    if matches == BY_STRATEGY:
         return ()
     found = parse_matches(matches)
     check_depths(found, teacher=teacher_layers)
@@ -97,14 +99,14 @@ class LayerMatch(Method):
     def search_space(self, teacher: Subject) -> Mapping[str, Dim]:
         """``width`` is the part of the teacher's that is *kept*; weights are of the sum over matches of a kind."""
         depths = list(range(1, teacher.layers)) or [1]
-        strategy: dict[str, Sequence[str]] = {"matches": ("",)}
+        strategy: dict[str, Sequence[str]] = {"matches": (BY_STRATEGY,)}
         projected = strategy | {"projection": ("auto", "linear", "relu", "tanh", "identity")}
         text = {"unlabelled_text": Dim.flag(False, when={"phases": ("auto", "two_phase")}, expert=True)}
         return {
             "layers": Dim.choice(depths, max(1, teacher.layers // 2)),
             "width": Dim.choice(widths(teacher), 1.0),
             "init": Dim.choice(("spread", "first", "last"), "spread", expert=True),
-            "matches": Dim.text(partial(written, teacher_layers=teacher.layers)),
+            "matches": Dim.text(partial(written, teacher_layers=teacher.layers), BY_STRATEGY),
             "strategy": Dim.choice((*STRATEGIES, ALIGNED), "uniform", when=strategy),
             "features": Dim.choice(FEATURES, "hidden+attention", when=strategy),
             "hidden_weight": Dim.real(0.01, 10.0, 1.0, log=True, when=strategy),
@@ -140,7 +142,7 @@ class LayerMatch(Method):
         if found["phases"] == "auto":
             found["phases"] = "two_phase" if narrow else "joint"
         idle = {"matching_fraction", "unlabelled_text"} if found["phases"] == "joint" else set()
-        if not found.get("matches"):
+        if found.get("matches", BY_STRATEGY) == BY_STRATEGY:
             idle |= {"matches"} | _settle(found, narrow)
         return {name: value for name, value in found.items() if name not in idle}
 

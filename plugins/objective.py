@@ -60,10 +60,9 @@ class Objective:
             total = total + self.hard_weight * self._record("hard", hard)
         return total  # type: ignore[no-any-return]
 
-    def fit(self, network: nn.Module, parameters: Sequence[nn.Parameter] | None = None, **options: Any) -> None:
+    def fit(self, network: nn.Module, **options: Any) -> None:
         """Train the network, and the projections beside it, under this objective; options as of ``context.fit``."""
-        own = [p for p in network.parameters() if p.requires_grad] if parameters is None else parameters
-        groups: list[nn.Parameter | ParameterGroup] = [*own, *self.matching.groups()]
+        groups: list[nn.Parameter | ParameterGroup] = [*network.parameters(), *self.matching.groups()]
         beside = self.matching.projections
         self.context.fit(network, loss=self, on_step=self._on_step, parameters=groups, beside=beside, **options)
 
