@@ -36,6 +36,20 @@ def source_layers(init: str, student: int, teacher: int) -> list[int]:
     return [i + (teacher - student) * (init == "last") for i in range(student)]
 
 
+def written_layers(text: str, lowest: int, highest: int) -> tuple[int, ...]:
+    """The layers that a study lists itself, such as ``"3, 6, 9, 12"``; none for an empty text.
+
+    Raises:
+        ValueError: they are not rising numbers of this range; the text says what was expected.
+    """
+    words = [word.strip() for word in text.split(",")] if text.strip() else []
+    numbers = tuple(int(word) for word in words if word.isdecimal())
+    rising = list(numbers) == sorted(set(numbers))
+    if len(numbers) < len(words) or not rising or not all(lowest <= number <= highest for number in numbers):
+        raise ValueError(f"expected rising numbers from {lowest} to {highest} with commas between, got {text!r}")
+    return numbers
+
+
 def align(costs: Tensor) -> list[int]:
     """For each of a few teacher layers the student layer that it costs least to match, in strictly rising order.
 

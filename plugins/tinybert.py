@@ -1,0 +1,172 @@
+"""TinyBERT: a shallower and narrower student that learns its teacher's layers first, and its answers after that.
+
+Matches, and nothing else, in a first phase: embeddings, hidden states and attention scores, each layer of the
+student with one of the teacher's by a map; the head learns nothing there. In the second the teacher's logits alone.
+Owns the maps, where a student starts and the phases. Where the study names text without labels, the first phase's
+losses on that may come before everything; where it names a masked language model, both phases may train on
+examples with other words in them.
+
+Source: Jiao et al. 2020, TinyBERT: Distilling BERT for Natural Language Understanding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subject
+
+from .layer_maps import layer_pairs, written_layers
+from .matching import Match, Matching
+from .objective import Objective
+from .soft_targets import SoftTerm
+from .students import cut_student, student_subject, unfit, widths
+
+MAPS = {"uniform": "uniform", "top": "last", "bottom": "first"}
+"""The paper's names of maps -> ours."""
+PROJECTION_RATE = 1e-3
+TARGETS = {"scores": "attention_scores", "probabilities": "attention_probs"}
+
+
+def pairs(params: Params, teacher: int) -> list[tuple[int, int]]:
+    """(student's, teacher's) hidden states that go together, 1-based: by ``custom_map`` or the map of that name."""
+    if custom := written_layers(str(params.get("custom_map", "")), 1, teacher):
+        return list(enumerate(custom, start=1))
+    return layer_pairs(MAPS[str(params["layer_map"])], int(params["layers"]), teacher)
+
+
+def tinybert_matches(params: Params, mapped: Sequence[tuple[int, int]]) -> tuple[Match, ...]:
+    """The matches of the paper's equations 7 to 9: attention, hidden states, embeddings.
+
+    Args:
+        params: the three weights, ``attention_target`` and ``projection``.
+        mapped: see :func:`pairs`.
+    """
+    hidden = [_hidden(params, "hidden", *pair) for pair in mapped]
+    attention = {
+        "feature": TARGETS[str(params["attention_target"])],
+        "loss": "attention_mse",
+        "weight": float(params["attention_weight"]),
+    }
+    made: list[Mapping[str, Any]] = [_hidden(params, "embedding", 0, 0), *hidden]
+    made += [{**attention, "student_layer": ours - 1, "teacher_layer": theirs - 1} for ours, theirs in mapped]
+    return tuple(Match.model_validate(match) for match in made)
+
+
+def _hidden(params: Params, feature: str, ours: int, theirs: int) -> dict[str, Any]:
+    match = {
+        "feature": feature,
+        "student_layer": ours,
+        "teacher_layer": theirs,
+        "loss": "hidden_mse",
+        "weight": float(params[f"{feature}_weight"]),
+    }
+    if params["projection"] == "none":
+        return match
+    shared = {"shared": "states"} if params["projection"] == "shared" else {}
+    # where the widths agree it starts by changing nothing
+    return {**match, "proj": {"kind": "identity", "lr": float(params["projection_learning_rate"]), **shared}}
+
+
+def start(candidate: Candidate, params: Params, seed: int) -> Candidate:
+    """The student before any training: the teacher's layers that it learns from, or random weights."""
+    sources = [theirs - 1 for _, theirs in pairs(params, candidate.subject.layers)]
+    student = cut_student(candidate, sources, float(params["width"]))
+    return student.replace(network=afresh(student.network, seed)) if params["start"] == "random" else student
+
+
+def afresh(network: nn.Module, seed: int) -> nn.Module:
+    """A network of the same configuration with random weights, on the same device."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh: nn.Module = type(network)(deepcopy(network.config))  # type: ignore[call-arg]
+    return fresh.to(next(network.parameters()).device).eval()
+
+
+class TinyBert(Method):
+    """Distillation of every layer, then of the answers, into a student of chosen depth and width."""
+
+    stage = Stage.STUDENT
+
+    def search_space(self, teacher: Subject) -> Mapping[str, Dim]:
+        """``width`` is the part of the teacher's that is *kept*; ``custom_map`` lists its layers, from 1."""
+        depths = list(range(1, teacher.layers)) or [1]
+        named = {"custom_map": ("",)}
+        projected = {"projection": ("shared", "per_layer")}
+        space = {
+            "custom_map": Dim.text(partial(written_layers, lowest=1, highest=teacher.layers)),
+            "layers": Dim.choice(depths, max(1, teacher.layers // 2), when=named),
+            "width": Dim.choice(widths(teacher), 1.0),
+            "layer_map": Dim.choice(tuple(MAPS), "uniform", when=named),
+            "start": Dim.choice(("teacher", "random"), "teacher", expert=True),
+            "embedding_weight": Dim.real(0.01, 10.0, 1.0, log=True, expert=True),
+            "hidden_weight": Dim.real(0.01, 10.0, 1.0, log=True, expert=True),
+            "attention_weight": Dim.real(0.01, 10.0, 1.0, log=True),
+            "attention_target": Dim.choice(tuple(TARGETS), "scores", expert=True),
+            "projection": Dim.choice(("shared", "per_layer", "none"), "shared", expert=True),
+            "projection_learning_rate": Dim.real(
+                1e-5, 1e-1, PROJECTION_RATE, log=True, when=projected, expert=True
+            ),
+            "intermediate_fraction": Dim.real(0.1, 0.9, 0.7),
+            "hard_weight": Dim.real(0.0, 0.5, 0.0, expert=True),
+            "learning_rate": Dim.real(1e-6, 1e-2, 5e-5, log=True, expert=True),
+        }
+        if teacher.task != "text-regression":
+            space["temperature"] = Dim.real(1.0, 5.0, 1.0, expert=True)
+        return space
+
+    def unsupported(self, subject: Subject) -> str | None:
+        """A student is made of the teacher's own layers, all alike."""
+        return unfit(subject)
+
+    def effective(self, subject: Subject, params: Params) -> Params:
+        """Another width has to be projected; an empty map says nothing."""
+        found = dict(params)
+        if not found.get("custom_map"):
+            found.pop("custom_map", None)
+        if found["projection"] == "none" and float(found["width"]) < 1:
+            found["projection"] = "shared"
+            found.setdefault("projection_learning_rate", PROJECTION_RATE)
+        return found
+
+    def after(self, subject: Subject, params: Params) -> Subject:
+        """Fewer layers and, by ``width``, narrower ones with as many heads."""
+        return student_subject(subject, len(pairs(params, subject.layers)), float(params["width"]))
+
+    def trains(self, params: Params) -> bool:
+        """Always."""
+        return True
+
+    def apply(self, candidate: Candidate, params: Params, context: Context) -> Candidate:
+        """Make the student, then train its layers, then its answers."""
+        student = start(candidate, params, context.seed)
+        matches = tinybert_matches(params, pairs(params, candidate.subject.layers))
+        matching = Matching.between(matches, student.network, context.teacher, context.seed)
+        matching.projections.to(context.device)
+        terms = train(student, matching, params, context)
+        return student.replace(notes={**student.notes, "tinybert": terms})
+
+    def evaluate(self, candidate: Candidate, context: Context) -> Mapping[str, float]:
+        """The unweighted terms of the last steps of each phase, by kind."""
+        terms: Mapping[str, float] = candidate.notes.get("tinybert", {})
+        return terms
+
+
+def train(student: Candidate, matching: Matching, params: Params, context: Context) -> dict[str, float]:
+    """The phases, each on its share of the budget; the terms at their ends."""
+    rate, part = float(params["learning_rate"]), float(params["intermediate_fraction"])
+    layers, answers = Objective(context, matching), prediction(student.subject.task, params, context)
+    layers.fit(student.network, learning_rate=rate, share=part, scored=False)
+    answers.fit(student.network, learning_rate=rate, share=1 - part)
+    return layers.report() | answers.report()
+
+
+def prediction(task: str, params: Params, context: Context) -> Objective:
+    """The loss of the second phase: the teacher's logits, and by ``hard_weight`` the labels."""
+    hard = float(params["hard_weight"])
+    return Objective(context, Matching(()), SoftTerm.of(task, params), 1 - hard, hard)
