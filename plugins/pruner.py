@@ -163,8 +163,15 @@ class Pruner:
     def _best(self, scores: Units, cap: float) -> tuple[list[int], list[int]] | None:
         cut, budget = self.cut, self.budget
         assert budget is not None
-        heads = Ladder.of(scores.heads, 1, cut.min_heads, even=self.even)
-        neurons = Ladder.of(scores.neurons, cut.multiple, cut.multiple, even=self.even)
+        weights = 1.0, 1.0
+        if self.criterion not in importance.NEED_GRADIENTS or self.params["scope"] == "global_layer_normalised":
+            # heads and neurons are not told in one unit: what is average of its kind is worth what it costs
+            most, all_neurons = scores.heads.shape[1], scores.neurons.shape[1]
+            empty = budget.cost(0, 0)
+            costs = budget.cost(most, 0) - empty, budget.cost(0, all_neurons) - empty
+            weights = costs[0] / finite_sum(scores.heads), costs[1] / finite_sum(scores.neurons)
+        heads = Ladder.of(weights[0] * scores.heads, 1, cut.min_heads, even=self.even)
+        neurons = Ladder.of(weights[1] * scores.neurons, cut.multiple, cut.multiple, even=self.even)
         return within_budget(heads, neurons, self.uses(), budget.cost, cap)
 
     def uses(self) -> tuple[Tensor, Tensor]:
@@ -234,6 +241,11 @@ class Pruner:
     def cut_out(self) -> None:
         """Surgery: the outputs stay the same."""
         remove_masked(self.network, self.masks)
+
+
+def finite_sum(scores: Tensor) -> float:
+    """The sum of the scores of units that are not masked."""
+    return max(float(scores[scores.isfinite()].sum()), 1e-12)
 
 
 def best(scores: Units, kept: Counts) -> Units:

@@ -32,7 +32,8 @@ Choose = Callable[[Units], Units]
 
 def straight_through(mask: Tensor, scores: Tensor) -> Tensor:
     """The mask, whose gradient goes to the scores as it is, masked or not (Sanh 2020, 3)."""
-    return mask.detach() + scores - scores.detach()
+    # in this order: what is added is exactly zero
+    return mask.detach() + (scores - scores.detach())
 
 
 class Movement(nn.Module):

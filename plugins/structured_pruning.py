@@ -200,6 +200,7 @@ def _without_idle(params: Mapping[str, Any]) -> dict[str, Any]:
         chosen["recover"] = "none"
     if not units:
         chosen |= {"criterion": "magnitude", "scope": "global"}
+        chosen |= {"recover": "none"} if chosen["recover"] == "rescale" else {}
     if chosen["criterion"] in LEARNED and chosen["recover"] not in TRAINED:
         chosen["recover"] = "finetune"
     if not _prunes(chosen, "layer_ratio"):

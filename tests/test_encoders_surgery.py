@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,13 +17,18 @@ from compress_search import Candidate
 from compress_search.encoders import (
     FAMILIES,
     bake,
+    describe,
     keep_layers,
     layers,
+    load_network,
     parts,
     prune_heads,
+    prune_hidden,
     prune_neurons,
+    save,
     set_attention,
     set_layers,
+    shape_key,
     subject_of,
 )
 from compress_search.testing import tiny_batches, tiny_candidate
@@ -217,3 +223,28 @@ def test_baking_folds_masks_and_changes_no_output() -> None:
     assert not any(parametrize.is_parametrized(module) for module in network.modules())
     assert isinstance(up.weight, nn.Parameter)
     assert (up.weight == 0).float().mean() > 0.3
+
+
+@pytest.mark.parametrize("task", ["text-classification", "token-classification"])
+@every_family
+def test_a_narrower_stream_has_the_closed_form_and_reloads(family: str, task: str, tmp_path: Path) -> None:
+    candidate = tiny(family, task)
+    network = candidate.copy().network
+    prune_hidden(network, [0, 3, 5, 6, 7, 9, 11, 20, 31])
+    subject = subject_of(network, task)
+    assert (subject.hidden, subject.head_dim, subject.heads) == (9, 8, HEADS)
+    assert subject.parameters == sum(parameter.numel() for parameter in network.parameters())
+    save(network, candidate.tokenizer, tmp_path)
+    again = load_network(tmp_path)
+    assert torch.equal(logits(candidate, again), logits(candidate, network))
+    assert describe(again)["hidden"] == 9
+    assert shape_key(describe(again)) == shape_key(describe(network)) != shape_key(describe(candidate.network))
+
+
+@pytest.mark.parametrize(
+    ("channels", "message"),
+    [([], "at least one hidden channel"), ([32], "expected distinct indices below 32"), ([1, 1], "distinct")],
+)
+def test_impossible_channels_are_refused(channels: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prune_hidden(tiny("bert").network, channels)

@@ -12,7 +12,6 @@ from typing import TypeVar, cast
 from torch import Tensor, nn
 
 from compress_search.encoders import view
-from compress_search.errors import TrialError
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -41,16 +40,10 @@ class Stream:
 
 
 def stream(network: nn.Module) -> Stream:
-    """The residual stream of a network.
-
-    Raises:
-        TrialError: the word table is a product of two matrices, of which none has the stream's channels alone.
-    """
+    """The residual stream of a network; a word table that is a product of two matrices is left out."""
     all_parts = [view.parts(layer) for layer in view.layers(network)]
     block = view.embeddings(network)
     projection = cast("nn.Linear | None", getattr(view.backbone(network), "embeddings_project", None))
-    if not isinstance(block.word_embeddings, nn.Embedding):
-        raise TrialError("the hidden width cannot change once the word embeddings are factorized")
     tables = [] if projection else [m for m in block.children() if isinstance(m, nn.Embedding)]
     norms = [] if projection else [cast(nn.LayerNorm, block.LayerNorm)]
     linears = [m for module in view.head(network) for m in module.modules() if isinstance(m, nn.Linear)]
