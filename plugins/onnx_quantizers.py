@@ -178,13 +178,14 @@ def _lookup(graph: Any, node: Any, table: Any, grid: Grid | None) -> list[Any]:
             helper.make_node("Cast", [f"{output}_half"], [output], to=TensorProto.FLOAT),
         ]
     codes, scales = grid.encode(torch.from_numpy(weight.copy()))
-    name = add_constant(graph, f"{table.name}_quantized", codes.numpy().astype(np.int8))
-    scale = add_constant(graph, f"{table.name}_scale", scales.numpy())
+    name = add_constant(graph, f"{table.name}_rows", codes.numpy().astype(np.int8))
+    scale = add_constant(graph, f"{table.name}_row_scales", scales.numpy())
+    # ONNX Runtime's own quantizer names what a linear map reads "…_quantized" and "…_scale"
     return [
-        helper.make_node("Gather", [name, ids], [f"{output}_quantized"], name=node.name),
-        helper.make_node("Gather", [scale, ids], [f"{output}_scale"], name=f"{node.name}_scale"),
-        helper.make_node("Cast", [f"{output}_quantized"], [f"{output}_codes"], to=TensorProto.FLOAT),
-        helper.make_node("Mul", [f"{output}_codes", f"{output}_scale"], [output]),
+        helper.make_node("Gather", [name, ids], [f"{output}_row"], name=node.name),
+        helper.make_node("Gather", [scale, ids], [f"{output}_row_scale"], name=f"{node.name}_scale"),
+        helper.make_node("Cast", [f"{output}_row"], [f"{output}_codes"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", [f"{output}_codes", f"{output}_row_scale"], [output]),
     ]
 
 
