@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -17,7 +18,7 @@ HERE = Path(__file__).resolve().parent
 SETTINGS = json.loads((HERE / "settings.json").read_text(encoding="utf-8"))
 
 
-def load():
+def load() -> Any:
     """The model, on as many threads as it was measured with; on all cores where none were chosen."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when the library is imported
     import onnxruntime
