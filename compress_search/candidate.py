@@ -48,8 +48,8 @@ class Subject:
     Traits the engine itself sets on the teacher: ``"timed"`` and ``"sized"`` (an objective or constraint depends on
     running time, so only real kernels count, or on the stored size), ``"tokenizer:<kind>"`` (as the ``tokenizers``
     library calls it, or ``ByteLevelBPE``), ``"kernel:<name>"`` for each kernel that a probe found to be real on
-    this machine (``kernel:int8``, ``kernel:bf16``, ``kernel:weight-only``) and ``"unlabelled"`` (the study names
-    text without labels). Steps add their own, such as ``"lossy"`` (training could win back accuracy),
+    this machine (``kernel:int8``, ``kernel:bf16``, ``kernel:weight-only``), ``"unlabelled"`` (the study names
+    text without labels), ``"masked-lm"`` (it names a masked language model) and ``"pairs"`` (examples are two texts). Steps add their own, such as ``"lossy"`` (training could win back accuracy),
     ``"non-uniform"``, ``"shared"``, ``"low-rank"`` (matrices that are products of two), ``"sparse"`` (zeros that
     must stay: nothing may rebuild the matrices), ``"recurrent"`` (no transformer layers: nothing to cut, share or
     replace), ``"data-sized"`` (the vocabulary is an upper bound), ``"onnx-only"`` and ``"torch-only"``.

@@ -75,7 +75,7 @@ def prepare(study: Study, subject: Subject | None = None) -> Prepared:
     raw, task = read(study)
     if not study.objectives:  # only now is it known what tags there are, and so which metric comes first
         study = study.model_copy(update={"objectives": default_objectives(task.primary)})
-    subject = subject or _with_engine_traits(study, teacher_subject(study, task))
+    subject = subject or _with_engine_traits(study, raw, teacher_subject(study, task))
     plan = make_plan(study, registry, subject)
     files = [(file.name, file.text) for file in registry.files]
     return Prepared(study, plan, task, raw, Brief(study.to_dict(), files, subject.to_dict(), str(cache_folder())))
@@ -113,14 +113,16 @@ def stored_subject(study: Study, store: Store) -> Subject | None:
     return Subject.from_dict(known.subject) if known else None
 
 
-def _with_engine_traits(study: Study, teacher: Subject) -> Subject:
-    """What the engine itself tells methods of a teacher: whether time counts, which kernels are real, and what
-    its tokenizer is made of.
+def _with_engine_traits(study: Study, raw: Raw, teacher: Subject) -> Subject:
+    """What the engine itself tells methods of a teacher: whether time counts, which kernels are real, what there is
+    to learn from, and what its tokenizer is made of.
     """
     device = device_of(study)
     traits = {f"kernel:{name}" for name in kernels(device)} | ({"timed"} if study.timed else set())
     traits |= {"sized"} if study.sized else set()
     traits |= {"unlabelled"} if study.data.unlabeled else set()
+    traits |= {"masked-lm"} if study.teacher.masked_lm else set()
+    traits |= {"pairs"} if raw.train.pairs is not None else set()
     kind, alphabet = teacher_pieces(study)
     traits.add(f"tokenizer:{kind}")
     threads, cpus = study.measure.threads, study.cluster.cpus_per_trial

@@ -89,6 +89,12 @@ class Context(Protocol):
         None where the study's model came trained, so that nothing is known of its start.
         """
 
+    def masked_lm(self) -> nn.Module | None:
+        """The study's masked language model, of the teacher's vocabulary; frozen, on ``device``, not to be changed.
+
+        Its logits are (B, S, V). None where the study names none; the subject has the trait "masked-lm" if it does.
+        """
+
     def fit(
         self,
         network: nn.Module,
@@ -132,6 +138,9 @@ class Context(Protocol):
         For training rows read from disk where the study's ``training.teacher_cache_gb`` allows, else computed.
         Zero at padding where it is read from disk; undefined there otherwise.
         """
+
+    def training_batches(self) -> Iterator[Batch]:
+        """Endless batches of the training rows on ``device`` as :meth:`fit` draws them, to be changed first."""
 
     def unlabelled(self, batch_size: int) -> Iterator[Batch]:
         """Endless batches of the study's unlabelled text; there is some if the subject has the trait "unlabelled".

@@ -61,6 +61,7 @@ class Materials:
     training: TrainingConfig
     unlabelled: Split | None = None
     untrained: Callable[[], nn.Module | None] = lambda: None
+    masked_lm: Callable[[], nn.Module | None] = lambda: None
     tokenize: Callable[[PreTrainedTokenizerBase], Mapping[str, Split]] | None = None
     """Every split as another tokenizer cuts it."""
     layer_latency: Callable[[Subject], Callable[[int, int], float]] | None = None
@@ -88,7 +89,7 @@ class Materials:
                 "its tokenizer has pieces of its own: expected only such as the teacher's has, in order"
             )
         splits, network = self.tokenize(tokenizer), cut(self.teacher.network, kept)
-        untrained = self.untrained
+        untrained, masked_lm = self.untrained, self.masked_lm
         return replace(
             self,
             teacher=self.teacher.replace(network=network, tokenizer=tokenizer),
@@ -98,6 +99,7 @@ class Materials:
             logits=self.logits.read_by(splits["train"], kept),
             outputs=self.outputs.read_by(network, splits["train"]),
             untrained=lambda: (start := untrained()) and cut(start, kept),
+            masked_lm=lambda: (model := masked_lm()) and cut(model, kept),
         )
 
 
@@ -151,6 +153,10 @@ class StepContext:
         network = self.materials.untrained()
         return network and network.to(self.device)
 
+    def masked_lm(self) -> nn.Module | None:
+        """The study's masked language model."""
+        return self.materials.masked_lm()
+
     def fit(self, network: nn.Module, **options: Any) -> None:
         """Train in place on a share of the step's budget; see the interface for the options."""
         phase = training.Phase(**options)
@@ -194,6 +200,12 @@ class StepContext:
     def teacher_outputs(self, batch: Batch, features: Collection[str]) -> dict[str, Tensor]:
         """What the teacher computes on the way, by the features' names."""
         return self.materials.outputs(batch, features)
+
+    def training_batches(self) -> Iterator[Batch]:
+        """Endless batches of the training rows on the device, in an order of this phase's own."""
+        seed = derive_seed(self.seed, self.budget.done)
+        batches = training_batches(self.materials.train, self.materials.training.batch_size, seed)
+        return (training.to_device(batch, self.device) for batch in batches)
 
     def unlabelled(self, batch_size: int) -> Iterator[Batch]:
         """Endless batches of unlabelled text on the device, in an order of this phase's own."""

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from compress_search.candidate import Candidate, Subject
@@ -33,7 +34,7 @@ from compress_search.recipe import Recipe, digest
 from compress_search.registry import PluginFile, Registry
 from compress_search.runtimes import Artifact, lower, size_mb
 from compress_search.study import Study
-from compress_search.teacher import load_teacher, prepare_ensemble, prepare_teacher, untrained
+from compress_search.teacher import load_teacher, masked_lm, prepare_ensemble, prepare_teacher, untrained
 from compress_search.teacher.logits import TeacherLogits
 from compress_search.teacher.outputs import TeacherOutputs
 
@@ -140,9 +141,22 @@ class Workbench:
             self.study.training,
             self.splits.get("unlabelled"),
             partial(untrained, self.study, task),
+            lambda: self.masked_lm,
             self.tokenized,
             self.layer_latency,
         )
+
+    @cached_property
+    def masked_lm(self) -> nn.Module | None:
+        """The study's masked language model, loaded when a method first asks for it."""
+        if self.study.teacher.masked_lm is None:
+            return None
+        return masked_lm.load(self.study, self.materials.task, self.materials.teacher.tokenizer, self.device)
+
+    @cached_property
+    def masked_lm_digest(self) -> list[str]:
+        """What the results of methods that use the masked language model depend on; nothing where there is none."""
+        return [] if self.study.teacher.masked_lm is None else [masked_lm.fingerprint(self.study)]
 
     def layer_latency(self, subject: Subject) -> LayerTable:
         """Milliseconds of one layer by its heads and neurons, on examples of the training data's mean length."""
@@ -181,6 +195,7 @@ class Workbench:
             plugins = [self.registry.fingerprint(name) for name in recipe.methods]
             parts += [recipe.key, seed, self.study.training.identity(), plugins]
             parts += [self.study.teacher.average, *(path.name for path in self.teachers[1:])]
+            parts += self.masked_lm_digest
         return self.output / "artifacts" / digest(parts)[:20]
 
     def lower(self, candidate: Candidate, directory: Path) -> None:

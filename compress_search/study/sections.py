@@ -114,6 +114,11 @@ class TeacherConfig(Section):
     average: Literal["logits", "probabilities"] = Field(
         default="logits", description="what of several teachers is averaged"
     )
+    masked_lm: Annotated[str, AfterValidator(located(model_source))] | None = Field(
+        default=None,
+        description="a masked language model of the same vocabulary, such as the teacher before it was fine-tuned: a "
+        "directory or hub id; for methods that learn from one, or write further examples with it",
+    )
 
     def identity(self) -> dict[str, Any]:
         """What of these decides the result of a trial; keys that came later count where they are used."""

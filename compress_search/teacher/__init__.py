@@ -23,7 +23,7 @@ from compress_search.encoders import Pieces, layer_drop, subject_of
 from compress_search.recipe import digest
 from compress_search.study import Study
 from compress_search.tasks import Task
-from compress_search.teacher import ensemble, pretrained, scratch
+from compress_search.teacher import ensemble, masked_lm, pretrained, scratch
 from compress_search.teacher.networks import HEADS, auto_class, quiet
 from compress_search.training import fit, planned_steps, task_loss
 
@@ -33,9 +33,11 @@ def teacher_subject(study: Study, task: Task) -> Subject:
 
     Raises:
         StudyError: the model cannot be found or read, its family is not supported, or it does not fit the task,
-            the data's labels or ``data.max_length``; the same of each further teacher.
+            the data's labels or ``data.max_length``; the same of each further teacher, and of the masked language
+            model, whose vocabulary is the teacher's.
     """
     ensemble.check(study, task)
+    masked_lm.check(study, task)
     with no_init_weights(), torch.device("meta"), quiet():
         network = auto_class(task.tokens).from_config(_config(study, task))
     return subject_of(network, task.name, _device(study))

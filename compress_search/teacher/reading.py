@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,10 @@ def cut(network: nn.Module, kept: Sequence[int]) -> nn.Module:
     tensors = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     reader = deepcopy(network, tensors)
     keep_tokens(reader, kept)
+    if isinstance(decoder := cast(Any, reader).get_output_embeddings(), nn.Linear):
+        # a language model scores pieces, too; its matrix is often the embeddings' own
+        decoder.weight, decoder.bias = (nn.Parameter(t[list(kept)], False) for t in (decoder.weight, decoder.bias))
+        decoder.out_features = len(kept)
     return reader
 
 

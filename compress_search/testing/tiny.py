@@ -179,6 +179,16 @@ class TinyContext:
             network: nn.Module = type(self.candidate.network)(self.candidate.network.config)  # type: ignore[operator]
         return network.eval()
 
+    def masked_lm(self) -> nn.Module | None:
+        """A language model of the candidate's family and size over the tiny language, with random weights."""
+        from transformers import AutoModelForMaskedLM
+
+        config = deepcopy(self.candidate.network.config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(2)
+            network: nn.Module = AutoModelForMaskedLM.from_config(config, attn_implementation="sdpa")
+        return network.eval().requires_grad_(False)
+
     def fit(self, network: nn.Module, **options: Any) -> None:
         """Train on tiny batches for ``share`` of the budget, as the engine's loop does."""
         phase = Phase(**options)
@@ -217,6 +227,10 @@ class TinyContext:
         """What the teacher computes on the way, by the features' names."""
         with torch.no_grad():
             return read_features(self.teacher, batch, features)
+
+    def training_batches(self) -> Iterator[Batch]:
+        """Endless batches of the tiny task, others for each phase."""
+        return tiny_batches(self.candidate, batch_size=self.batch_size, seed=self.seed + len(self.fits) + 2000)
 
     def unlabelled(self, batch_size: int) -> Iterator[Batch]:
         """Endless batches of the tiny task without labels and row numbers."""
