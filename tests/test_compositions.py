@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from compress_search.workbench import Workbench
 from tests import tiny
 
 Outputs = np.ndarray[Any, Any]
+PRIMARY = {"text-classification": "accuracy", "text-regression": "pearson", "token-classification": "f1"}
 OVERHEAD = 0.012
 """MB of tensors beyond the closed form: scales, zero points and constants, which weigh in so small a model."""
 
@@ -46,7 +48,10 @@ class Ground:
     """A tiny study of all methods, and what a worker would have made of it."""
 
     def __init__(self, folder: Path, kind: str, family: str) -> None:
-        path = tiny.tiny_study(folder, kind, family, methods="all", training={"epochs": 0.34, "batch_size": 32})
+        # whatever depends on speed or size counts, so that nothing is held back
+        objectives = [PRIMARY[tiny.task_of(kind)], "latency_ms", "size_mb"]
+        training = {"epochs": 0.34, "batch_size": 32}
+        path = tiny.tiny_study(folder, kind, family, methods="all", objectives=objectives, training=training)
         tiny.tiny_teacher(folder / "teacher", kind, family, layers=4)
         self.folder = folder
         prepared = prepare(load_study(path))
@@ -181,8 +186,14 @@ def quantizes(ground: Ground, plan: Plan, recipe: Recipe) -> None:
 
 
 def holds_the_bytes(directory: Path, subject: Subject) -> None:
-    """The tensors of the file an engine loads weigh what the closed form says; the graph around them aside."""
-    assert stored_megabytes(directory) == pytest.approx(subject.megabytes, rel=0.02, abs=OVERHEAD)
+    """The tensors of the file an engine loads weigh what the closed form says; the graph around them aside.
+
+    Matrices as small as these are stored dense where packing their zeros would not pay.
+    """
+    found, most = stored_megabytes(directory), replace(subject, density=1.0).megabytes
+    assert found <= 1.02 * most + OVERHEAD, (found, most)
+    if subject.density == 1:
+        assert found >= 0.98 * most - OVERHEAD, (found, most)
 
 
 def stored_megabytes(directory: Path) -> float:
