@@ -1,0 +1,284 @@
+"""DistilBERT: some of the teacher's layers, trained to say what it says and to point where its last layer points.
+
+With a masked language model the student first learns the language: what that predicts, the hidden pieces
+themselves, and the direction of its last hidden states, the paper's triple loss. Without one it learns the task so:
+the teacher's logits and the direction of its last hidden states. Then follows the task, by the labels and a second
+distillation. Owns which layers are copied, what becomes of token types, and the phases.
+
+Source: Sanh et al. 2019, DistilBERT, a distilled version of BERT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from compress_search import Batch, Candidate, Context, Dim, Method, Params, Stage, Subject, TrialError
+from compress_search.encoders import backbone, embeddings, layers, read_features
+from compress_search.losses import cos
+
+from .layer_maps import source_layers, written_layers
+from .masked_text import hide, language_kl, prediction_loss
+from .matching import Match, Matching
+from .objective import Objective
+from .soft_targets import SoftTerm
+from .students import cut_student, student_subject, unfit
+
+INITS = ("spread", "every_other", "first", "last")
+BATCH = 32
+"""Texts in a step on unlabelled text."""
+
+
+def sources(params: Params, teacher: int) -> list[int]:
+    """The teacher's layers (0-based) that the student starts with copies of.
+
+    ``spread`` is 0, 2, 4, 7, 9, 11 for six of twelve, as the published models were made; ``every_other`` every
+    second from 0, or every n-th.
+    """
+    if custom := written_layers(str(params.get("custom_layers", "")), 0, teacher - 1):
+        return list(custom)
+    count = int(params["layers"])
+    if params["init_layers"] == "every_other":
+        return [index * (teacher // count) for index in range(count)]
+    return source_layers(str(params["init_layers"]), count, teacher)
+
+
+def foldable(subject: Subject) -> bool:
+    """Whether token types say nothing: there are several, and every example is a single text."""
+    return subject.token_types > 1 and "pairs" not in subject.traits
+
+
+def fold_token_types(network: nn.Module) -> None:
+    """Add the first token type to every position and keep a single type, of zeros, in place.
+
+    For texts of that type the network computes what it did before.
+    """
+    block = cast(Any, embeddings(network))
+    table = block.token_type_embeddings
+    with torch.no_grad():
+        block.position_embeddings.weight += table.weight[0]
+    single = nn.Embedding(1, table.embedding_dim, device=table.weight.device, dtype=table.weight.dtype)
+    nn.init.zeros_(single.weight)
+    block.token_type_embeddings = single
+    cast(Any, network.config).type_vocab_size = 1
+
+
+class DistilBert(Method):
+    """A student of fewer layers that first learns in general, then by a second distillation on the task."""
+
+    stage = Stage.STUDENT
+
+    def search_space(self, teacher: Subject) -> Mapping[str, Dim]:
+        """``distillation_fraction`` is the first phase's part of the training; ``custom_layers`` count from 0."""
+        depths = list(range(1, teacher.layers)) or [1]
+        named = {"custom_layers": ("",)}
+        space = {
+            "custom_layers": Dim.text(partial(written_layers, lowest=0, highest=teacher.layers - 1)),
+            "layers": Dim.choice(depths, max(1, teacher.layers // 2), when=named),
+            "init_layers": Dim.choice(INITS, "spread", when=named),
+            "drop_token_type": Dim.flag(foldable(teacher), expert=True),
+            "ce_weight": Dim.real(0.01, 10.0, 5.0, log=True, expert=True),
+            "cos_weight": Dim.real(0.01, 10.0, 1.0, log=True),
+            "freeze_positions": Dim.flag(True, expert=True),
+            "distillation_fraction": Dim.real(0.1, 0.9, 0.5),
+            "second_distillation": Dim.flag(True),
+            "second_alpha": Dim.real(0.0, 1.0, 0.5, when={"second_distillation": (True,)}, expert=True),
+            "learning_rate": Dim.real(1e-6, 1e-2, 5e-5, log=True, expert=True),
+        }
+        if teacher.task != "text-regression" or "masked-lm" in teacher.traits:
+            space["temperature"] = Dim.real(1.0, 10.0, 2.0, expert=True)
+        if "unlabelled" in teacher.traits:
+            space["unlabelled_text"] = Dim.flag(True, expert=True)
+        return space | (_language_space() if "masked-lm" in teacher.traits else {})
+
+    def unsupported(self, subject: Subject) -> str | None:
+        """A student is made of the teacher's own layers, all alike."""
+        return unfit(subject)
+
+    def effective(self, subject: Subject, params: Params) -> Params:
+        """Token types stay where they say something; an empty list of layers says nothing."""
+        found = {**params, "drop_token_type": bool(params["drop_token_type"]) and foldable(subject)}
+        return {name: value for name, value in found.items() if name != "custom_layers" or value}
+
+    def after(self, subject: Subject, params: Params) -> Subject:
+        """Fewer layers, and perhaps a single token type."""
+        student = student_subject(subject, len(sources(params, subject.layers)), 1.0)
+        return student.having(token_types=1) if params["drop_token_type"] else student
+
+    def trains(self, params: Params) -> bool:
+        """Always."""
+        return True
+
+    def apply(self, candidate: Candidate, params: Params, context: Context) -> Candidate:
+        """Copy layers, then train in general, then on the task."""
+        model = language_model(candidate, context) if params.get("general") else None
+        start = candidate if model is None else started_from(candidate, model)
+        student = cut_student(start, sources(params, candidate.subject.layers), 1.0)
+        if params["drop_token_type"]:
+            fold_token_types(student.network)
+        student = student.replace(subject=self.after(candidate.subject, params))
+        with_positions = cast(Any, embeddings(student.network)).position_embeddings
+        with_positions.requires_grad_(not params["freeze_positions"])
+        if model is None:
+            terms = _learn_task(student, params, context)
+        else:
+            terms = _learn_language(student, model, params, context)
+        with_positions.requires_grad_(True)
+        terms |= _learn_labels(student, params, context)
+        return student.replace(notes={**student.notes, "distilbert": terms})
+
+    def evaluate(self, candidate: Candidate, context: Context) -> Mapping[str, float]:
+        """The unweighted terms of the last steps of each phase, by kind."""
+        terms: Mapping[str, float] = candidate.notes.get("distilbert", {})
+        return terms
+
+
+def _language_space() -> dict[str, Dim]:
+    language = {"general": (True,)}
+    return {
+        "general": Dim.flag(True, expert=True),
+        "mlm_weight": Dim.real(0.01, 10.0, 2.0, log=True, when=language, expert=True),
+        "mlm_probability": Dim.real(0.1, 0.3, 0.15, when=language, expert=True),
+        "restrict_ce_to_mask": Dim.flag(False, when=language, expert=True),
+    }
+
+
+# --- the first phase, with a language model -------------------------------------------------------------------
+
+
+def language_model(candidate: Candidate, context: Context) -> nn.Module:
+    """The study's masked language model.
+
+    Raises:
+        TrialError: there is none, its encoder is not of the candidate's shapes, or the tokenizer has no mask.
+    """
+    model = context.masked_lm()
+    if model is None:
+        raise TrialError("this needs a masked language model: name one in the study, under teacher.masked_lm")
+    if candidate.tokenizer.mask_token_id is None:
+        raise TrialError("the tokenizer has no mask token, so that nothing can be hidden from the language model")
+    ours, theirs = (_shapes(network) for network in (candidate.network, model))
+    if wrong := [name for name in theirs if ours.get(name) != theirs[name]]:
+        found, expected = theirs[wrong[0]], ours.get(wrong[0], "none")
+        raise TrialError(f"the language model's {wrong[0]} has shape {found}, expected the teacher's {expected}")
+    return model
+
+
+def _shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in backbone(network).state_dict().items()}
+
+
+def started_from(candidate: Candidate, model: nn.Module) -> Candidate:
+    """The candidate with the language model's encoder and the candidate's own head."""
+    copied = candidate.copy()
+    backbone(copied.network).load_state_dict(backbone(model).state_dict(), strict=False)
+    return copied
+
+
+def under_language_head(network: nn.Module, model: nn.Module) -> nn.Module:
+    """A language model of the network's own encoder, which is trained with it, and a copy of the model's head."""
+    made = deepcopy(model).requires_grad_(True)
+    decoder = cast(Any, made).get_output_embeddings()
+    tied = decoder.weight is cast(Any, embeddings(made).word_embeddings).weight
+    for name, _ in list(backbone(made).named_children()):
+        setattr(backbone(made), name, getattr(backbone(network), name))
+    cast(Any, made.config).num_hidden_layers = len(layers(network))
+    if tied:
+        decoder.weight = cast(Any, embeddings(network).word_embeddings).weight
+    return made
+
+
+@dataclass
+class TripleLoss:
+    """w_ce·τ²·KL + w_mlm·cross-entropy + w_cos·(1 − cos) of a student and a language model on texts with holes.
+
+    ``terms`` are the latest ones, unweighted.
+    """
+
+    model: nn.Module
+    params: Params
+    terms: dict[str, float] = field(default_factory=dict)
+
+    def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
+        """The weighted sum on a batch of :func:`hide`."""
+        last = [f"hidden.{len(layers(each))}" for each in (network, self.model)]
+        ours = read_features(network, batch, [last[0], "logits"])
+        with torch.no_grad():
+            theirs = read_features(self.model, batch, [last[1], "logits"])
+        mask, labels = batch["attention_mask"], batch["labels"]
+        rows = labels >= 0 if self.params["restrict_ce_to_mask"] else mask
+        found = {
+            "ce": language_kl(ours["logits"], theirs["logits"], float(self.params["temperature"]), rows),
+            "mlm": prediction_loss(ours["logits"], labels),
+            "cos": cos(ours[last[0]], theirs[last[1]], mask),
+        }
+        self.terms = {f"language_{name}": term.item() for name, term in found.items()}
+        total: Tensor = sum(float(self.params[f"{name}_weight"]) * term for name, term in found.items())  # type: ignore[assignment]
+        return total
+
+
+def _learn_language(student: Candidate, model: nn.Module, params: Params, context: Context) -> dict[str, float]:
+    loss = TripleLoss(model, params)
+    context.fit(
+        under_language_head(student.network, model),
+        loss=loss,
+        scored=False,
+        share=float(params["distillation_fraction"]),
+        batches=_with_holes(student, params, context),
+        learning_rate=float(params["learning_rate"]),
+    )
+    return loss.terms
+
+
+def _with_holes(student: Candidate, params: Params, context: Context) -> Iterator[Batch]:
+    """The study's unlabelled text, or its training text where it names none, other holes each time."""
+    text = context.unlabelled(BATCH) if params.get("unlabelled_text") else context.training_batches()
+    tokenizer, generator = student.tokenizer, torch.Generator().manual_seed(context.seed)
+    special, size = set(tokenizer.all_special_ids), len(tokenizer)
+    rate, mask = float(params["mlm_probability"]), cast(int, tokenizer.mask_token_id)
+    return (hide(batch, mask, special, size, rate, generator) for batch in text)
+
+
+# --- the first phase without one, and the second --------------------------------------------------------------
+
+
+def task_objective(student: Candidate, params: Params, context: Context) -> Objective:
+    """The teacher's logits and the direction of its last hidden states."""
+    last = Match(
+        student_layer=student.subject.layers,
+        teacher_layer=len(layers(context.teacher)),
+        loss="cos",
+        weight=float(params["cos_weight"]),
+    )
+    term = SoftTerm.of(student.subject.task, params)
+    if params.get("unlabelled_text"):
+        term = replace(term, scope="attended")
+    matching = Matching.between([last], student.network, context.teacher, context.seed)
+    return Objective(context, matching, term, float(params["ce_weight"]))
+
+
+def _learn_task(student: Candidate, params: Params, context: Context) -> dict[str, float]:
+    objective = task_objective(student, params, context)
+    share, rate = float(params["distillation_fraction"]), float(params["learning_rate"])
+    text = context.unlabelled(BATCH) if params.get("unlabelled_text") else None
+    objective.fit(student.network, share=share, learning_rate=rate, batches=text)
+    return {"first_ce" if name == "soft" else "cos": term for name, term in objective.report().items()}
+
+
+def labels_objective(task: str, params: Params, context: Context) -> Objective:
+    """The labels, and with ``second_distillation`` the teacher's logits beside them."""
+    alpha = float(params["second_alpha"]) if params["second_distillation"] else 0.0
+    return Objective(context, Matching(()), SoftTerm.of(task, params), alpha, 1 - alpha)
+
+
+def _learn_labels(student: Candidate, params: Params, context: Context) -> dict[str, float]:
+    objective = labels_objective(student.subject.task, params, context)
+    share, rate = 1 - float(params["distillation_fraction"]), float(params["learning_rate"])
+    objective.fit(student.network, share=share, learning_rate=rate)
+    return objective.report()

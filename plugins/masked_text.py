@@ -1,0 +1,68 @@
+"""Learning a language from text with holes: which tokens are hidden, and the losses of what is put in their place.
+
+Pure functions of batches and logits. Which networks learn so, and for how long, is a method's to say.
+
+Sources: Devlin et al. 2019, BERT, section 3.1 (masking); Sanh et al. 2019, DistilBERT, section 2 (triple loss).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from compress_search import Batch
+from compress_search.losses import IGNORED, kl
+
+MASKED, REPLACED = 0.8, 0.1
+"""Of the hidden tokens the parts that the mask stands for, and that another token does; the rest stay in sight."""
+ROWS = 512
+"""Rows of logits over a vocabulary that are compared at a time."""
+
+
+def hide(
+    batch: Batch, mask: int, special: Collection[int], size: int, probability: float, generator: torch.Generator
+) -> Batch:
+    """The batch with some tokens hidden, and with labels (B, S): the hidden tokens, -100 elsewhere.
+
+    Args:
+        batch: ``index`` and labels of its own are left out.
+        mask: the id that stands for hidden tokens.
+        special: ids that are never hidden; nor is padding.
+        size: ids that may come in a token's place are below this.
+        probability: of a token to be hidden.
+        generator: on the CPU; every call draws anew.
+    """
+    ids = batch["input_ids"]
+    draws, kinds = (torch.rand(ids.shape, generator=generator).to(ids.device) for _ in range(2))
+    others = torch.randint(size, ids.shape, generator=generator).to(ids.device)
+    words = batch["attention_mask"].bool() & ~torch.isin(ids, torch.tensor(sorted(special), device=ids.device))
+    hidden = words & (draws < probability)
+    shown = torch.where(kinds < MASKED, mask, torch.where(kinds < MASKED + REPLACED, others, ids))
+    inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "index")}
+    return {**inputs, "input_ids": torch.where(hidden, shown, ids), "labels": ids.masked_fill(~hidden, IGNORED)}
+
+
+def prediction_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of logits (B, S, V) at the positions with a label, mean over them; 0 for none."""
+    total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    return total / max(int((labels != IGNORED).sum()), 1)
+
+
+def language_kl(student: Tensor, teacher: Tensor, temperature: float, mask: Tensor) -> Tensor:
+    """:func:`compress_search.losses.kl` of logits (B, S, V) where the mask (B, S) is set, a few rows at a time.
+
+    What each step computes on the way is computed again for the gradient: over a vocabulary it would take several
+    times the memory of the logits.
+    """
+    rows = mask.bool()
+    blocks = zip(student[rows].split(ROWS), teacher[rows].split(ROWS), strict=True)
+    sums = [checkpoint(_sum, ours, theirs, temperature, use_reentrant=False) for ours, theirs in blocks]
+    return torch.stack(sums).sum() / max(int(rows.sum()), 1)
+
+
+def _sum(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    return kl(student, teacher, temperature) * len(student)
