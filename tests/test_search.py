@@ -179,6 +179,27 @@ def test_a_duplicate_is_told_as_such_and_names_its_twin(tmp_path: Path) -> None:
         assert twins[told.user_attrs["duplicate_of"]].recipe == row.recipe
 
 
+class StuckSampler(optuna.samplers.RandomSampler):
+    """Proposes what it proposed first, for ever."""
+
+    def __init__(self, seed: int, size: int) -> None:
+        super().__init__(seed=0)
+
+
+def test_a_sampler_that_repeats_itself_is_helped_by_neighbours_of_its_proposal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compress_search.search.make_sampler", lambda kind, seed, size: StuckSampler(seed, size))
+    search = after_teacher(fake_search(tmp_path, search={"trials": 8, "sampler": "tpe"}))
+    run(search)
+    trials = search._optuna.trials()
+    proposed = next(trial.params for trial in trials if trial.params)
+    drawn = [trial.params for trial in trials if trial.user_attrs.get("drawn")]
+    assert len(drawn) == 7, "the stuck sampler came up with one recipe"
+    kept = [sum(near.get(name) == value for name, value in proposed.items()) / len(proposed) for near in drawn]
+    assert sum(kept) / len(kept) > 0.5, "drawn anywhere they would agree in few parameters"
+
+
 def test_the_recipe_of_a_baseline_may_be_proposed(tmp_path: Path) -> None:
     search = fake_search(tmp_path, methods=("quantize",), options={"baselines": [("int8", INT8)]})
     assert [a.recipe for a in run(search)].count(INT8) == 2

@@ -16,6 +16,7 @@ A trial's states, as Optuna knows them, and what they mean here:
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,10 +39,10 @@ from compress_search.search.samplers import derive_seed, make_sampler
 from compress_search.storage import LastAttempt, Store
 
 TEACHER = "teacher"
-REASKS = 10
-"""Duplicates in a row after which the sampler is no longer asked."""
-DRAWS = 1000
-"""Random recipes that must all be known before the space counts as exhausted."""
+REASKS = 3
+"""Duplicates in a row after which the sampler, which learns nothing from them, is no longer asked."""
+NEIGHBOURS, DRAWS = 200, 1000
+"""Recipes drawn near the one that was repeated, and anywhere, that must be known for the space to be exhausted."""
 MAX_LOST = 3
 """Driver deaths that a trial may be running at before it is taken for their cause."""
 
@@ -171,12 +172,12 @@ class Search:
         return self._spent(self._ledger())
 
     def _propose(self, trials: Sequence[FrozenTrial], ledger: Ledger) -> Assignment | None:
-        """A recipe not tried before: from the sampler, or, when it repeats itself, drawn at random."""
+        """A recipe not tried before: from the sampler, or, when it repeats itself, drawn near what it repeats."""
         for _ in range(REASKS - ledger.trailing_duplicates):
             if assignment := self._hand_out(self._ask(trials, starting=True), ledger):
                 return assignment
             trials, ledger = self._optuna.trials(), self._ledger()
-        point = self._unseen_point(len(trials), ledger.seen)
+        point = self._unseen_point(trials, ledger.seen)
         if point is None:
             self._exhausted = True
             return None
@@ -216,11 +217,18 @@ class Search:
         self.store.begin_attempt(self.name, assignment, state)
         return assignment
 
-    def _unseen_point(self, rows: int, seen: Mapping[str, int]) -> dict[str, Any] | None:
-        """Parameters of a random recipe that is new; drawn in memory, so that they leave no rows."""
-        seed = derive_seed(self.settings.seed, "draw", rows)
-        draws = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
-        for _ in range(DRAWS):
+    def _unseen_point(self, trials: Sequence[FrozenTrial], seen: Mapping[str, int]) -> dict[str, Any] | None:
+        """Parameters of a recipe that is new, drawn in memory so that they leave no rows.
+
+        The first draws keep most parameters of the latest proposal, then ever fewer, the last ones none: what the
+        sampler holds for the best is taken, its neighbour is good too.
+        """
+        rng = random.Random(derive_seed(self.settings.seed, "draw", len(trials)))
+        draws = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=rng.randrange(2**32)))
+        known = trials[-1].params if trials else {}
+        for number in range(NEIGHBOURS + DRAWS):
+            keep = 0.9 * max(0.0, 1 - number / NEIGHBOURS)
+            draws.enqueue_trial({name: value for name, value in known.items() if rng.random() < keep})
             trial = draws.ask()
             if self.plan.propose(trial).key not in seen:
                 return trial.params
