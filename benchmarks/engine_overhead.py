@@ -122,17 +122,25 @@ def random_trials(plan: Plan, size: int) -> Iterator[optuna.trial.FrozenTrial]:
 
 
 def share_of(path: Path) -> tuple[str, list[list[object]]]:
-    """How the time of a finished study divides, as rows of phase, seconds and share of the whole."""
+    """How the workers' time in a finished study divides, as rows of phase, seconds of all workers and share.
+
+    A worker without a trial waits where no trial can be had: while the teacher is measured, which all are compared
+    with, and once the last trial has begun. What is left is the engine's: starting, proposing, writing, telling.
+    """
     study = load_study(path)
     store = Store(study.storage)
-    wall = store.study(study.name).seconds
-    spent = dict.fromkeys(PHASES, 0.0)
-    for row in store.trials(study.name):
-        for phase in PHASES:
-            spent[phase] += row.seconds.get(phase, 0.0) / study.search.concurrency
-    rest = wall - sum(spent.values())
-    rows = [[phase, f"{seconds:.1f}", f"{seconds / wall:.1%}"] for phase, seconds in spent.items()]
-    return study.name, [*rows, ["engine: everything else", f"{rest:.1f}", f"{rest / wall:.1%}"]]
+    workers = study.search.concurrency
+    whole = workers * store.study(study.name).seconds
+    rows = [row for row in store.trials(study.name) if row.seconds]
+    spent = {phase: sum(row.seconds.get(phase, 0.0) for row in rows) for phase in PHASES}
+    spans = {row.number: (row.started, row.ended) for row in rows if row.started and row.ended}
+    teacher = next(spans[row.number] for row in rows if row.baseline == "teacher")
+    spent["no trial to be had: the teacher runs"] = (workers - 1) * (teacher[1] - teacher[0]).total_seconds()
+    begun = max(start for start, _ in spans.values())
+    free = sorted((max(end, begun) for _, end in spans.values()), reverse=True)[:workers]
+    spent["no trial to be had: the last ones run"] = sum((free[0] - since).total_seconds() for since in free)
+    spent["engine: everything else"] = whole - sum(spent.values())
+    return study.name, [[what, f"{seconds:.1f}", f"{seconds / whole:.1%}"] for what, seconds in spent.items()]
 
 
 @click.command()
@@ -155,7 +163,7 @@ def main(study: Path | None, trials: int, sizes: str) -> None:
     if study:
         title, shares = share_of(study)
         parts.append(f"## Where the time of {title} went")
-        parts.append(tables.table(["phase", "seconds", "share"], shares))
+        parts.append(tables.table(["what the workers did", "seconds, all workers", "share"], shares))
     click.echo(tables.write("engine_overhead", "What the engine costs", parts))
 
 
