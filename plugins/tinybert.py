@@ -11,7 +11,7 @@ Source: Jiao et al. 2020, TinyBERT: Distilling BERT for Natural Language Underst
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -19,17 +19,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subject
+from compress_search import Batch, Candidate, Context, Dim, Method, Params, Stage, Subject, TrialError
+from compress_search.encoders import layers
 
+from .augmentation import augmented, augmenter
 from .layer_maps import layer_pairs, written_layers
-from .matching import Match, Matching
-from .objective import Objective
+from .matching import Match, Matching, check_matches
+from .objective import Objective, Teacher, reader
 from .soft_targets import SoftTerm
 from .students import cut_student, student_subject, unfit, widths
 
 MAPS = {"uniform": "uniform", "top": "last", "bottom": "first"}
 """The paper's names of maps -> ours."""
 PROJECTION_RATE = 1e-3
+BATCH = 32
+"""Texts in a step on unlabelled text."""
 TARGETS = {"scores": "attention_scores", "probabilities": "attention_probs"}
 
 
@@ -118,7 +122,9 @@ class TinyBert(Method):
         }
         if teacher.task != "text-regression":
             space["temperature"] = Dim.real(1.0, 5.0, 1.0, expert=True)
-        return space
+        if "unlabelled" in teacher.traits:
+            space["general_fraction"] = Dim.real(0.0, 0.9, 0.0, expert=True)
+        return space | (_augmentation_space(teacher) if _spells_words(teacher) else {})
 
     def unsupported(self, subject: Subject) -> str | None:
         """A student is made of the teacher's own layers, all alike."""
@@ -144,11 +150,12 @@ class TinyBert(Method):
 
     def apply(self, candidate: Candidate, params: Params, context: Context) -> Candidate:
         """Make the student, then train its layers, then its answers."""
+        examples = _examples(candidate, params, context)
         student = start(candidate, params, context.seed)
         matches = tinybert_matches(params, pairs(params, candidate.subject.layers))
         matching = Matching.between(matches, student.network, context.teacher, context.seed)
         matching.projections.to(context.device)
-        terms = train(student, matching, params, context)
+        terms = train(student, matching, params, context, examples)
         return student.replace(notes={**student.notes, "tinybert": terms})
 
     def evaluate(self, candidate: Candidate, context: Context) -> Mapping[str, float]:
@@ -157,13 +164,70 @@ class TinyBert(Method):
         return terms
 
 
-def train(student: Candidate, matching: Matching, params: Params, context: Context) -> dict[str, float]:
+def _spells_words(teacher: Subject) -> bool:
+    kinds = {trait for trait in teacher.traits if trait.startswith("tokenizer:")}
+    return kinds <= {"tokenizer:WordPiece"}
+
+
+def _augmentation_space(teacher: Subject) -> dict[str, Dim]:
+    """``augment``: other words in the examples; ``variants`` of each for one that stays as it is."""
+    there = "masked-lm" in teacher.traits
+    return {
+        "augment": Dim.flag(there, expert=not there),
+        "variants": Dim.integer(1, 30, 10, when={"augment": (True,)}, expert=True),
+    }
+
+
+def _examples(candidate: Candidate, params: Params, context: Context) -> Callable[[], Iterator[Batch] | None]:
+    """What makes a phase's batches, others for each; None of its own stands for the training rows as they are."""
+    if not params.get("augment"):
+        return lambda: None
+    change, hard = augmenter(candidate, context, int(params["variants"])), float(params["hard_weight"])
+    return lambda: augmented(change, context, labels=hard > 0)
+
+
+def train(
+    student: Candidate,
+    matching: Matching,
+    params: Params,
+    context: Context,
+    examples: Callable[[], Iterator[Batch] | None],
+) -> dict[str, float]:
     """The phases, each on its share of the budget; the terms at their ends."""
-    rate, part = float(params["learning_rate"]), float(params["intermediate_fraction"])
-    layers, answers = Objective(context, matching), prediction(student.subject.task, params, context)
-    layers.fit(student.network, learning_rate=rate, share=part, scored=False)
-    answers.fit(student.network, learning_rate=rate, share=1 - part)
-    return layers.report() | answers.report()
+    network, rate = student.network, float(params["learning_rate"])
+    general, part = float(params.get("general_fraction", 0.0)), float(params["intermediate_fraction"])
+    terms = _learn_in_general(network, matching, context, general, rate) if general else {}
+    middle, last = Objective(context, matching), prediction(student.subject.task, params, context)
+    share = (1 - general) * part
+    middle.fit(network, learning_rate=rate, share=share, scored=False, batches=examples())
+    last.fit(network, learning_rate=rate, share=1 - general - share, batches=examples())
+    return terms | middle.report() | last.report()
+
+
+def _learn_in_general(
+    network: nn.Module, matching: Matching, context: Context, share: float, rate: float
+) -> dict[str, float]:
+    """The layers' losses on text without labels; the terms at the end."""
+    objective = Objective(context, matching, teacher=_general_teacher(matching, network, context))
+    text = context.unlabelled(BATCH)
+    objective.fit(network, learning_rate=rate, share=share, scored=False, batches=text)
+    return {f"general_{name}": term for name, term in objective.report().items()}
+
+
+def _general_teacher(matching: Matching, student: nn.Module, context: Context) -> Teacher | None:
+    """Who is learnt from on text at large: the study's language model, or where it names none its teacher.
+
+    Raises:
+        TrialError: the language model cannot be matched as the teacher is.
+    """
+    model = context.masked_lm()
+    if model is None:
+        return None
+    depths = len(layers(model)), len(layers(context.teacher))
+    if depths[0] != depths[1]:
+        raise TrialError(f"the language model has {depths[0]} layers: expected the teacher's {depths[1]}")
+    check_matches(matching.matches, student, model)
+    return reader(model)
 
 
 def prediction(task: str, params: Params, context: Context) -> Objective:

@@ -24,6 +24,11 @@ def language_model(folder, family="bert", **changes):
     return network.eval()
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMPRESS_SEARCH_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def with_model(tiny_study, tmp_path):
     """``with_model(family)``: a study with a language model beside its teacher, and that model."""

@@ -308,6 +308,85 @@ class TestTraining:
         assert first == same != other
 
 
+class TestText:
+    """What the student learns from besides the training rows."""
+
+    def literate(self, *traits):
+        candidate = tiny_candidate()
+        return candidate.replace(subject=candidate.subject.having(*traits))
+
+    def watched(self, context):
+        """The options of every phase."""
+        seen, original = [], context.fit
+
+        def fit(network, **options):
+            seen.append(options)
+            original(network, **options)
+
+        context.fit = fit
+        return seen
+
+    def test_other_words_are_searched_where_there_is_a_language_model_that_spells_words(self):
+        found = {
+            traits: METHOD.search_space(self.literate(*traits).subject).get("augment")
+            for traits in ((), ("masked-lm",), ("masked-lm", "tokenizer:WordPiece"), ("masked-lm", "tokenizer:BPE"))
+        }
+        assert [dim and (dim.default, dim.expert) for dim in found.values()] == [
+            (False, True),
+            (True, False),
+            (True, False),
+            None,
+        ]
+
+    @pytest.mark.parametrize("hard", [0.0, 0.3])
+    def test_both_phases_train_on_them(self, hard):
+        candidate = self.literate("masked-lm")
+        context = tiny_context(candidate)
+        seen = self.watched(context)
+        applied(candidate, context, hard_weight=hard)
+        assert [options["batches"] is not None for options in seen] == [True, True]
+        assert "index" not in next(seen[1]["batches"])
+
+    def test_without_a_language_model_they_are_refused_before_any_training(self):
+        candidate = tiny_candidate()
+        context = tiny_context(candidate)
+        context.masked_lm = lambda: None
+        with pytest.raises(TrialError, match="augmentation needs a masked language model: name one in the study"):
+            applied(candidate, context, augment=True, variants=10)
+        assert context.fits == []
+
+    def test_the_language_is_learnt_first_and_from_the_language_model(self):
+        candidate = self.literate("unlabelled")
+        context = tiny_context(candidate, steps=20)
+        seen = self.watched(context)
+        result = applied(candidate, context, general_fraction=0.5, intermediate_fraction=0.6)
+        assert context.fits == [10, 6, 4]
+        general = seen[0]
+        assert "labels" not in next(general["batches"])
+        assert not general["scored"]
+        batch = next(tiny_batches(candidate))
+        found = general["loss"].teacher(batch, ["hidden.4"])["hidden.4"]
+        expected = read_features(context.masked_lm(), batch, ["hidden.4"])["hidden.4"]
+        torch.testing.assert_close(found, expected)
+        assert {"general_hidden", "hidden", "soft"} <= METHOD.evaluate(result, context).keys()
+
+    def test_without_a_language_model_it_is_learnt_from_the_teacher(self):
+        candidate = self.literate("unlabelled")
+        context = tiny_context(candidate)
+        context.masked_lm = lambda: None
+        seen = self.watched(context)
+        applied(candidate, context, general_fraction=0.5)
+        assert seen[0]["loss"].teacher is None
+
+    def test_a_language_model_of_another_depth_is_refused(self):
+        candidate = self.literate("unlabelled")
+        context = tiny_context(candidate)
+        context.masked_lm = tiny_context(tiny_candidate(layers=3)).masked_lm
+        with pytest.raises(TrialError, match="the language model has 3 layers: expected the teacher's 4"):
+            applied(candidate, context, general_fraction=0.5)
+        assert context.fits == []
+
+
 def test_a_single_output_has_no_temperature():
     subject = tiny_candidate("bert", "text-regression").subject
     assert "temperature" not in METHOD.search_space(subject)
