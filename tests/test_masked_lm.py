@@ -9,7 +9,10 @@ from transformers import AutoModelForMaskedLM
 from compress_search import StudyError
 from compress_search.driver import prepare
 from compress_search.encoders import keep_pieces
+from compress_search.pipeline import run_recipe
 from compress_search.recipe import Recipe, Step
+from compress_search.runtimes import load_runner
+from compress_search.space import defaults
 from compress_search.study import load_study
 from compress_search.teacher.reading import cut
 from compress_search.workbench import Workbench
@@ -128,3 +131,35 @@ def test_a_model_without_the_head_is_refused(tiny_study, tmp_path):
 @pytest.mark.parametrize(("kind", "there"), [("pairs", True), ("text-classification", False)])
 def test_methods_are_told_whether_examples_are_pairs(tiny_study, kind, there):
     assert ("pairs" in prepare(load_study(tiny_study(kind, methods=["tinybert"]))).plan.teacher.traits) == there
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "params"),
+    [
+        ("text-classification", "tinybert", {"augment": True, "variants": 2, "width": 0.5}),
+        ("token-classification", "tinybert", {"augment": True, "variants": 2, "hard_weight": 0.2}),
+        ("pairs", "distilbert", {}),
+        ("text-regression", "distilbert", {}),
+        ("token-classification", "distilbert", {}),
+    ],
+)
+def test_students_learn_from_it_in_a_trial_with_fewer_pieces(tiny_study, tmp_path, kind, method, params):
+    path = tiny_study(kind, methods=["vocabulary_pruning", method])
+    text = tiny.write_jsonl(path.parent / "data" / "more.jsonl", tiny.tiny_rows(kind, 40, seed=9))
+    language_model(tmp_path / "language_model")
+    study = load_study(path, ["teacher.masked_lm=language_model", f"data.unlabeled={text}"])
+    prepared = prepare(study)
+    bench = Workbench(prepared.brief)
+    space, subject = prepared.plan.spaces[method], prepared.plan.teacher
+    settled = prepared.plan.methods[method].effective(subject, {**defaults(space), **params})
+    pruning = defaults(prepared.plan.spaces["vocabulary_pruning"])
+    recipe = Recipe((Step.of("vocabulary_pruning", pruning), Step.of(method, settled)))
+    candidate, budget = run_recipe(recipe, bench.registry, bench.materials, seed=1, scratch=tmp_path)
+    assert budget.done >= bench.materials.steps
+    assert candidate.subject.vocabulary < subject.vocabulary
+    assert candidate.subject.parameters == sum(p.numel() for p in candidate.network.parameters())
+    assert candidate.subject.token_types == (1 if method == "distilbert" and kind != "pairs" else 2)
+    directory = tmp_path / "artifact"
+    bench.lower(candidate, directory)
+    split = bench.as_read(directory, "validation")
+    assert load_runner(directory, threads=1)(split.arrays(range(3))).shape[0] == 3
