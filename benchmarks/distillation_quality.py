@@ -84,6 +84,7 @@ def arms(layers: int) -> dict[str, dict[str, Any]]:
             "head_ratio": 0.0,
             "ffn_ratio": 0.0,
             "schedule": "one_shot",
+            "recover": "none",
         }
     }
     theseus = {"block_size": LAYERS // layers}
@@ -125,7 +126,7 @@ def write_study(folder: Path, shared: Path, name: str, steps: int, learning_rate
         "task": facts["task"],
         "teacher": teacher,
         "data": {**{part: str(path) for part, path in data.items()}, "max_length": facts["max_length"]},
-        "methods": ["distill"],
+        "methods": ["quantization"],
         "training": {"epochs": steps * BATCH / rows, "batch_size": BATCH, "learning_rate": learning_rate},
         "output": str(folder / name),
     }

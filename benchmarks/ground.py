@@ -36,8 +36,10 @@ class Ground:
         Raises:
             StudyError: a method or a parameter is unknown, or a value lies outside its space.
         """
+        if not methods:
+            return Recipe()
         content = yaml.safe_load(self.path.read_text(encoding="utf-8"))
-        content["methods"] = [{name: {"use": True, **params}} for name, params in methods.items()]
+        content["methods"] = {name: {"use": True, **params} for name, params in methods.items()}
         narrowed = self.path.with_suffix(".narrowed.yaml")
         narrowed.write_text(yaml.safe_dump(content), encoding="utf-8")
         study = load_study(narrowed).model_copy(update={"objectives": self.prepared.study.objectives})
