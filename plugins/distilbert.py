@@ -102,9 +102,12 @@ class DistilBert(Method):
         return unfit(subject)
 
     def effective(self, subject: Subject, params: Params) -> Params:
-        """Token types stay where they say something; an empty list of layers says nothing."""
+        """Token types stay where they say something; an empty list of layers, or a weight of 0, says nothing."""
+        second = bool(params["second_distillation"]) and bool(params["second_alpha"])
         found = {**params, "drop_token_type": bool(params["drop_token_type"]) and foldable(subject)}
-        return {name: value for name, value in found.items() if name != "custom_layers" or value}
+        idle = set() if found.get("custom_layers") else {"custom_layers"}
+        idle |= set() if second else {"second_alpha"}
+        return {name: value for name, value in found.items() if name not in idle} | {"second_distillation": second}
 
     def after(self, subject: Subject, params: Params) -> Subject:
         """Fewer layers, and perhaps a single token type."""

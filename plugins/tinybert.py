@@ -85,11 +85,13 @@ def start(candidate: Candidate, params: Params, seed: int) -> Candidate:
 
 
 def afresh(network: nn.Module, seed: int) -> nn.Module:
-    """A network of the same configuration with random weights, on the same device."""
+    """A copy of the network with the random weights that its class and configuration start with."""
+    copied = deepcopy(network)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh: nn.Module = type(network)(deepcopy(network.config))  # type: ignore[call-arg]
-    return fresh.to(next(network.parameters()).device).eval()
+    copied.load_state_dict(fresh.state_dict(), strict=False)
+    return copied
 
 
 class TinyBert(Method):
