@@ -45,14 +45,16 @@ class Subject:
 
     ``threads`` are those that models are timed with unless a step says otherwise, ``cpus`` the cores of a trial.
 
-    Traits the engine itself sets on the teacher: ``"timed"`` and ``"sized"`` (an objective or constraint depends on
-    running time, so only real kernels count, or on the stored size), ``"tokenizer:<kind>"`` (as the ``tokenizers``
-    library calls it, or ``ByteLevelBPE``), ``"kernel:<name>"`` for each kernel that a probe found to be real on
-    this machine (``kernel:int8``, ``kernel:bf16``, ``kernel:weight-only``), ``"unlabelled"`` (the study names
-    text without labels), ``"masked-lm"`` (it names a masked language model) and ``"pairs"`` (examples are two texts). Steps add their own, such as ``"lossy"`` (training could win back accuracy),
-    ``"non-uniform"``, ``"shared"``, ``"low-rank"`` (matrices that are products of two), ``"sparse"`` (zeros that
-    must stay: nothing may rebuild the matrices), ``"recurrent"`` (no transformer layers: nothing to cut, share or
-    replace), ``"data-sized"`` (the vocabulary is an upper bound), ``"onnx-only"`` and ``"torch-only"``.
+    Traits the engine itself sets on the teacher: ``"timed"`` and ``"sized"`` (an objective or constraint depends
+    on running time, so only real kernels count, or on the stored size), ``"tokenizer:<kind>"`` (as the
+    ``tokenizers`` library calls it, or ``ByteLevelBPE``), ``"kernel:<name>"`` for each kernel that a probe found
+    to be real on this machine (``kernel:int8``, ``kernel:bf16``, ``kernel:weight-only``), ``"unlabelled"`` (the
+    study names text without labels), ``"masked-lm"`` (it names a masked language model) and ``"pairs"`` (examples
+    are two texts). Steps add their own, such as ``"lossy"`` (training could win back accuracy), ``"non-uniform"``,
+    ``"shared"``, ``"low-rank"`` (matrices that are products of two), ``"sparse"`` (zeros that must stay: nothing
+    may rebuild the matrices), ``"recurrent"`` (no transformer layers: nothing to cut, share or replace), ``"crf"``
+    (tags are a CRF's best path), ``"data-sized"`` (the vocabulary is an upper bound), ``"onnx-only"`` and
+    ``"torch-only"``.
     """
 
     family: str
@@ -149,9 +151,14 @@ class Subject:
         return pooler + self.hidden * self.labels + self.labels
 
     @property
+    def crf_parameters(self) -> int:
+        """C² transitions and 2·C for both ends of a CRF over C labels; stored beside the model, in 32 bits."""
+        return self.labels * (self.labels + 2) if "crf" in self.traits else 0
+
+    @property
     def parameters(self) -> int:
         """All parameters, in closed form."""
-        return self.embedding_parameters + self.encoder_parameters + self.head_parameters
+        return self.embedding_parameters + self.encoder_parameters + self.head_parameters + self.crf_parameters
 
     @property
     def megabytes(self) -> float:

@@ -124,7 +124,7 @@ class Context(Protocol):
         """
 
     def task_loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
-        """The task's loss on the labels of a batch."""
+        """The task's loss on the labels of a batch; that of the network's CRF, where it has one."""
 
     def teacher_logits(self, batch: Batch) -> torch.Tensor:
         """The teacher's logits, (B, C) or (B, S, C); read from disk for training rows, else computed.

@@ -92,7 +92,8 @@ class Task:
         """Every metric of the task.
 
         Args:
-            logits: per example (C,), or (S_i, C) for the S_i labelled positions of a token task.
+            logits: per example (C,), or (S_i, C) for the S_i labelled positions of a token task; or their classes
+                (S_i,), where a CRF has chosen them.
             labels: per example a class, a number, or (S_i,) classes.
 
         Raises:
@@ -131,7 +132,8 @@ class Task:
         _check_finite(logits)
         if not self.labels:
             return _correlations(np.asarray(logits).squeeze(-1), np.asarray(labels))
-        chosen = [row.argmax(-1) for row in logits]
+        decoded = self.tokens and all(row.ndim == 1 for row in logits)
+        chosen = list(logits) if decoded else [row.argmax(-1) for row in logits]
         if not self.tokens:
             return _classification(np.array(chosen), np.asarray(labels))
         return {**(_entity_f1(chosen, labels, self.labels) if self.entities else {}), **_token(chosen, labels)}

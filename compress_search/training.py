@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from compress_search.crf import crf_of
 from compress_search.data import Split, ordered_batches
 from compress_search.errors import NotFinite, TrialError
 from compress_search.method import Batch, Loss, ParameterGroup
@@ -184,8 +185,13 @@ def forward(network: nn.Module, batch: Batch) -> Tensor:
 
 
 def task_loss(task: Task) -> Loss:
-    """The loss that compares a network's logits with a batch's labels."""
-    return lambda network, batch: task.loss(forward(network, batch), batch["labels"])
+    """The loss that compares a network's logits with a batch's labels: its CRF's, where it has one."""
+
+    def loss(network: nn.Module, batch: Batch) -> Tensor:
+        scorer = crf_of(network) or task
+        return scorer.loss(forward(network, batch), batch["labels"])
+
+    return loss
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
@@ -202,7 +208,8 @@ def evaluate(
 ) -> tuple[list[NDArray[Any]], list[NDArray[Any]]]:
     """Logits and labels per example, in the split's order, as :meth:`Task.score` takes them.
 
-    Runs without dropout and without gradients; each module's training mode stays as it was.
+    Where the network has a CRF, its best paths take the place of the logits. Runs without dropout and without
+    gradients; each module's training mode stays as it was.
     """
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
@@ -219,4 +226,5 @@ def evaluate(
     for module, mode in modes:
         module.training = mode
     order = np.argsort(rows)
-    return [logits[i] for i in order], [labels[i] for i in order]
+    logits, crf = [logits[i] for i in order], crf_of(network)
+    return crf.decode(logits) if crf else logits, [labels[i] for i in order]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subject
-from compress_search.encoders import RecurrentConfig, embeddings, new_recurrent
+from compress_search.encoders import RecurrentConfig, crf_of, embeddings, new_recurrent
 
 from .soft_targets import SoftTerm, soft_space, soft_target_loss
 
@@ -91,8 +91,9 @@ def table_width(subject: Subject, ratio: float) -> int:
 
 
 def make_student(candidate: Candidate, subject: Subject, params: Params, seed: int) -> Any:
-    """The student of these shapes with the candidate's word embeddings and, for the rest, random weights."""
+    """The student of these shapes: the candidate's word embeddings and CRF; the rest has random weights."""
     teacher: Any = candidate.network.config
+    crf = crf_of(candidate.network)
     config = RecurrentConfig(
         vocab_size=subject.vocabulary,
         embedding_size=subject.embedding_size,
@@ -104,10 +105,13 @@ def make_student(candidate: Candidate, subject: Subject, params: Params, seed: i
         id2label=teacher.id2label,
         label2id=teacher.label2id,
         pad_token_id=teacher.pad_token_id,
+        **({"crf": True} if crf else {}),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = new_recurrent(config, tokens=subject.task == "token-classification").eval()
+    if crf and (own := crf_of(network)):
+        own.load_state_dict(crf.state_dict())
     words = embeddings(candidate.network).word_embeddings
     with torch.no_grad():
         network.word_embeddings.weight.copy_(principal(word_table(cast(nn.Module, words)), subject.embedding_size))

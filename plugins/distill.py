@@ -32,7 +32,7 @@ class Distill(Method):
         """``transfer`` is the part of the training that goes before, on unlabelled text and the soft term alone."""
         return {
             **mix_space(),
-            **soft_space(teacher),
+            **soft_space(teacher, chains=True),
             "transfer": Dim.real(0.0, LONGEST_TRANSFER, 0.0, expert=True),
             "learning_rate": Dim.real(1e-6, 1e-2, 5e-5, log=True, expert=True),
         }

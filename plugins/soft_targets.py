@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Literal, cast
 
 from torch import Tensor, nn
 
 from compress_search import Batch, Context, Dim, Loss, Params, Subject
+from compress_search.encoders import Crf, crf_of
 from compress_search.losses import (
+    IGNORED,
     SoftLoss,
     TemperatureScheduler,
     TokenScope,
@@ -25,6 +27,10 @@ from compress_search.losses import (
     valid_tokens,
 )
 
+CrfTarget = Literal["emission", "posterior", "viterbi"]
+Chains = tuple[Crf, Crf]
+"""The student's CRF and the teacher's."""
+
 
 @dataclass(frozen=True)
 class SoftTerm:
@@ -33,6 +39,10 @@ class SoftTerm:
     ``scope``: which positions of a token task count. ``shift``: whether the teacher's gold class is put on top
     first. ``beta`` and ``gamma`` are the schedulers' of :func:`compress_search.losses.row_temperatures`. Regression
     has the squared difference of outputs, whatever the kind.
+
+    ``crf_target``: what of a teacher with a CRF is learnt. ``emission``: its logits, without the transitions;
+    ``posterior``: the probabilities of each position's labels given the whole text, whose logarithms take the place
+    of the logits; ``viterbi``: its best path, by the likelihood that the student gives to it.
     """
 
     task: str
@@ -43,6 +53,7 @@ class SoftTerm:
     scheduler: TemperatureScheduler = "constant"
     beta: float = 1.0
     gamma: float = 1.0
+    crf_target: CrfTarget = "emission"
 
     @classmethod
     def of(cls, task: str, params: Params) -> SoftTerm:
@@ -56,29 +67,50 @@ class SoftTerm:
             cast(TemperatureScheduler, params.get("temperature_scheduler", "constant")),
             float(params.get("scheduler_beta", 1.0)),
             float(params.get("scheduler_gamma", 1.0)),
+            cast(CrfTarget, params.get("crf_target", "emission")),
         )
 
-    def __call__(self, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
-        """The term's value for logits (B, C) or (B, S, C)."""
+    def __call__(self, student: Tensor, teacher: Tensor, batch: Batch, chains: Chains | None = None) -> Tensor:
+        """The term's value for logits (B, C) or (B, S, C); ``chains`` where both models have a CRF."""
         if self.task == "text-regression":
             return soft_loss(student, teacher, "mse_logits")
+        if chains and self.crf_target != "emission":
+            return self._of_chains(student, teacher, batch["labels"], chains)
         mask = None
         if self.task == "token-classification":
             labels = batch.get("labels", batch["input_ids"])  # looked at in the scope "labelled" alone
             mask = valid_tokens(labels, batch["attention_mask"], self.scope)
-        if self.shift:
-            teacher = shifted(teacher, batch["labels"])
+        return self._of_rows(student, teacher, batch.get("labels"), mask)
+
+    def _of_chains(self, student: Tensor, teacher: Tensor, labels: Tensor, chains: Chains) -> Tensor:
+        ours, theirs = chains
+        mask = labels != IGNORED
+        if self.crf_target == "viterbi":
+            return ours.loss(student, theirs.viterbi(teacher, mask))
+        marginals = ours.log_marginals(student, mask), theirs.log_marginals(teacher, mask)
+        return self._of_rows(*marginals, labels[mask], None)
+
+    def _of_rows(self, student: Tensor, teacher: Tensor, labels: Tensor | None, mask: Tensor | None) -> Tensor:
+        if self.shift and labels is not None:
+            teacher = shifted(teacher, labels)
         tau = row_temperatures(
             student, teacher, self.scheduler, self.temperature, beta=self.beta, gamma=self.gamma, mask=mask
         )
         return soft_loss(student, teacher, self.kind, tau, mask)
 
 
-def soft_space(teacher: Subject) -> dict[str, Dim]:
-    """The dimensions of a soft term on the teacher's task; a single output has neither classes nor temperature."""
+def soft_space(teacher: Subject, *, chains: bool = False) -> dict[str, Dim]:
+    """The dimensions of a soft term on the teacher's task; a single output has neither classes nor temperature.
+
+    With ``chains`` a teacher with a CRF can be learnt from as such. A best path is a label at each position: it has
+    no temperature, and is never compared with as if it were a distribution.
+    """
     if teacher.task == "text-regression":
         return {}
-    tempered = {"soft_loss": ("kl",)}
+    chains = chains and "crf" in teacher.traits
+    soft = {"crf_target": ("emission", "posterior")} if chains else {}
+    tokens = {"crf_target": ("emission",)} if chains else {}
+    tempered = {"soft_loss": ("kl",), **soft}
     scheduled = tempered | {"temperature_scheduler": ("flsw", "cwsm")}
     space = {
         "soft_loss": Dim.choice(("kl", "mse_logits"), "kl", expert=True),
@@ -88,10 +120,14 @@ def soft_space(teacher: Subject) -> dict[str, Dim]:
         "scheduler_gamma": Dim.real(
             0.5, 4.0, 1.0, when=tempered | {"temperature_scheduler": ("flsw",)}, expert=True
         ),
-        "probability_shift": Dim.flag(False, expert=True),
+        "probability_shift": Dim.flag(False, when=soft, expert=True),
     }
+    if chains:
+        # squared differences of logarithms of probabilities mean little: only emissions are compared so
+        targets = ("emission", "posterior", "viterbi")
+        space["crf_target"] = Dim.choice(targets, "posterior", when={"soft_loss": ("kl",)})
     if teacher.task == "token-classification":
-        space["token_scope"] = Dim.choice(("labelled", "attended"), "labelled", expert=True)
+        space["token_scope"] = Dim.choice(("labelled", "attended"), "labelled", when=tokens, expert=True)
     return space
 
 
@@ -118,9 +154,19 @@ def soft_target_loss(
     def loss(network: nn.Module, batch: Batch) -> Tensor:
         logits, hard = logits_and_task_loss(network, batch, context)
         weight = alpha()
-        return hard if weight == 0 else mixed(soft(logits, targets(batch), batch), hard, weight)
+        if weight == 0:
+            return hard
+        return mixed(soft(logits, targets(batch), batch, chains_of(network, context, soft)), hard, weight)
 
     return loss
+
+
+def chains_of(network: nn.Module, context: Context, term: SoftTerm) -> Chains | None:
+    """The CRFs of the network and of the study's teacher, where the term looks at them and both have one."""
+    if term.crf_target == "emission":
+        return None
+    ours, theirs = crf_of(network), crf_of(context.teacher)
+    return (ours, theirs) if ours and theirs else None
 
 
 def mix_space() -> dict[str, Dim]:
@@ -153,8 +199,11 @@ def annealed_loss(
 
 
 def transfer_loss(context: Context, term: SoftTerm) -> Loss:
-    """The soft term alone, for batches without labels; of token tasks all positions but padding count."""
-    soft = replace(term, scope="attended", shift=False)
+    """The soft term alone, for batches without labels; of token tasks all positions but padding count.
+
+    Where a word's first piece is not known there is no chain of words: emissions are compared.
+    """
+    soft = replace(term, scope="attended", shift=False, crf_target="emission")
 
     def loss(network: nn.Module, batch: Batch) -> Tensor:
         return soft(logits_of(network, batch), context.teacher_logits(batch), batch)

@@ -15,7 +15,17 @@ from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
 from compress_search import Candidate, Subject
-from compress_search.encoders import backbone, embeddings, family, head, keep_layers, layers, parts
+from compress_search.encoders import (
+    attach_crf,
+    backbone,
+    crf_of,
+    embeddings,
+    family,
+    head,
+    keep_layers,
+    layers,
+    parts,
+)
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 
@@ -100,6 +110,7 @@ def _blank(network: nn.Module, hidden: int, neurons: int) -> nn.Module:
     parameter = next(network.parameters())
     with no_init_weights():
         small: nn.Module = type(network)(config)  # type: ignore[call-arg]
+    attach_crf(small)
     return small.to(parameter.device, parameter.dtype)
 
 
@@ -163,13 +174,18 @@ def _copy_layer(small: nn.Module, layer: nn.Module, channels: Tensor) -> None:
 
 
 def _copy_head(small: nn.Module, network: nn.Module, channels: Tensor) -> None:
-    """The linear maps after the last layer: all have the network's width, but for the last one's outputs."""
+    """The linear maps after the last layer: all have the network's width, but for the last one's outputs.
+
+    A CRF has no width, and stays as it is.
+    """
     ours, theirs = (
         [m for part in head(n) for m in part.modules() if isinstance(m, nn.Linear)] for n in (small, network)
     )
     for mine, old in zip(ours[:-1], theirs[:-1], strict=True):
         _copy_linear(mine, old, channels, channels)
     _copy_linear(ours[-1], theirs[-1], slice(None), channels)
+    if (blank := crf_of(small)) and (crf := crf_of(network)):
+        blank.load_state_dict(crf.state_dict())
 
 
 def _copy_linear(to: Any, of: Any, rows: Tensor | slice, columns: Tensor | slice) -> None:

@@ -1,5 +1,6 @@
 """BERT-like encoders as methods see them: one view of their parts, surgery on them, and saving what results."""
 
+from compress_search.crf import Crf, attach_crf, crf_of
 from compress_search.encoders.factors import Factored, FactoredEmbedding, LowRankLinear
 from compress_search.encoders.features import feature_shape, read_features, recording
 from compress_search.encoders.manifest import build, describe, load, load_network, save, shape_key
@@ -33,6 +34,7 @@ from compress_search.encoders.vocabulary import Pieces, keep_pieces, kept_ids, r
 
 __all__ = [
     "FAMILIES",
+    "Crf",
     "Factored",
     "FactoredEmbedding",
     "LayerParts",
@@ -40,9 +42,11 @@ __all__ = [
     "Pieces",
     "RecurrentConfig",
     "Stream",
+    "attach_crf",
     "backbone",
     "bake",
     "build",
+    "crf_of",
     "describe",
     "embeddings",
     "family",

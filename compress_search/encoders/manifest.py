@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
+from compress_search.crf import Crf, attach_crf
 from compress_search.encoders import recurrent, sparse_storage, surgery, view
 from compress_search.encoders.factors import KINDS, Factored
 from compress_search.errors import ExportError
@@ -90,6 +91,7 @@ def build(manifest: Manifest, device: str = "cpu") -> nn.Module:
     config._attn_implementation = "sdpa"
     with no_init_weights(), torch.device(device):
         network: nn.Module = getattr(transformers, manifest["class"])(config)
+        attach_crf(network)
     _cut(network, manifest["layers"])
     if "hidden" in manifest:
         surgery.prune_hidden(network, range(manifest["hidden"]))
@@ -176,7 +178,10 @@ def _config(network: nn.Module) -> dict[str, Any]:
 
 
 def _dtype(network: nn.Module) -> str:
-    dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in network.parameters()}
+    # a CRF stays in 32 bits whatever the rest is converted to
+    apart = {id(p) for module in network.modules() if isinstance(module, Crf) for p in module.parameters()}
+    converted = [parameter for parameter in network.parameters() if id(parameter) not in apart]
+    dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in converted}
     if len(dtypes) != 1:
         raise ExportError(f"a network is saved in one dtype, and this one mixes {', '.join(sorted(dtypes))}")
     return dtypes.pop()

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
 
 from compress_search.candidate import Subject
+from compress_search.crf import attach_crf, crf_of
 
 MODEL_TYPE = "recurrent"
 
@@ -107,15 +108,18 @@ CLASSES: dict[str, type[Recurrent]] = {
 
 
 def new_recurrent(config: RecurrentConfig, tokens: bool) -> Recurrent:
-    """A network with random weights and the head for a whole text or for every token."""
+    """A network with random weights, a head for the whole text or every token, and a CRF where it asks for one."""
     kind = RecurrentForTokenClassification if tokens else RecurrentForSequenceClassification
-    return kind(config)
+    network = kind(config)
+    attach_crf(network)
+    return network
 
 
 def build(kind: str, config: dict[str, Any], device: str = "cpu") -> Recurrent:
     """The network of a class and a configuration as the manifest holds them, with weights that mean nothing."""
     with torch.random.fork_rng(devices=[]), torch.device(device):
-        return CLASSES[kind](RecurrentConfig(**{k: v for k, v in config.items() if k != "model_type"}))
+        asked = RecurrentConfig(**{k: v for k, v in config.items() if k != "model_type"})
+        return new_recurrent(asked, tokens=CLASSES[kind] is RecurrentForTokenClassification)
 
 
 def shapes(network: Recurrent) -> list[dict[str, Any]]:
@@ -142,7 +146,7 @@ def describe(network: Recurrent, task: str, device: str) -> Subject:
         pooler=False,
         device=device,
         embedding_size=table.embedding_dim,
-        traits=frozenset({"recurrent"}),
+        traits=frozenset({"recurrent", *(["crf"] if crf_of(network) else [])}),
     )
 
 

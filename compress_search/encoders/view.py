@@ -13,6 +13,7 @@ from typing import Any, cast
 from torch import nn
 
 from compress_search.candidate import Subject
+from compress_search.crf import crf_of
 from compress_search.encoders import recurrent
 from compress_search.encoders.factors import FactoredEmbedding, LowRankLinear
 from compress_search.errors import TrialError
@@ -170,7 +171,7 @@ def embeddings(network: nn.Module) -> nn.Module:
 
 
 def head(network: nn.Module) -> list[nn.Module]:
-    """What follows the last layer and holds weights: the pooler, where there is one, then the classifier."""
+    """What follows the last layer and holds weights: the pooler, where there is one, the classifier, then a CRF."""
     body = backbone(network)
     pooler = [body.pooler] if isinstance(getattr(body, "pooler", None), nn.Module) else []
     rest = [child for child in network.children() if child is not body and any(True for _ in child.parameters())]
@@ -204,6 +205,7 @@ def subject_of(network: nn.Module, task: str, device: str = "cpu") -> Subject:
     linears = [m for module in head(network) for m in module.modules() if isinstance(m, nn.Linear)]
     shapes = {(p.heads, p.neurons) for p in all_parts}
     sets = _shared_sets(all_parts)
+    traits = {"non-uniform": len(shapes) > 1, "shared": any(sets.values()), "crf": crf_of(network) is not None}
     return Subject(
         family=family(network),
         task=task,
@@ -222,9 +224,7 @@ def subject_of(network: nn.Module, task: str, device: str = "cpu") -> Subject:
         labels=linears[-1].out_features,
         pooler=len(linears) > 1,
         device=device,
-        traits=frozenset(
-            name for name, holds in {"non-uniform": len(shapes) > 1, "shared": any(sets.values())}.items() if holds
-        ),
+        traits=frozenset(name for name, holds in traits.items() if holds),
     )
 
 

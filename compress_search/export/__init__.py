@@ -169,7 +169,7 @@ def export_artifact(
             if "transformers" in forms:
                 weights = scorer.score(artifact / "weights", "manifest")
                 check("transformers", scores["transformers"], weights, EXACT)
-        contents = Contents({form: FOLDERS[form] for form in forms}, measured, scores)
+        contents = Contents({form: FOLDERS[form] for form in forms}, measured, scores, record.crf is not None)
         (directory / "README.md").write_text(render(card, contents), encoding="utf-8")
         (directory / "card.json").write_text(json.dumps(card.to_dict(), indent=1), encoding="utf-8")
     return destination
@@ -237,7 +237,7 @@ def write_forms(artifact: Path, directory: Path, task: Task, max_length: int) ->
     if onnx:
         forms.append("onnx")
         _write_onnx(artifact / "model.onnx", directory / FOLDERS["onnx"])
-    settings = settings_of(record.runtime, task, max_length, record.pad)
+    settings = settings_of(record.runtime, task, max_length, record.pad, record.crf)
     tokenizer.model_max_length = settings["max_length"]
     for form in forms:
         tokenizer.save_pretrained(directory / FOLDERS[form])
@@ -257,8 +257,8 @@ def _write_onnx(model: Path, folder: Path) -> None:
 def as_pretrained(network: Any) -> PreTrainedModel | None:
     """The network as its transformers class builds it from a configuration; None when none can express it.
 
-    That is so when layers differ in width, lost heads, share weights or were factorized: a network built from
-    the configuration would have other tensors.
+    That is so when layers differ in width, lost heads, share weights or were factorized, and where there is a CRF:
+    a network built from the configuration would have other tensors.
     """
     from transformers.initialization import no_init_weights
 

@@ -48,11 +48,15 @@ class Card:
 
 @dataclass(frozen=True)
 class Contents:
-    """What lies beside the card: the folder of each form, which of them was measured, and their fresh scores."""
+    """What lies beside the card: the folder of each form, which of them was measured, and their fresh scores.
+
+    ``crf``: whether a CRF turns the logits into tags.
+    """
 
     folders: Mapping[str, str]
     measured: str
     scores: Mapping[str, Metrics]
+    crf: bool = False
 
 
 def render(card: Card, contents: Contents) -> str:

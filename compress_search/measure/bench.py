@@ -35,7 +35,7 @@ from compress_search.data import Split
 from compress_search.errors import CompressSearchError
 from compress_search.measure.lengths import CELLS, cells, draw, width_distribution
 from compress_search.runtimes import Artifact, load_runner
-from compress_search.runtimes.deployed import Form, load_deployed
+from compress_search.runtimes.deployed import Form, deployed_crf, load_deployed
 from compress_search.tasks import Task
 
 Inputs = Mapping[str, NDArray[Any]]
@@ -176,6 +176,8 @@ class Station:
         runner = load_deployed(Path(artifact), form, judge, self.threads) if form else self.runner(artifact)
         started = time.perf_counter()
         logits, labels = predict(runner, rows, judge, batch_size, as_they_come=as_they_come)
+        crf = deployed_crf(Path(artifact)) if form else Artifact.read(Path(artifact)).decoder()
+        logits = crf.decode(logits) if crf else logits
         return {
             "metrics": judge.score(logits, labels),
             "intervals": judge.intervals(logits, labels),

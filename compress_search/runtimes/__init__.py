@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from compress_search.candidate import Candidate, Lowering, Subject
+from compress_search.crf import Crf, crf_of
 from compress_search.encoders import manifest as manifests
 from compress_search.encoders import view
 from compress_search.errors import ExportError, TrialError
@@ -71,7 +72,8 @@ class Artifact:
     """What ``artifact.json`` says. ``runtime`` holds the engine and its options, ``task`` the task's plain data.
 
     ``simulated`` marks arithmetic without a kernel on this machine: its running time means nothing. ``pad`` is
-    the padding token.
+    the padding token. ``crf`` holds a CRF's plain data: runners give emissions, and whoever wants labels decodes
+    them.
     """
 
     runtime: Mapping[str, Any]
@@ -79,6 +81,7 @@ class Artifact:
     inputs: tuple[str, ...]
     simulated: bool = False
     pad: int = 0
+    crf: Mapping[str, Any] | None = None
 
     @property
     def engine(self) -> str:
@@ -99,6 +102,10 @@ class Artifact:
     def files(self) -> tuple[str, ...]:
         """Paths, relative to the artefact, of what the engine loads."""
         return (_MODEL,) if self.engine == ONNX else (f"{_WEIGHTS}/{manifests.WEIGHTS}",)
+
+    def decoder(self) -> Crf | None:
+        """The CRF that turns logits into labels, if there is one."""
+        return Crf.from_dict(self.crf) if self.crf else None
 
     @classmethod
     def read(cls, directory: Path) -> Artifact:
@@ -147,7 +154,9 @@ def lower(candidate: Candidate, directory: Path, task: Task) -> None:
             if "sparse" in candidate.subject.traits:
                 pack_sparse(scratch / _MODEL)
         inputs, pad = view.inputs(candidate.network), candidate.tokenizer.pad_token_id or 0
-        Artifact(runtime, task.to_dict(), inputs, candidate.simulated, int(pad)).write(scratch)
+        crf = crf_of(candidate.network)
+        plain = crf.to_dict() if crf else None
+        Artifact(runtime, task.to_dict(), inputs, candidate.simulated, int(pad), plain).write(scratch)
 
 
 def size_mb(directory: Path) -> float:

@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 
 from torch import nn
 
+from compress_search.crf import Crf
 from compress_search.encoders import inputs, load_network
 from compress_search.runtimes.engines import Bucketed, OnnxRunner, Runner, TorchRunner
 from compress_search.tasks import Task
@@ -24,10 +25,12 @@ Form = Literal["onnx", "transformers", "manifest"]
 ONNX_MODEL, SETTINGS = "model.onnx", "settings.json"
 
 
-def settings_of(runtime: Mapping[str, Any], task: Task, max_length: int, pad: int) -> dict[str, Any]:
+def settings_of(
+    runtime: Mapping[str, Any], task: Task, max_length: int, pad: int, crf: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """What ``settings.json`` says of a model that a runtime ran: all that whoever deploys it needs to know.
 
-    ``max_length`` is the data's; the runtime may read less of an input.
+    ``max_length`` is the data's; the runtime may read less of an input. ``crf`` is a CRF's plain data.
     """
     return {
         "task": task.name,
@@ -37,6 +40,7 @@ def settings_of(runtime: Mapping[str, Any], task: Task, max_length: int, pad: in
         "threads": runtime.get("threads"),
         "buckets": list(runtime.get("buckets", ())),
         "pad": pad,
+        "crf": crf,
     }
 
 
@@ -45,8 +49,7 @@ def load_deployed(directory: Path, form: Form, task: Task, threads: int) -> Runn
 
     What torch.compile ran is run by torch as it is: the same numbers, without the wait.
     """
-    path = directory / SETTINGS
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    settings = _settings(directory)
     threads = settings.get("threads") or threads
     run: Runner
     if form == "onnx":
@@ -56,6 +59,17 @@ def load_deployed(directory: Path, form: Form, task: Task, threads: int) -> Runn
         run = TorchRunner(network, inputs(network), threads, "cpu")
     buckets = settings.get("buckets")
     return Bucketed(run, buckets, settings["pad"]) if buckets else run
+
+
+def deployed_crf(directory: Path) -> Crf | None:
+    """The CRF that turns an exported model's logits into labels, if there is one."""
+    plain = _settings(directory).get("crf")
+    return Crf.from_dict(plain) if plain else None
+
+
+def _settings(directory: Path) -> dict[str, Any]:
+    path = directory / SETTINGS
+    return cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
 def _pretrained(directory: Path, task: Task) -> nn.Module:

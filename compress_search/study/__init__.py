@@ -169,6 +169,12 @@ class Study(Section):
         return self
 
     @model_validator(mode="after")
+    def _only_tags_form_a_chain(self) -> Study:
+        if self.teacher.fine_tune and self.teacher.fine_tune.crf and self.task != "token-classification":
+            raise Fault("teacher.fine_tune.crf", f"expected false for {self.task}: only tags form a sequence")
+        return self
+
+    @model_validator(mode="after")
     def _threads_have_cores(self) -> Study:
         threads, cores = self.measure.threads, self.cluster.cpus_per_trial
         if threads > cores:

@@ -88,6 +88,21 @@ class FineTune(Section):
         description="chance that a step skips a layer (LayerDrop), so that layers can be left out later without "
         "training again; to keep r of N layers, 1 − r/N",
     )
+    crf: bool = Field(
+        default=False,
+        description="put a conditional random field on the logits, so that tags are predicted as a sequence; for "
+        "token-classification",
+    )
+    crf_multiplier: float = Field(
+        default=2.0, gt=0, description="the field's learning rate as a multiple of `learning_rate`"
+    )
+
+    def identity(self) -> dict[str, Any]:
+        """What of these decides the teacher; keys that came later count where they are used."""
+        plain = self.model_dump(mode="json")
+        if not self.crf:
+            del plain["crf"], plain["crf_multiplier"]
+        return plain
 
 
 class TeacherConfig(Section):
@@ -116,8 +131,8 @@ class TeacherConfig(Section):
     )
     masked_lm: Annotated[str, AfterValidator(located(model_source))] | None = Field(
         default=None,
-        description="a masked language model of the same vocabulary, such as the teacher before it was fine-tuned: a "
-        "directory or hub id; for methods that learn from one, or write further examples with it",
+        description="a masked language model of the same vocabulary, such as the teacher before it was fine-tuned: "
+        "a directory or hub id; for methods that learn from one, or write further examples with it",
     )
 
     def identity(self) -> dict[str, Any]:
@@ -125,8 +140,10 @@ class TeacherConfig(Section):
         plain = self.model_dump(mode="json", exclude_none=True)
         if not self.ensemble:
             del plain["ensemble"], plain["average"]
-        if self.fine_tune and not self.fine_tune.layer_drop:
-            del plain["fine_tune"]["layer_drop"]
+        if self.fine_tune:
+            plain["fine_tune"] = self.fine_tune.identity()
+            if not self.fine_tune.layer_drop:
+                del plain["fine_tune"]["layer_drop"]
         return plain
 
     @field_validator("fine_tune", mode="before")

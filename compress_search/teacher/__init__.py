@@ -17,14 +17,16 @@ from transformers.initialization import no_init_weights
 import compress_search
 from compress_search.cache import content_addressed
 from compress_search.candidate import Subject
+from compress_search.crf import attach_crf, crf_of
 from compress_search.data import tokenize_rows, training_batches
 from compress_search.data.rows import Raw
 from compress_search.encoders import Pieces, layer_drop, subject_of
+from compress_search.method import ParameterGroup
 from compress_search.recipe import digest
-from compress_search.study import Study
+from compress_search.study import FineTune, Study
 from compress_search.tasks import Task
 from compress_search.teacher import ensemble, masked_lm, pretrained, scratch
-from compress_search.teacher.networks import HEADS, auto_class, quiet
+from compress_search.teacher.networks import HEADS, auto_class, quiet, restore_crf
 from compress_search.training import fit, planned_steps, task_loss
 
 
@@ -40,6 +42,9 @@ def teacher_subject(study: Study, task: Task) -> Subject:
     masked_lm.check(study, task)
     with no_init_weights(), torch.device("meta"), quiet():
         network = auto_class(task.tokens).from_config(_config(study, task))
+        attach_crf(network)
+    if study.teacher.ensemble and crf_of(network):
+        raise study.error("teacher.ensemble", "the teacher has a CRF, whose transitions cannot be averaged")
     return subject_of(network, task.name, _device(study))
 
 
@@ -133,6 +138,7 @@ def load_teacher(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Mod
         kind: str = AutoConfig.from_pretrained(path).architectures[0]
         auto = auto_class(tokens=kind.endswith(HEADS[True]))
         network = auto.from_pretrained(path, attn_implementation="sdpa", dtype=torch.float32)
+        restore_crf(network, path)
         tokenizer = AutoTokenizer.from_pretrained(path)
     return network.to(device).eval().requires_grad_(False), tokenizer
 
@@ -144,7 +150,7 @@ def _config(study: Study, task: Task) -> Any:
 
 def _training_fingerprint(study: Study, raw: Raw) -> list[Any]:
     assert study.teacher.fine_tune
-    settings = study.teacher.fine_tune.model_dump(mode="json")
+    settings = study.teacher.fine_tune.identity()
     shared = [study.training.warmup, study.training.weight_decay, study.data.max_length, study.search.seed]
     return [settings, shared, raw.train.digest]
 
@@ -173,8 +179,17 @@ def _fine_tune(
             weight_decay=study.training.weight_decay,
             device=device,
             seed=study.search.seed,
+            parameters=_parameters(network, settings),
             on_progress=on_progress,
         )
+
+
+def _parameters(network: nn.Module, settings: FineTune) -> list[nn.Parameter | ParameterGroup]:
+    """All parameters, those of a CRF with the learning rate they have for themselves."""
+    crf = crf_of(network)
+    apart = list(crf.parameters()) if crf else []
+    others = [parameter for parameter in network.parameters() if all(parameter is not other for other in apart)]
+    return [*others, ParameterGroup(apart, learning_rate=settings.crf_multiplier * settings.learning_rate)]
 
 
 def _device(study: Study) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from compress_search.crf import asks_for_crf
 from compress_search.errors import StudyError
 from compress_search.study import Study, TeacherConfig
 from compress_search.tasks import Task
@@ -31,13 +32,15 @@ def check(study: Study, task: Task) -> None:
     """Refuse further teachers that cannot be read or do not fit the task, from their configurations alone.
 
     Raises:
-        StudyError: as for the first teacher; or probabilities of numbers are to be averaged.
+        StudyError: as for the first teacher; or probabilities of numbers are to be averaged, or a CRF's scores.
     """
     if study.teacher.average == "probabilities" and not task.labels:
         raise study.error("teacher.average", f"{task.name} has no probabilities: expected logits")
     for number, member in enumerate(members(study)):
         with blamed(study, number):
-            pretrained.read_config(member, task)
+            config = pretrained.read_config(member, task)
+        if asks_for_crf(config):
+            raise study.error(f"teacher.ensemble.{number}", "it has a CRF, whose transitions cannot be averaged")
 
 
 @contextmanager

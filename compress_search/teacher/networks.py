@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, PreTrainedConfig
 from transformers.utils import logging
 
+from compress_search.crf import asks_for_crf, attach_crf, crf_of
 from compress_search.tasks import Task
 
 HEADS = {True: "ForTokenClassification", False: "ForSequenceClassification"}
@@ -34,6 +38,35 @@ def with_labels(config: PreTrainedConfig, task: Task) -> PreTrainedConfig:
     if not task.tokens:
         config.problem_type = "single_label_classification" if task.labels else "regression"
     return config
+
+
+def with_crf(config: PreTrainedConfig, wanted: bool) -> PreTrainedConfig:
+    """The configuration, in place, asking for a CRF or not."""
+    if wanted or asks_for_crf(config):
+        config.crf = wanted
+    return config
+
+
+def restore_crf(network: nn.Module, directory: Path) -> None:
+    """Give the network, in place, the CRF that its configuration asks for, with the tensors from the directory.
+
+    transformers writes these with all others, and reads only what its own classes have.
+
+    Raises:
+        RuntimeError: they are not there, or of another number of labels.
+    """
+    attach_crf(network)
+    if crf := crf_of(network):
+        crf.load_state_dict(
+            {name: tensor for path in directory.glob("*.safetensors") for name, tensor in _crf(path)}
+        )
+
+
+def _crf(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    with safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118 (no mapping)
+            if name.startswith("crf."):
+                yield name.removeprefix("crf."), file.get_tensor(name)
 
 
 @contextmanager

@@ -16,10 +16,11 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from compress_search import hub
+from compress_search.crf import attach_crf, crf_of
 from compress_search.encoders import FAMILIES, head, inputs
 from compress_search.study import Study
 from compress_search.tasks import Task
-from compress_search.teacher.networks import HEADS, auto_class, quiet, seeded, with_labels
+from compress_search.teacher.networks import HEADS, auto_class, quiet, restore_crf, seeded, with_crf, with_labels
 
 _DESCRIPTION = ("*.json", "*.txt", "*.model")
 _SAFE, _LEGACY = "*.safetensors", "pytorch_model*.bin"
@@ -36,7 +37,7 @@ def read_config(study: Study, task: Task) -> PreTrainedConfig:
     _check_family(study, config)
     _check_positions(study, config)
     if study.teacher.fine_tune:
-        return with_labels(config, task)
+        return with_crf(with_labels(config, task), study.teacher.fine_tune.crf)
     _check_head(study, config, task)
     _label_order(study, config, task)
     return config
@@ -167,6 +168,7 @@ def load_pretrained(
                 ignore_mismatched_sizes=trained,
                 output_loading_info=True,
             )
+        attach_crf(network) if trained else restore_crf(network, source)
     except Exception as error:  # damaged files fail in as many ways as there are formats
         raise study.error("teacher.model", f"cannot load the weights: {_first_line(error)}") from error
     _check_weights(
@@ -192,11 +194,15 @@ def _is_head(name: str, network: Any) -> bool:
 
 
 def reorder_logits(network: nn.Module, order: Sequence[int]) -> None:
-    """Permute the classifier in place: logit i becomes what logit ``order[i]`` was."""
+    """Permute the classifier, and a CRF, in place: logit i becomes what logit ``order[i]`` was."""
     classifier = [m for module in head(network) for m in module.modules() if isinstance(m, nn.Linear)][-1]
     with torch.no_grad():
         classifier.weight.copy_(classifier.weight[list(order)])
         classifier.bias.copy_(classifier.bias[list(order)])
+        if crf := crf_of(network):
+            crf.transitions.copy_(crf.transitions[list(order)][:, list(order)])
+            crf.start.copy_(crf.start[list(order)])
+            crf.end.copy_(crf.end[list(order)])
 
 
 def _tokenizer(study: Study, source: Path, network: Any, task: Task) -> PreTrainedTokenizerBase:

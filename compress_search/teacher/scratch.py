@@ -12,10 +12,11 @@ from typing import Any, cast
 
 from transformers import BertConfig, BertTokenizer
 
+from compress_search.crf import attach_crf
 from compress_search.data.rows import Rows
 from compress_search.study import Architecture, Study
 from compress_search.tasks import Task
-from compress_search.teacher.networks import auto_class, seeded, with_labels
+from compress_search.teacher.networks import auto_class, seeded, with_crf, with_labels
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MIN_FREQUENCY = 2
@@ -106,7 +107,8 @@ def new_config(study: Study, task: Task) -> BertConfig:
         max_position_embeddings=study.data.max_length,
         pad_token_id=(pieces or SPECIAL).index("[PAD]"),
     )
-    return cast(BertConfig, with_labels(config, task))
+    crf = study.teacher.fine_tune is not None and study.teacher.fine_tune.crf
+    return cast(BertConfig, with_crf(with_labels(config, task), crf))
 
 
 def new_network(study: Study, rows: Rows, config: BertConfig, task: Task) -> tuple[Any, BertTokenizer]:
@@ -129,7 +131,9 @@ def new_network(study: Study, rows: Rows, config: BertConfig, task: Task) -> tup
 def fresh(study: Study, config: BertConfig, task: Task) -> Any:
     """The network of the configuration with the study's random weights."""
     with seeded(study.search.seed):
-        return auto_class(task.tokens).from_config(config)
+        network = auto_class(task.tokens).from_config(config)
+    attach_crf(network)
+    return network
 
 
 def fingerprint(study: Study) -> list[Any]:

@@ -29,6 +29,20 @@ def load() -> Any:
     return onnxruntime.InferenceSession(str(HERE / "model.onnx"), options, providers=["CPUExecutionProvider"])
 
 
+def best_path(emissions: Any, crf: dict[str, Any]) -> list[int]:
+    """The most likely sequence of labels for scores (words, labels), by Viterbi's algorithm."""
+    start, transitions, end = (np.array(crf[name], dtype=np.float32) for name in ("start", "transitions", "end"))
+    best, pointers = emissions[0] + start, []
+    for emission in emissions[1:]:
+        reached = best[:, None] + transitions
+        pointers.append(reached.argmax(0))
+        best = reached.max(0) + emission
+    path = [int((best + end).argmax())]
+    for pointer in reversed(pointers):
+        path.append(int(pointer[path[-1]]))
+    return path[::-1]
+
+
 def main(texts: list[str]) -> None:
     """Print each label with its probability, the likeliest first; for token tasks a label for each word."""
     tokenizer = Tokenizer.from_file(str(HERE / "tokenizer.json"))
@@ -51,8 +65,10 @@ def main(texts: list[str]) -> None:
     logits = session.run(["logits"], feed)[0][0]  # (labels,), or (pieces, labels) for token tasks
     if tokens:
         firsts = {word: piece for piece, word in reversed(list(enumerate(encoding.word_ids))) if word is not None}
-        for word, piece in sorted(firsts.items()):
-            print(words[word], SETTINGS["labels"][int(logits[piece].argmax())], sep="\t")
+        scores = logits[[piece for _, piece in sorted(firsts.items())]]  # (words, labels)
+        path = best_path(scores, SETTINGS["crf"]) if SETTINGS["crf"] else scores.argmax(-1)
+        for word, label in zip(sorted(firsts), path, strict=True):
+            print(words[word], SETTINGS["labels"][label], sep="\t")
     elif SETTINGS["labels"]:
         exponentials = np.exp(logits - logits.max())
         for index in logits.argsort()[::-1]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from compress_search.candidate import Candidate, Subject
-from compress_search.encoders import read_features, subject_of
+from compress_search.encoders import attach_crf, read_features, subject_of
 from compress_search.method import Batch
 from compress_search.tasks import Task
 from compress_search.training import Phase, fit, forward, task_loss
@@ -177,6 +177,7 @@ class TinyContext:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             network: nn.Module = type(self.candidate.network)(self.candidate.network.config)  # type: ignore[operator]
+        attach_crf(network)
         return network.eval()
 
     def masked_lm(self) -> nn.Module | None:
