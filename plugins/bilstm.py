@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subject
 from compress_search.encoders import RecurrentConfig, crf_of, embeddings, new_recurrent
 
-from .soft_targets import SoftTerm, soft_space, soft_target_loss
+from .distillation.soft_targets import SoftTerm, soft_space, soft_target_loss
 
 UNITS = (32, 64, 128, 256, 512)
 

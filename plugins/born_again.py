@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from compress_search import Batch, Candidate, Context, Dim, Method, Params, Stage, Subject
 
-from .soft_targets import SoftTerm, annealed_loss, logits_of, mix_space, soft_space
-from .starts import started_anew
+from .distillation.soft_targets import SoftTerm, annealed_loss, logits_of, mix_space, soft_space
+from .distillation.starts import started_anew
 
 
 class BornAgain(Method):

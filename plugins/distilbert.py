@@ -23,12 +23,12 @@ from compress_search import Batch, Candidate, Context, Dim, Method, Params, Stag
 from compress_search.encoders import backbone, embeddings, layers, read_features
 from compress_search.losses import cos
 
-from .layer_maps import source_layers, written_layers
-from .masked_text import hide, language_kl, prediction_loss
-from .matching import Match, Matching
-from .objective import Objective
-from .soft_targets import SoftTerm
-from .students import cut_student, student_subject, unfit
+from .distillation.layer_maps import source_layers, written_layers
+from .distillation.masked_text import hide, language_kl, prediction_loss
+from .distillation.matching import Match, Matching
+from .distillation.objective import Objective
+from .distillation.soft_targets import SoftTerm
+from .distillation.students import cut_student, student_subject, unfit
 
 INITS = ("spread", "every_other", "first", "last")
 BATCH = 32

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subject
 
-from .soft_targets import SoftTerm, annealed_loss, mix_space, soft_space, transfer_loss
+from .distillation.soft_targets import SoftTerm, annealed_loss, mix_space, soft_space, transfer_loss
 
 LONGEST_TRANSFER = 0.9
 """The part of the training that unlabelled text may take: the labels have the last word."""

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from compress_search import Batch, Candidate, Context, Dim, Method, Params, Stage, Subject, TrialError
 from compress_search.encoders import FactoredEmbedding, embeddings
 
-from .imitation import imitation_loss
-from .soft_targets import soft_target_loss
+from .distillation.imitation import imitation_loss
+from .distillation.soft_targets import soft_target_loss
 
 SIZES = (16, 32, 64, 96, 128, 192, 256)
 TRAINED = ("embedding_match", "kd")

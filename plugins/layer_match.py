@@ -21,16 +21,17 @@ from typing import Any
 
 from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subject, TrialError
 
-from .layer_maps import STRATEGIES, anchors, layer_pairs, source_layers
-from .matching import Match, Matching, check_depths, parse_matches
-from .objective import Choice, Objective, aligned, some
-from .soft_targets import SoftTerm, soft_space
-from .students import cut_student, student_subject, unfit, widths
+from .distillation.layer_maps import STRATEGIES, anchors, layer_pairs, source_layers
+from .distillation.matching import Match, Matching, check_depths, parse_matches
+from .distillation.objective import Choice, Objective, aligned, some
+from .distillation.soft_targets import SoftTerm, soft_space
+from .distillation.students import cut_student, student_subject, unfit, widths
 
 FEATURES = ("hidden", "attention", "hidden+attention", "embedding+hidden+attention")
 ALIGNED = "learned_align"
 BY_STRATEGY = "by strategy"
 """What ``matches`` says where it holds none."""
+PROJECTION_LEARNING_RATE = 1e-3
 PROJECTED = {"shared_projection", "projection_learning_rate"}
 """Dimensions that say something only of a projection."""
 BATCH = 32
@@ -121,7 +122,9 @@ class LayerMatch(Method):
                 ("auto", "none", "linear", "relu", "tanh", "identity"), "auto", when=strategy, expert=True
             ),
             "shared_projection": Dim.flag(True, when=projected, expert=True),
-            "projection_learning_rate": Dim.real(1e-5, 1e-1, 1e-3, log=True, when=projected, expert=True),
+            "projection_learning_rate": Dim.real(
+                1e-5, 1e-1, PROJECTION_LEARNING_RATE, log=True, when=projected, expert=True
+            ),
             "layer_dropout": Dim.real(0.0, 0.5, 0.0, expert=True),
             "phases": Dim.choice(("auto", "joint", "two_phase"), "auto", expert=True),
             "matching_fraction": Dim.real(0.1, 0.9, 0.5, when={"phases": ("auto", "two_phase")}, expert=True),
@@ -179,6 +182,8 @@ def _settle(params: dict[str, Any], narrow: bool) -> set[str]:
         idle |= {"hidden_weight", "hidden_loss"}
     elif params["projection"] == "auto" or (params["projection"] == "none" and narrow):
         equal = "identity" if params["strategy"] == ALIGNED else "none"
+        if narrow and params["projection"] == "none":  # asked for where it cannot be
+            params.update(shared_projection=True, projection_learning_rate=PROJECTION_LEARNING_RATE)
         params["projection"] = "linear" if narrow else equal
     if params["strategy"] == ALIGNED and "hidden" in wanted:
         params["layer_dropout"] = 0.0  # which matches count is decided at every step as it is

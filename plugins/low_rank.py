@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from compress_search import Batch, Candidate, Context, Dim, Loss, Method, Params, Stage, Subject
 from compress_search.encoders import LowRankLinear, layers, parts
 
-from .soft_targets import soft_target_loss
+from .distillation.soft_targets import soft_target_loss
 
 PARTS = ("query", "key", "value", "attention_output", "up", "down")
 """A layer's maps, in the order of a subject's ``ranks``."""

@@ -18,11 +18,11 @@ from torch import nn
 from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subject
 from compress_search.encoders import layers
 
-from .layer_maps import source_layers
-from .matching import Match, Matching
-from .objective import Objective, reader
-from .soft_targets import SoftTerm, soft_space
-from .students import cut_student, student_subject, unfit, widths
+from .distillation.layer_maps import source_layers
+from .distillation.matching import Match, Matching
+from .distillation.objective import Objective, reader
+from .distillation.soft_targets import SoftTerm, soft_space
+from .distillation.students import cut_student, student_subject, unfit, widths
 
 RELATIONS = ("qk+vv", "qq+kk+vv", "qq", "kk", "vv", "qk")
 RELATION_HEADS = (12, 24, 48, 64)

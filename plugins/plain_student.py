@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subject
 from compress_search.encoders import keep_layers
 
-from .soft_targets import SoftTerm, soft_target_loss
-from .starts import started_anew
+from .distillation.soft_targets import SoftTerm, soft_target_loss
+from .distillation.starts import started_anew
 
 
 class PlainStudent(Method):

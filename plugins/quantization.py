@@ -17,8 +17,8 @@ from functools import partial
 
 from compress_search import Batch, Candidate, Context, Dim, Method, Params, Stage, Subject, TrialError
 
-from .bits import CODEBOOK, Grid
-from .number_formats import (
+from .precision.bits import CODEBOOK, Grid
+from .precision.number_formats import (
     BLOCKS,
     EXCLUDABLE,
     LEVELS,
@@ -31,8 +31,8 @@ from .number_formats import (
     offered,
     settled,
 )
-from .onnx_codebooks import encode_weights
-from .onnx_quantizers import (
+from .precision.onnx_codebooks import encode_weights
+from .precision.onnx_quantizers import (
     Inputs,
     Transform,
     pack_embeddings,
@@ -42,9 +42,9 @@ from .onnx_quantizers import (
     quantize_embeddings,
     quantize_static,
 )
-from .qat import train_rounded
-from .stored_bits import stored_bits
-from .weight_maps import excluded_maps, linear_maps, most_sensitive, node_patterns
+from .precision.qat import train_rounded
+from .precision.stored_bits import stored_bits
+from .precision.weight_maps import excluded_maps, linear_maps, most_sensitive, node_patterns
 
 
 class Quantization(Method):

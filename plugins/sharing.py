@@ -21,8 +21,8 @@ from compress_search import Batch, Candidate, Context, Dim, Loss, Method, Params
 from compress_search.encoders import layers, parts, share_parts
 
 from .alignment import align
-from .imitation import imitation_loss
-from .soft_targets import soft_target_loss
+from .distillation.imitation import imitation_loss
+from .distillation.soft_targets import soft_target_loss
 
 ATTENTION = ("query", "key", "value", "attention_output", "attention_norm")
 FEED_FORWARD = ("up", "down", "output_norm")

@@ -2,7 +2,7 @@
 
 Every ``*_ratio`` is the part that is *removed*, a ``target`` the part of a cost that is *left*. Owns the method's
 parameters, what they come to and the order of its phases: layers go first, then the rest at once or while the
-network trains (pruner.py, gradual_pruning.py), then comes what makes up for it.
+network trains (pruning/pruner.py, pruning/gradual.py), then comes what makes up for it.
 
 Sources: Michel et al. 2019 (heads); Kwon et al. 2022, A Fast Post-Training Pruning Framework for Transformers
 (budgets, rescaling); Xia et al. 2022, Structured Pruning Learns Compact and Accurate Models (gates, hidden width).
@@ -21,12 +21,12 @@ from torch import nn
 from compress_search import Candidate, Context, Dim, Loss, Method, Params, Stage, Subject
 from compress_search.encoders import keep_layers, layer_drop
 
-from .gradual_pruning import train_while_pruning
-from .importance import NEED_GRADIENTS
-from .layer_dropping import STRATEGIES, kept_layers, most_changing_layers
-from .pruner import CRITERIA, LEARNED, Pruner
-from .pruning_allocation import Cut, macs_per_layer
-from .pruning_recovery import RECOVERIES, TRAINED, layer_distillation, loss_of
+from .pruning.allocation import Cut, macs_per_layer
+from .pruning.gradual import train_while_pruning
+from .pruning.importance import NEED_GRADIENTS
+from .pruning.layer_dropping import STRATEGIES, kept_layers, most_changing_layers
+from .pruning.pruner import CRITERIA, LEARNED, Pruner
+from .pruning.recovery import RECOVERIES, TRAINED, layer_distillation, loss_of
 
 FFN_MULTIPLES = (1, 8, 16, 32, 64)
 SCHEDULES = ("cubic", "one_shot", "iterative")

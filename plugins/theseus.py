@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from compress_search import Batch, Candidate, Context, Dim, Method, Params, Stage, Subject, TrialError
 from compress_search.encoders import backbone, embeddings, head, layers, set_layers
 
-from .soft_targets import soft_target_loss
+from .distillation.soft_targets import soft_target_loss
 
 INITS = ("first_k", "every_nth", "last_of_block", "first_of_block", "random")
 MIXINGS = ("bernoulli", "uniform", "deterministic")

@@ -22,12 +22,12 @@ from torch import nn
 from compress_search import Batch, Candidate, Context, Dim, Method, Params, Stage, Subject, TrialError
 from compress_search.encoders import layers
 
-from .augmentation import augmented, augmenter
-from .layer_maps import layer_pairs, written_layers
-from .matching import Match, Matching, check_matches
-from .objective import Objective, Teacher, reader
-from .soft_targets import SoftTerm
-from .students import cut_student, student_subject, unfit, widths
+from .distillation.augmentation import augmented, augmenter
+from .distillation.layer_maps import layer_pairs, written_layers
+from .distillation.matching import Match, Matching, check_matches
+from .distillation.objective import Objective, Teacher, reader
+from .distillation.soft_targets import SoftTerm
+from .distillation.students import cut_student, student_subject, unfit, widths
 
 MAPS = {"uniform": "uniform", "top": "last", "bottom": "first"}
 """The paper's names of maps -> ours."""

@@ -1,8 +1,8 @@
 """Unstructured, N:M and block sparsity of the encoder's matrices: a smaller file, at the same speed.
 
 ``sparsity`` is the part of the weights that is *removed*; embeddings, biases, norms and the head stay. Owns when
-how many weights go and by which score; masks and patterns are sparse_masks.py's, the packed file the engine's. No
-kernel here is faster for zeros, so the method is of use only where the stored size counts.
+how many weights go and by which score; masks and patterns are pruning/sparse_masks.py's, the packed file the
+engine's. No kernel here is faster for zeros, so the method is of use only where the stored size counts.
 
 Sources: Han et al. 2015, Learning both Weights and Connections for Efficient Neural Networks (magnitude); Zhu and
 Gupta 2017, To prune, or not to prune (cubic schedule); Sanh et al. 2020, Movement Pruning (both kinds of it).
@@ -31,9 +31,19 @@ from compress_search import (
     TrialError,
 )
 
-from .pruning_allocation import cubic_sparsity
-from .soft_targets import soft_target_loss
-from .sparse_masks import PATTERNS, Matrix, Pattern, density, linears, mask_linears, select, spread, unit_scores
+from .distillation.soft_targets import soft_target_loss
+from .pruning.allocation import cubic_sparsity
+from .pruning.sparse_masks import (
+    PATTERNS,
+    Matrix,
+    Pattern,
+    density,
+    linears,
+    mask_linears,
+    select,
+    spread,
+    unit_scores,
+)
 
 METHODS = ("magnitude", "one_shot", "movement", "soft_movement")
 SCORED = ("movement", "soft_movement")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from compress_search_plugins.pruning_masks import Masks, Units
+from compress_search_plugins.pruning.masks import Masks, Units
 from compress_search_plugins.structured_pruning import StructuredPruning
 from torch import Tensor, nn
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -31,6 +32,9 @@ MANIFEST, WEIGHTS = "manifest.json", "model.safetensors"
 _HEADS = ("ForSequenceClassification", "ForTokenClassification")
 # facts of a session or of a file, not of the architecture
 _VOLATILE = ("_name_or_path", "transformers_version", "architectures", "dtype", "output_hidden_states")
+
+_BUILDING = threading.Lock()
+"""Held while weights are not initialised, which transformers arranges by patching torch for every thread."""
 
 Manifest = Mapping[str, Any]
 
@@ -89,7 +93,7 @@ def build(manifest: Manifest, device: str = "cpu") -> nn.Module:
         raise ExportError(f"{manifest['class']!r} is no network that a manifest may describe")
     config = AutoConfig.for_model(**manifest["config"])
     config._attn_implementation = "sdpa"
-    with no_init_weights(), torch.device(device):
+    with _BUILDING, no_init_weights(), torch.device(device):
         network: nn.Module = getattr(transformers, manifest["class"])(config)
         attach_crf(network)
     _cut(network, manifest["layers"])

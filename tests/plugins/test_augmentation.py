@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from compress_search_plugins.augmentation import (
+from compress_search_plugins.distillation.augmentation import (
     CHOICES,
     PROBABILITY,
     Augmenter,

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from compress_search_plugins.bits import (
+from compress_search_plugins.precision.bits import (
     CLIP,
     CODEBOOK,
     Grid,

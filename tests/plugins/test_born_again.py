@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from compress_search_plugins.born_again import BornAgain
-from compress_search_plugins.soft_targets import logits_of
-from compress_search_plugins.starts import started_anew
+from compress_search_plugins.distillation.soft_targets import logits_of
+from compress_search_plugins.distillation.starts import started_anew
 from torch import nn
 
 from compress_search import Candidate

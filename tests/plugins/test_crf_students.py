@@ -9,11 +9,11 @@ import torch
 from compress_search_plugins.bilstm import BiLstm
 from compress_search_plugins.born_again import BornAgain
 from compress_search_plugins.distill import Distill
+from compress_search_plugins.distillation.soft_targets import SoftTerm, soft_target_loss, transfer_loss
 from compress_search_plugins.layer_match import LayerMatch
 from compress_search_plugins.minilm import MiniLM
 from compress_search_plugins.plain_student import PlainStudent
 from compress_search_plugins.quantization import Quantization
-from compress_search_plugins.soft_targets import SoftTerm, soft_target_loss, transfer_loss
 from compress_search_plugins.structured_pruning import StructuredPruning
 from compress_search_plugins.theseus import Theseus
 from torch import Tensor, nn

@@ -17,10 +17,10 @@ from compress_search_plugins.distilbert import (
     task_objective,
     under_language_head,
 )
-from compress_search_plugins.masked_text import hide, language_kl, prediction_loss
-from compress_search_plugins.matching import Matching, parse_matches
-from compress_search_plugins.objective import Objective
-from compress_search_plugins.soft_targets import SoftTerm, soft_target_loss
+from compress_search_plugins.distillation.masked_text import hide, language_kl, prediction_loss
+from compress_search_plugins.distillation.matching import Matching, parse_matches
+from compress_search_plugins.distillation.objective import Objective
+from compress_search_plugins.distillation.soft_targets import SoftTerm, soft_target_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F

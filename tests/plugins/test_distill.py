@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from compress_search_plugins.distill import Distill
-from compress_search_plugins.soft_targets import SoftTerm, logits_and_task_loss, soft_target_loss
+from compress_search_plugins.distillation.soft_targets import SoftTerm, logits_and_task_loss, soft_target_loss
 from torch import nn
 
 from compress_search import Candidate

@@ -10,6 +10,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from compress_search_plugins.distillation.imitation import hidden_distance, imitation_loss
+from compress_search_plugins.distillation.soft_targets import soft_target_loss
 from compress_search_plugins.embedding_factorization import (
     SIZES,
     EmbeddingFactorization,
@@ -18,10 +20,8 @@ from compress_search_plugins.embedding_factorization import (
     factorize_words,
     token_counts,
 )
-from compress_search_plugins.imitation import hidden_distance, imitation_loss
 from compress_search_plugins.quantization import Quantization
 from compress_search_plugins.sharing import Sharing
-from compress_search_plugins.soft_targets import soft_target_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn

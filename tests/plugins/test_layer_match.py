@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compress_search_plugins.distillation.matching import Match, Matching
+from compress_search_plugins.distillation.objective import Objective, aligned, some
+from compress_search_plugins.distillation.soft_targets import SoftTerm
 from compress_search_plugins.layer_match import ALIGNED, FEATURES, LayerMatch, strategic
-from compress_search_plugins.matching import Match, Matching
-from compress_search_plugins.objective import Objective, aligned, some
-from compress_search_plugins.soft_targets import SoftTerm
 
 from compress_search import Params, StudyError, Subject, TrialError
 from compress_search.driver import prepare

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from compress_search_plugins.distillation.soft_targets import soft_target_loss
 from compress_search_plugins.low_rank import (
     PARTS,
     LowRank,
@@ -20,7 +21,6 @@ from compress_search_plugins.low_rank import (
     useful_rank,
 )
 from compress_search_plugins.quantization import Quantization
-from compress_search_plugins.soft_targets import soft_target_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

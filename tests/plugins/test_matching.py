@@ -7,8 +7,14 @@ from copy import deepcopy
 
 import pytest
 import torch
-from compress_search_plugins.layer_maps import layer_pairs
-from compress_search_plugins.matching import Match, Matching, check_depths, check_matches, parse_matches
+from compress_search_plugins.distillation.layer_maps import layer_pairs
+from compress_search_plugins.distillation.matching import (
+    Match,
+    Matching,
+    check_depths,
+    check_matches,
+    parse_matches,
+)
 from torch import nn
 from torch.nn import functional as F
 

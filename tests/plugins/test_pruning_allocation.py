@@ -7,8 +7,8 @@ from itertools import pairwise, product
 
 import pytest
 import torch
-from compress_search_plugins import pruning_allocation as allocation
-from compress_search_plugins.pruning_allocation import Cut, Ladder
+from compress_search_plugins.pruning import allocation
+from compress_search_plugins.pruning.allocation import Cut, Ladder
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor

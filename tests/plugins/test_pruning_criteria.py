@@ -6,11 +6,17 @@ import math
 
 import pytest
 import torch
-from compress_search_plugins import importance, pruning_gates, pruning_rescale
-from compress_search_plugins.layer_dropping import STRATEGIES, kept_layers, most_changing_layers, similarity
-from compress_search_plugins.pruning_allocation import best_units
-from compress_search_plugins.pruning_gates import HardConcrete, Lagrangian, Movement
-from compress_search_plugins.pruning_masks import Masks, Units, remove_masked
+from compress_search_plugins.pruning import importance, rescale
+from compress_search_plugins.pruning.allocation import best_units
+from compress_search_plugins.pruning.gates import (
+    HardConcrete,
+    Lagrangian,
+    Movement,
+    hard_concrete,
+    open_probability,
+)
+from compress_search_plugins.pruning.layer_dropping import STRATEGIES, kept_layers, most_changing_layers, similarity
+from compress_search_plugins.pruning.masks import Masks, Units, remove_masked
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -179,8 +185,8 @@ def test_movement_keeps_the_best_and_hands_gradients_to_masked_units_too() -> No
 def test_hard_concrete_is_zero_and_one_as_often_as_the_closed_form_says() -> None:
     uniform = (torch.arange(200_000) + 0.5) / 200_000
     for alpha in (-3.0, -0.5, 0.0, 2.0):
-        gates = pruning_gates.hard_concrete(torch.tensor(alpha), uniform)
-        is_open = pruning_gates.open_probability(torch.tensor(alpha))
+        gates = hard_concrete(torch.tensor(alpha), uniform)
+        is_open = open_probability(torch.tensor(alpha))
         assert (gates > 0).float().mean().item() == pytest.approx(is_open.item(), abs=1e-3)
         assert gates.min() >= 0
         assert gates.max() <= 1
@@ -200,9 +206,7 @@ def test_gates_of_a_block_and_of_its_units_multiply_and_stay_within_bounds() -> 
     assert gates.stretch == 10
     both = math.log(1e-2)
     assert gates.expected().heads.mean().item() == pytest.approx(
-        (
-            pruning_gates.open_probability(torch.tensor(both)) * pruning_gates.open_probability(torch.tensor(-both))
-        ).item()
+        (open_probability(torch.tensor(both)) * open_probability(torch.tensor(-both))).item()
     )
 
 
@@ -229,14 +233,14 @@ def test_normal_equations_are_those_of_the_contributions() -> None:
     contributions = torch.stack([x[:, u : u + 2] @ w[:, u : u + 2].T for u in (0, 2, 4)], -1).flatten(
         0, 1
     )  # (35, 3)
-    gram, moment = pruning_rescale.normal_equations(x, w, missing, width=2)
+    gram, moment = rescale.normal_equations(x, w, missing, width=2)
     torch.testing.assert_close(gram, contributions.T @ contributions)
     torch.testing.assert_close(moment, contributions.T @ missing.flatten())
 
 
 def tuned(candidate: Candidate, masks: Masks) -> Tensor:
     pooled = candidate.subject.task != "token-classification"
-    pruning_rescale.tune(candidate.network, masks, tiny_batches(candidate, examples=64), pooled=pooled)
+    rescale.tune(candidate.network, masks, tiny_batches(candidate, examples=64), pooled=pooled)
     return logits(candidate.network, inputs(candidate, seed=5))
 
 

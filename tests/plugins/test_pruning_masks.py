@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compress_search_plugins.pruning_masks import Masks, Units, remove_masked
+from compress_search_plugins.pruning.masks import Masks, Units, remove_masked
 
 from compress_search import Candidate
 from compress_search.encoders import layers, norm_over, parts, share_parts, stream, subject_of

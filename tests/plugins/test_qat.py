@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from compress_search_plugins.bits import Grid
-from compress_search_plugins.number_formats import Setting
-from compress_search_plugins.qat import rounded_inputs, train_rounded
-from compress_search_plugins.weight_maps import linear_maps, most_sensitive
+from compress_search_plugins.precision.bits import Grid
+from compress_search_plugins.precision.number_formats import Setting
+from compress_search_plugins.precision.qat import rounded_inputs, train_rounded
+from compress_search_plugins.precision.weight_maps import linear_maps, most_sensitive
 from torch.nn.utils import parametrize
 
 from compress_search import Candidate, Params

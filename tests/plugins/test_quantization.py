@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from compress_search_plugins.number_formats import EXCLUDABLE, Setting
-from compress_search_plugins.onnx_quantizers import quantize_static
-from compress_search_plugins.stored_bits import stored_bits
-from compress_search_plugins.weight_maps import node_patterns
+from compress_search_plugins.precision.number_formats import EXCLUDABLE, Setting
+from compress_search_plugins.precision.onnx_quantizers import quantize_static
+from compress_search_plugins.precision.stored_bits import stored_bits
+from compress_search_plugins.precision.weight_maps import node_patterns
 
 from compress_search import Candidate, Params, Subject, TrialError
 from compress_search.encoders import FAMILIES, layers, parts

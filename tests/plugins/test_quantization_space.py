@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
-from compress_search_plugins.number_formats import BLOCKS, FORMATS, format_of
+from compress_search_plugins.precision.number_formats import BLOCKS, FORMATS, format_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

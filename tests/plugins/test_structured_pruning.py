@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from compress_search_plugins import importance, pruner
-from compress_search_plugins.gradual_pruning import train_while_pruning
-from compress_search_plugins.pruner import CRITERIA, Pruner
-from compress_search_plugins.pruning_allocation import Cut
-from compress_search_plugins.pruning_masks import Units
-from compress_search_plugins.pruning_recovery import RECOVERIES, TRAINED
+from compress_search_plugins.pruning import importance, pruner
+from compress_search_plugins.pruning.allocation import Cut
+from compress_search_plugins.pruning.gradual import train_while_pruning
+from compress_search_plugins.pruning.masks import Units
+from compress_search_plugins.pruning.pruner import CRITERIA, Pruner
+from compress_search_plugins.pruning.recovery import RECOVERIES, TRAINED
 from compress_search_plugins.structured_pruning import SCOPES, StructuredPruning
 from hypothesis import given
 from hypothesis import strategies as st

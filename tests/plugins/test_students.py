@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compress_search_plugins.layer_maps import align, anchors, layer_pairs, source_layers
-from compress_search_plugins.students import WIDTHS, cut_student, narrowed, student_subject, unfit, widths
+from compress_search_plugins.distillation.layer_maps import align, anchors, layer_pairs, source_layers
+from compress_search_plugins.distillation.students import (
+    WIDTHS,
+    cut_student,
+    narrowed,
+    student_subject,
+    unfit,
+    widths,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -10,9 +10,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from compress_search_plugins import sparse_masks, unstructured_pruning
+from compress_search_plugins import unstructured_pruning
+from compress_search_plugins.pruning import sparse_masks
+from compress_search_plugins.pruning.sparse_masks import PATTERNS, Mask, keep_per_group, keep_top, linears, select
 from compress_search_plugins.quantization import Quantization
-from compress_search_plugins.sparse_masks import PATTERNS, Mask, keep_per_group, keep_top, linears, select
 from compress_search_plugins.unstructured_pruning import Sparsifier, UnstructuredPruning
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -17,7 +17,7 @@ from compress_search import Batch, Context, Params, Subject, TrialError
 from compress_search.encoders import subject_of
 
 from . import importance
-from .pruning_allocation import (
+from .allocation import (
     Cut,
     Ladder,
     LayerCost,
@@ -29,8 +29,8 @@ from .pruning_allocation import (
     uniform_shape,
     within_budget,
 )
-from .pruning_masks import Masks, Units, remove_masked
-from .pruning_rescale import tune
+from .masks import Masks, Units, remove_masked
+from .rescale import tune
 
 LEARNED = ("movement", "l0")
 CRITERIA = ("taylor", "fisher", "magnitude", *LEARNED, "random")

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from compress_search import Batch, Loss, ParameterGroup
 
+from .gates import RATE, HardConcrete, Lagrangian, Movement
+from .masks import Units
 from .pruner import Pruner, best
-from .pruning_gates import RATE, HardConcrete, Lagrangian, Movement
-from .pruning_masks import Units
 
 RAMP = 0.5
 """Part of the training under L0's gates in which their target rises to the final one."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from compress_search import Batch
 from compress_search.encoders import layers, parts, set_layers
 
-from .pruning_masks import Masks
+from .masks import Masks
 
 LARGEST = 10.0
 """A scale beyond this is no correction any more: tuning stops before the block that would get one."""

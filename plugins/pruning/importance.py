@@ -1,7 +1,7 @@
 """How much each head, each feed-forward neuron and each hidden channel matters.
 
-Owns the criteria that look at a network as it is; those that learn while it trains are pruning_gates.py's, the
-masks whose gradients are taken pruning_masks.py's. How many units go, from where and when is not decided here.
+Owns the criteria that look at a network as it is; those that learn while it trains are gates.py's, the
+masks whose gradients are taken masks.py's. How many units go, from where and when is not decided here.
 
 Sources: Michel et al. 2019, Are Sixteen Heads Really Better than One? (taylor); Kwon et al. 2022, A Fast
 Post-Training Pruning Framework for Transformers (fisher, rearrangement).
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from compress_search import Batch, Loss
 from compress_search.encoders import layers, parts, stream
 
-from .pruning_masks import Masks, Units
+from .masks import Masks, Units
 
 NEED_GRADIENTS = ("taylor", "fisher")
 

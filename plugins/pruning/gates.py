@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .pruning_masks import Units
+from .masks import Units
 
 RATE = 0.01
 """Peak learning rate of scores, gates and multipliers; where gates have fewer than :data:`STEPS` steps, more."""

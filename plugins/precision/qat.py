@@ -18,8 +18,8 @@ from torch.nn.utils import parametrize
 from compress_search import Context
 from compress_search.encoders import bake, embeddings
 
+from ..distillation.soft_targets import soft_target_loss
 from .bits import Grid, fake_quantize, fake_quantize_activations
-from .soft_targets import soft_target_loss
 
 
 class Rounded(nn.Module):

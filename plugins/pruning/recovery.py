@@ -17,7 +17,7 @@ from compress_search import Batch, Context, Loss
 from compress_search.encoders import layers, read_features, recording
 from compress_search.losses import masked_mean
 
-from .soft_targets import soft_target_loss
+from ..distillation.soft_targets import soft_target_loss
 
 TRAINED = ("kd", "finetune", "layer_distill")
 RECOVERIES = (*TRAINED, "rescale", "none")

@@ -1,0 +1,1 @@
+"""What students learn from: soft targets, matched features, more text, and how a student is cut."""
