@@ -345,6 +345,7 @@ def station(monkeypatch, tmp_path):
         "cut": FakeSplit([3, 4, 5, 5, 5, 5, 5], [0] * 7),
     }
     monkeypatch.setattr(bench, "load_runner", load_runner)
+    monkeypatch.setattr(bench, "involuntary_switches", lambda: 0)  # an interrupted pass would be run again
     monkeypatch.setattr(bench, "Artifact", SimpleNamespace(read=read))
     monkeypatch.setattr(bench, "Split", SimpleNamespace(open=lambda path: splits[str(path)]))
     made = bench.Station(threads=1, device="cpu")

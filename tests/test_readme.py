@@ -117,10 +117,11 @@ def test_the_guides_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "my_method", ModuleType("my_method"))
     del sys.modules["my_method"]
     candidate = tiny_candidate(layers=2)
-    names: dict[str, Any] = {"context": tiny_context(candidate), "student": candidate.copy().network}
+    context = tiny_context(tiny_candidate(layers=4))
+    names: dict[str, Any] = {"context": context, "student": candidate.copy().network}
     for block in blocks(GUIDE, "python"):
         exec(compile(block, str(GUIDE), "exec"), names)
     assert names["unsupported"](None, candidate.subject.having("shared")) == "its layers share weights"
     assert all(dim.contains(dim.default) for dim in names["space"].values())
-    assert names["context"].fits == [6]
+    assert names["context"].fits == [6, 6]
     assert set(names["TestContract"].expected_failures) <= set(CHECKS)

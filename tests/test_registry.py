@@ -112,7 +112,7 @@ def test_one_distribution_seen_twice_is_one(install: Install) -> None:
 
 
 def test_an_unknown_method_is_refused_with_those_there_are() -> None:
-    with pytest.raises(PluginError, match=r"method 'thesus': not installed; there are: distill, .*theseus"):
+    with pytest.raises(PluginError, match=r"method 'thesus': not installed; there are: bilstm, .*theseus"):
         Registry()["thesus"]
 
 
