@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DATA := runs/quickstart/data/train.jsonl
+WORKERS := 2
 
 .DELETE_ON_ERROR:
 .PHONY: install quickstart test check clean
@@ -25,7 +26,7 @@ $(DATA): $(INSTALLED) studies/quickstart_data.py
 	$(BIN)/python studies/quickstart_data.py $(@D)
 
 test: $(INSTALLED)  ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 check: $(INSTALLED)  ## style and types
 	$(BIN)/ruff check .
