@@ -82,12 +82,14 @@ def test_every_command_exists_with_its_options(page: Path) -> None:
 
 def _parse(command: click.Command, words: list[str]) -> None:
     """Follow the words to the command they name, and let it read its options."""
+    context = click.Context(command, **command.context_settings)
     while isinstance(command, click.Group):
         name, *words = words
-        found = command.get_command(click.Context(command), name)
+        found = command.get_command(context, name)
         assert found, f"no command {name}"
-        command = found
-    command.make_context(command.name, words, resilient_parsing=True)
+        # commands remember their help option as they first made it, which is as their parent says
+        command, context = found, click.Context(found, parent=context)
+    command.make_context(command.name, words, parent=context.parent, resilient_parsing=True)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
