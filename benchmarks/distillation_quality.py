@@ -77,22 +77,16 @@ SETS: Mapping[str, Mapping[str, Any]] = {
 
 def arms(layers: int) -> dict[str, dict[str, Any]]:
     """The methods section of each way to make a student of so many layers."""
-    removed = 1 - layers / LAYERS
-    truncated = {
-        "structured_pruning": {
-            "layer_ratio": removed,
-            "head_ratio": 0.0,
-            "ffn_ratio": 0.0,
-            "schedule": "one_shot",
-            "recover": "none",
-        }
-    }
     theseus = {"block_size": LAYERS // layers}
     return {
-        "truncated": {**truncated, "distill": {"alpha": 0.0}},
-        "kd": {**truncated, "distill": {"alpha": 0.5}},
+        "truncated": {"plain_student": {"layers": layers, "alpha": 0.0}},
+        "kd": {"plain_student": {"layers": layers, "alpha": 0.5}},
         "theseus": {"theseus": theseus},
         "theseus + kd": {"theseus": {**theseus, "kd_in_stage2": True}},
+        "tinybert": {"tinybert": {"layers": layers}},
+        "distilbert": {"distilbert": {"layers": layers}},
+        "minilm": {"minilm": {"layers": layers}},
+        "layer_match": {"layer_match": {"layers": layers}},
     }
 
 
