@@ -26,7 +26,7 @@ $(DATA): $(INSTALLED) studies/quickstart_data.py
 	$(BIN)/python studies/quickstart_data.py $(@D)
 
 test: $(INSTALLED)  ## the whole test suite
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: $(INSTALLED)  ## style and types
 	$(BIN)/ruff check .
