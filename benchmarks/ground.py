@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from compress_search.candidate import Candidate
 from compress_search.driver import prepare
@@ -38,11 +37,9 @@ class Ground:
         """
         if not methods:
             return Recipe()
-        content = yaml.safe_load(self.path.read_text(encoding="utf-8"))
-        content["methods"] = {name: {"use": True, **params} for name, params in methods.items()}
-        narrowed = self.path.with_suffix(".narrowed.yaml")
-        narrowed.write_text(yaml.safe_dump(content), encoding="utf-8")
-        study = load_study(narrowed).model_copy(update={"objectives": self.prepared.study.objectives})
+        exactly = json.dumps({name: {"use": True, **params} for name, params in methods.items()})
+        study = load_study(self.path, [f"methods={exactly}"])
+        study = study.model_copy(update={"objectives": self.prepared.study.objectives})
         plan = make_plan(study, self.bench.registry, self.prepared.plan.teacher)
         recipe, _ = plan.at_defaults(methods)
         assert set(recipe.methods) == set(methods), f"left out as impossible: {set(methods) - set(recipe.methods)}"
