@@ -69,7 +69,7 @@ def answers(study: Study, path: Path) -> str:
     with tempfile.TemporaryDirectory() as folder:
         for question, row in [("teacher", teacher), *chosen(rows, metric, teacher)]:
             low, high = row.intervals.get("speedup", (float("nan"),) * 2)
-            test = again.get(row.number, {}).get("test", {}).get("metrics", {}).get(metric)
+            test = again.get(row.number, {}).get("final", {}).get("test", {}).get("metrics", {}).get(metric)
             assert row.artifact is not None, "a complete trial has an artefact"
             directory = study.output / row.artifact
             eager = eager_ratio(ground, directory, Path(folder)) if directory.exists() else "not kept"

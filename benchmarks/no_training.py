@@ -63,7 +63,7 @@ def trained(path: Path) -> Iterator[list[object]]:
     again = store.measurements(study.name, kind="final")
     metric = next(iter(study.directions))
     for row in front_of(study, store.trials(study.name)):
-        test = again.get(row.number, {}).get("test", {}).get("metrics", {}).get(metric)
+        test = again.get(row.number, {}).get("final", {}).get("test", {}).get("metrics", {}).get(metric)
         low, high = row.intervals["speedup"]
         speed = f"{row.metrics['speedup']:.2f} ({low:.2f} … {high:.2f})"
         scores = [f"{100 * row.metrics[metric]:.1f}", "" if test is None else f"{100 * test:.1f}"]
