@@ -43,7 +43,7 @@ REASKS = 3
 """Duplicates in a row after which the sampler, which learns nothing from them, is no longer asked."""
 NEIGHBOURS, DRAWS = 200, 1000
 """Recipes drawn near the one that was repeated, and anywhere, that must be known for the space to be exhausted."""
-MAX_LOST = 3
+MAX_LOST = 5
 """Driver deaths that a trial may be running at before it is taken for their cause."""
 
 
