@@ -179,7 +179,8 @@ def main(shared: Path, repeats: int, only: str | None) -> None:
         "× torch eager fp32",
         "earlier, × ONNX Runtime",
     ]
-    parts = [f"6 layers × 384, 12 heads, FFN 1536, {LENGTH} tokens, batch 1, 1 thread; ratios below 1 are faster."]
+    told = f"{LENGTH} tokens, batch 1, 1 thread; ratios below 1 are faster. {repeats} interleaved rounds."
+    parts = [f"6 layers × 384, 12 heads, FFN 1536, {told}"]
     with tempfile.TemporaryDirectory() as folder:
         stand = Stand(Path(folder), shared.resolve(), repeats)
         for title, knobs in (("Each alone", ALONE), ("Together", TOGETHER)):
