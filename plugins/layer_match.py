@@ -23,8 +23,8 @@ from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subj
 
 from .distillation.layer_maps import STRATEGIES, anchors, layer_pairs, source_layers
 from .distillation.matching import Match, Matching, check_depths, parse_matches
-from .distillation.objective import Choice, Objective, aligned, some
-from .distillation.soft_targets import SoftTerm, soft_space
+from .distillation.objective import Choice, Objective, aligned, some, target_space
+from .distillation.soft_targets import SoftTerm
 from .distillation.students import cut_student, student_subject, unfit, widths
 
 FEATURES = ("hidden", "attention", "hidden+attention", "embedding+hidden+attention")
@@ -129,9 +129,7 @@ class LayerMatch(Method):
             "phases": Dim.choice(("auto", "joint", "two_phase"), "auto", expert=True),
             "matching_fraction": Dim.real(0.1, 0.9, 0.5, when={"phases": ("auto", "two_phase")}, expert=True),
             **(text if "unlabelled" in teacher.traits else {}),
-            "logit_weight": Dim.real(0.01, 10.0, 1.0, log=True, expert=True),
-            "hard_weight": Dim.real(0.01, 10.0, 1.0, log=True, expert=True),
-            **soft_space(teacher),
+            **target_space(teacher),
             "learning_rate": Dim.real(1e-6, 1e-2, 5e-5, log=True, expert=True),
         }
 

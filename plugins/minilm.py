@@ -20,8 +20,8 @@ from compress_search.encoders import layers
 
 from .distillation.layer_maps import source_layers
 from .distillation.matching import Match, Matching
-from .distillation.objective import Objective, reader
-from .distillation.soft_targets import SoftTerm, soft_space
+from .distillation.objective import Objective, reader, target_space
+from .distillation.soft_targets import SoftTerm
 from .distillation.students import cut_student, student_subject, unfit, widths
 
 RELATIONS = ("qk+vv", "qq+kk+vv", "qq", "kk", "vv", "qk")
@@ -104,9 +104,7 @@ class MiniLM(Method):
             "assistant": Dim.choice(("auto", "always", "never"), "auto", expert=True),
             "relation_fraction": Dim.real(0.1, 0.9, 0.5),
             **text,
-            "logit_weight": Dim.real(0.01, 10.0, 1.0, log=True, expert=True),
-            "hard_weight": Dim.real(0.01, 10.0, 1.0, log=True, expert=True),
-            **soft_space(teacher),
+            **target_space(teacher),
             "learning_rate": Dim.real(1e-6, 1e-2, 5e-5, log=True, expert=True),
         }
 

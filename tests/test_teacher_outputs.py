@@ -147,6 +147,7 @@ def test_what_a_dead_process_left_is_made_anew(prepared, tmp_path):
     (stored.directory / "unfinished" / "hidden.1" / FILE).write_text("half")
     batch = batches(split, 1)[0]
     close(stored(batch, ["hidden.1"]), read_features(network, batch, ["hidden.1"]), batch)
+    assert kept(stored) == ["hidden.1"]
 
 
 @pytest.mark.parametrize(

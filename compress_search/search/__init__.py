@@ -16,7 +16,6 @@ A trial's states, as Optuna knows them, and what they mean here:
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,14 +34,13 @@ from compress_search.search.asktell import AskTell
 from compress_search.search.early_stop import Entry, Rungs
 from compress_search.search.identity import identity, refuse_change
 from compress_search.search.ledger import Baselines, Ledger
+from compress_search.search.neighbours import unseen_neighbour
 from compress_search.search.samplers import derive_seed, make_sampler
 from compress_search.storage import LastAttempt, Store
 
 TEACHER = "teacher"
 REASKS = 3
 """Duplicates in a row after which the sampler, which learns nothing from them, is no longer asked."""
-NEIGHBOURS, DRAWS = 200, 1000
-"""Recipes drawn near the one that was repeated, and anywhere, that must be known for the space to be exhausted."""
 MAX_LOST = 5
 """Driver deaths that a trial may be running at before it is taken for their cause."""
 
@@ -177,7 +175,8 @@ class Search:
             if assignment := self._hand_out(self._ask(trials, starting=True), ledger):
                 return assignment
             trials, ledger = self._optuna.trials(), self._ledger()
-        point = self._unseen_point(trials, ledger.seen)
+        seed = derive_seed(self.settings.seed, "draw", len(trials))
+        point = unseen_neighbour(self.plan, trials[-1].params if trials else {}, ledger.seen, seed)
         if point is None:
             self._exhausted = True
             return None
@@ -216,23 +215,6 @@ class Search:
         assignment = Assignment(number, attempt, recipe, seed, baseline, dict(self.reference), self._token)
         self.store.begin_attempt(self.name, assignment, state)
         return assignment
-
-    def _unseen_point(self, trials: Sequence[FrozenTrial], seen: Mapping[str, int]) -> dict[str, Any] | None:
-        """Parameters of a recipe that is new, drawn in memory so that they leave no rows.
-
-        The first draws keep most parameters of the latest proposal, then ever fewer, the last ones none: what the
-        sampler holds for the best is taken, its neighbour is good too.
-        """
-        rng = random.Random(derive_seed(self.settings.seed, "draw", len(trials)))
-        draws = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=rng.randrange(2**32)))
-        known = trials[-1].params if trials else {}
-        for number in range(NEIGHBOURS + DRAWS):
-            keep = 0.9 * max(0.0, 1 - number / NEIGHBOURS)
-            draws.enqueue_trial({name: value for name, value in known.items() if rng.random() < keep})
-            trial = draws.ask()
-            if self.plan.propose(trial).key not in seen:
-                return trial.params
-        return None
 
     def _put_back_unclaimed(self, trials: Sequence[FrozenTrial], ledger: Ledger) -> bool:
         """Requeue trials whose ask reached the database but never came back from it."""

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress_search import Batch, Context, ParameterGroup
+from compress_search import Batch, Context, Dim, ParameterGroup, Subject
 from compress_search.encoders import read_features, recording
 
 from .layer_maps import align
 from .matching import Matching
-from .soft_targets import SoftTerm
+from .soft_targets import SoftTerm, soft_space
 
 Features = Mapping[str, Tensor]
 Teacher = Callable[[Batch, Collection[str]], Features]
@@ -28,6 +28,15 @@ Choice = Callable[[Matching, Features, Features, Tensor], Sequence[int]]
 
 RECORDED = 20
 """Training steps over which the terms that are reported are averaged."""
+
+
+def target_space(teacher: Subject) -> dict[str, Dim]:
+    """The weights of the teacher's logits and of the labels, and how soft the logits are taken."""
+    return {
+        "logit_weight": Dim.real(0.01, 10.0, 1.0, log=True, expert=True),
+        "hard_weight": Dim.real(0.01, 10.0, 1.0, log=True, expert=True),
+        **soft_space(teacher),
+    }
 
 
 @dataclass
