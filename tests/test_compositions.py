@@ -117,7 +117,6 @@ def ground(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[G
 @settings(
     max_examples=8,
     deadline=None,
-    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(seed=st.integers(0, 10**9))

@@ -347,16 +347,6 @@ def test_compiled_code_computes_the_same(buckets: tuple[int, ...], tmp_path: Pat
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here: compiling for it is not exercised")
-def test_compiled_code_runs_on_cuda(tmp_path: Path) -> None:
-    candidate = tiny_candidate().replace(runtime={"engine": "compile"})
-    lower(candidate, tmp_path / "artifact", CLASSIFICATION)
-    feed = feed_of(candidate)
-    logits = load_runner(tmp_path / "artifact", 1, "cuda")(feed)
-    np.testing.assert_allclose(logits, reference(candidate, feed), atol=1e-3)
-
-
-@pytest.mark.gpu
 @pytest.mark.skipif(
     engines.CUDA_PROVIDER not in onnxruntime.get_available_providers(),
     reason="this build of ONNX Runtime has no CUDA provider",
@@ -372,8 +362,9 @@ def test_onnx_runs_on_cuda(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here: torch on CUDA is not exercised")
-def test_torch_runs_on_cuda(tmp_path: Path) -> None:
-    candidate = tiny_candidate().replace(runtime={"engine": "torch"})
+@pytest.mark.parametrize("engine", ["torch", "compile"])
+def test_torch_runs_on_cuda(engine: str, tmp_path: Path) -> None:
+    candidate = tiny_candidate().replace(runtime={"engine": engine})
     lower(candidate, tmp_path / "artifact", CLASSIFICATION)
     feed = feed_of(candidate)
     logits = load_runner(tmp_path / "artifact", 1, "cuda")(feed)

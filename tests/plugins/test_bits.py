@@ -51,8 +51,10 @@ def error(weight: torch.Tensor, grid: Grid) -> float:
 def test_a_weight_moves_by_half_a_step_at_most_unless_it_is_clipped(weight: torch.Tensor, grid: Grid) -> None:
     distance, steps = (weight - grid.round(weight)).abs(), grid.scales(weight)
     inside = grid.inside(weight)
-    assert (distance[inside] <= steps[inside] * 0.5 * (1 + 1e-4)).all()
-    assert (distance <= steps * (1 + 1e-4)).all(), "the lone lowest code costs the other end one step"
+    # code times step is rounded to float32 as well, which at 16 bits is some thousandths of the step
+    slack = steps * 1e-4 + weight.abs() * 2 * torch.finfo(torch.float32).eps
+    assert (distance[inside] <= (steps * 0.5 + slack)[inside]).all()
+    assert (distance <= steps + slack).all(), "the lone lowest code costs the other end one step"
     assert grid.kind == "block" or inside.all(), "symmetric codes clip nothing"
 
 
