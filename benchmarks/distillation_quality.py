@@ -121,7 +121,12 @@ def write_study(folder: Path, shared: Path, name: str, steps: int, learning_rate
         "teacher": teacher,
         "data": {**{part: str(path) for part, path in data.items()}, "max_length": facts["max_length"]},
         "methods": ["quantization"],
-        "training": {"epochs": steps * BATCH / rows, "batch_size": BATCH, "learning_rate": learning_rate},
+        "training": {
+            "epochs": steps * BATCH / rows,
+            "batch_size": BATCH,
+            "learning_rate": learning_rate,
+            "precision": "bf16",
+        },
         "output": str(folder / name),
     }
     path = folder / f"{name}.yaml"
@@ -194,7 +199,7 @@ def report(cells: Sequence[Cell], steps: int) -> Path:
     """Write the table."""
     header = ["set", "layers", "method", "seeds", "validation", "test", "over truncated", "over kd", "s"]
     told = (
-        f"{steps} optimizer steps of {BATCH} examples a student, phases included; primary metric of the task in "
+        f"{steps} optimizer steps of {BATCH} examples a student, phases included, in bfloat16; primary metric of the task in "
         "points: mean over seeds with the 95 % t interval of the mean, and paired differences on the test set. "
         "`truncated`: the lower layers fine-tuned on the labels; `kd`: the same with soft targets (α = 0.5, τ = 2)."
     )

@@ -174,6 +174,7 @@ class StepContext:
             weight_decay=settings.weight_decay,
             device=self.device,
             seed=seed,
+            precision=settings.precision,
             parameters=phase.parameters,
             beside=phase.beside and phase.beside.to(self.device),
             on_step=phase.on_step,

@@ -21,6 +21,7 @@ from compress_search.crf import crf_of
 from compress_search.data import Split, ordered_batches
 from compress_search.errors import NotFinite, TrialError
 from compress_search.method import Batch, Loss, ParameterGroup
+from compress_search.mixed_precision import Precision, computing_in
 from compress_search.tasks import Task
 
 MAX_GRADIENT_NORM = 1.0
@@ -59,6 +60,7 @@ def fit(
     weight_decay: float,
     device: torch.device | str,
     seed: int,
+    precision: Precision = "fp32",
     parameters: Iterable[nn.Parameter | ParameterGroup] | None = None,
     beside: nn.Module | None = None,
     on_step: Callable[[int, int], None] | None = None,
@@ -80,6 +82,7 @@ def fit(
         weight_decay: decoupled, on matrices only: not on biases, norms and other vectors.
         device: where the network is.
         seed: of dropout and whatever else draws from torch's generators.
+        precision: of the network's forward passes; weights, gradients and losses are float32.
         parameters: what to optimise, alone or in groups; all that require gradients by default.
         beside: modules that only the loss uses; on ``device`` already, trained like the network.
         on_step: called as ``on_step(step, steps)`` before each step, counted from 0.
@@ -107,7 +110,9 @@ def fit(
                 # losses reach parameters that are not optimised here: their gradients are of no use
                 modules.zero_grad(set_to_none=True)
                 optimizer.zero_grad(set_to_none=True)
-                _step(loss(network, to_device(_next(batches, step), device)), optimizer, step)
+                with computing_in(precision, network):
+                    value = loss(network, to_device(_next(batches, step), device))
+                _step(value, optimizer, step)
                 scheduler.step()
                 if on_progress:
                     on_progress(step + 1)

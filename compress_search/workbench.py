@@ -129,16 +129,23 @@ class Workbench:
         subject = subject_of(network, task.name, self.device.type)
         subject = subject.having(*known.traits, threads=known.threads, cpus=known.cpus, alphabet=known.alphabet)
         teacher = Candidate(network, tokenizer, subject)
-        limit = self.study.training.teacher_cache_gb * 1e9
+        training = self.study.training
         return Materials(
             teacher,
             task,
             train,
             self.splits["validation"],
             logits,
-            TeacherOutputs(network, self.teacher_directory.name, train, self.cache, limit),
+            TeacherOutputs(
+                network,
+                self.teacher_directory.name,
+                train,
+                self.cache,
+                training.teacher_cache_gb * 1e9,
+                training.precision,
+            ),
             self.device,
-            self.study.training,
+            training,
             self.splits.get("unlabelled"),
             partial(untrained, self.study, task),
             lambda: self.masked_lm,

@@ -47,10 +47,10 @@ pytestmark = pytest.mark.slow
 class Ground:
     """A tiny study of all methods, and what a worker would have made of it."""
 
-    def __init__(self, folder: Path, kind: str, family: str) -> None:
+    def __init__(self, folder: Path, kind: str, family: str, precision: str) -> None:
         # whatever depends on speed or size counts, so that nothing is held back
         objectives = [PRIMARY[tiny.task_of(kind)], "latency_ms", "size_mb"]
-        training = {"epochs": 0.34, "batch_size": 32}
+        training = {"epochs": 0.34, "batch_size": 32, "precision": precision}
         path = tiny.tiny_study(folder, kind, family, methods="all", objectives=objectives, training=training)
         tiny.tiny_teacher(folder / "teacher", kind, family, layers=4)
         self.folder = folder
@@ -99,12 +99,12 @@ def clean_process() -> Iterator[ProcessPoolExecutor]:
 @pytest.fixture(
     scope="module",
     params=[
-        ("text-classification", "bert"),
-        ("pairs", "bert"),
-        ("token-classification", "bert"),
-        ("text-regression", "distilbert"),
-        ("text-classification", "roberta"),
-        ("token-classification", "electra"),
+        ("text-classification", "bert", "fp32"),
+        ("pairs", "bert", "bf16"),
+        ("token-classification", "bert", "fp32"),
+        ("text-regression", "distilbert", "bf16"),
+        ("text-classification", "roberta", "fp32"),
+        ("token-classification", "electra", "bf16"),
     ],
     ids=lambda param: "-".join(param),
 )

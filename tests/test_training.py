@@ -7,6 +7,7 @@ from torch import nn
 
 from compress_search import training
 from compress_search.data import read, tokenize, training_batches
+from compress_search.encoders.features import recording
 from compress_search.errors import NotFinite, TrialError
 from compress_search.study import load_study
 from compress_search.tasks import Task
@@ -66,6 +67,40 @@ class TestFit:
         batches = training_batches(splits["train"], 16, 0)
         fit(network, batches, 150, task_loss(task), **{**SETTINGS, "learning_rate": 3e-3})
         assert before < least <= task.score(*evaluate(network, splits["validation"], task))[metric]
+
+    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+    def test_only_forward_passes_are_in_less_than_32_bits(self, toy, precision):
+        network, splits, task = toy()
+        inner, seen = [], []
+        linear = next(module for module in network.modules() if isinstance(module, nn.Linear))
+        linear.register_forward_hook(lambda module, args, output: inner.append(output.dtype))
+
+        def loss(network, batch):
+            with recording(network, ["hidden.1", "scores.0", "pooled"]) as features:
+                logits = forward(network, batch)
+            seen.extend(value.dtype for value in (*features.values(), logits))
+            return task.loss(logits, batch["labels"])
+
+        fit(network, training_batches(splits["train"], 16, 0), 2, loss, **SETTINGS, precision=precision)
+        assert set(inner) == {torch.float32 if precision == "fp32" else torch.bfloat16}
+        assert set(seen) == {torch.float32}
+        assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+        evaluate(network, splits["validation"], task)
+        assert inner[-1] == torch.float32, "scores are computed in full"
+
+    def test_16_bits_learn_as_much(self, toy):
+        network, splits, task = toy()
+        settings = {**SETTINGS, "learning_rate": 3e-3, "precision": "bf16"}
+        fit(network, training_batches(splits["train"], 16, 0), 150, task_loss(task), **settings)
+        assert task.score(*evaluate(network, splits["validation"], task))["accuracy"] >= 0.9
+
+    def test_a_pass_that_raises_leaves_no_precision_behind(self):
+        def broken(network, batch):
+            network(batch["input_ids"])
+
+        with pytest.raises(RuntimeError):
+            fit(nn.Linear(5, 1), line(), 1, broken, **SETTINGS, precision="bf16")
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
 
     def test_the_same_seed_gives_the_same_weights(self, toy):
         _, splits, task = toy()

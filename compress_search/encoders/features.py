@@ -154,7 +154,7 @@ class _Tap:
         if len(heard) != self.calls:
             raise TrialError(f"{name} was computed {len(heard)} times in a forward pass, expected {self.calls}")
         value = heard[self.call]
-        value = getattr(value, "logits", value)
+        value = getattr(value, "logits", value).float()  # under autocast some are in 16 bits
         # (B, S, A·d) -> (B, A, S, d)
         return value.unflatten(-1, (self.heads, -1)).transpose(1, 2) if self.heads else cast(Tensor, value)
 

@@ -228,6 +228,11 @@ class TrainingConfig(Section):
     )
     warmup: float = Field(default=0.1, ge=0, lt=1, description="part of the steps in which the learning rate rises")
     weight_decay: float = Field(default=0.01, ge=0, description="AdamW's decoupled weight decay")
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description="of forward passes in training, the teacher's own included: `bf16` is much faster where "
+        "`compress-search doctor` finds its kernels real; scores are always computed in 32 bits",
+    )
     teacher_cache_gb: float = Field(
         default=4.0,
         ge=0,
@@ -237,7 +242,10 @@ class TrainingConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """What of these decides the result of a trial."""
-        return self.model_dump(mode="json", exclude={"teacher_cache_gb"})
+        plain = self.model_dump(mode="json", exclude={"teacher_cache_gb"})
+        if self.precision == "fp32":  # keys that came later count where they are used
+            del plain["precision"]
+        return plain
 
 
 class MeasureConfig(Section):

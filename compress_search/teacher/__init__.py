@@ -151,7 +151,8 @@ def _config(study: Study, task: Task) -> Any:
 def _training_fingerprint(study: Study, raw: Raw) -> list[Any]:
     assert study.teacher.fine_tune
     settings = study.teacher.fine_tune.identity()
-    shared = [study.training.warmup, study.training.weight_decay, study.data.max_length, study.search.seed]
+    training = study.training
+    shared = [training.warmup, training.weight_decay, training.precision, study.data.max_length, study.search.seed]
     return [settings, shared, raw.train.digest]
 
 
@@ -179,6 +180,7 @@ def _fine_tune(
             weight_decay=study.training.weight_decay,
             device=device,
             seed=study.search.seed,
+            precision=study.training.precision,
             parameters=_parameters(network, settings),
             on_progress=on_progress,
         )

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from compress_search.data import Split, ordered_batches
 from compress_search.encoders.features import derive, feature_shape, parse, primitives, read_features
+from compress_search.mixed_precision import Precision, computing_in
 from compress_search.recipe import digest
 from compress_search.training import to_device
 
@@ -42,7 +43,15 @@ Array = NDArray[Any]
 class TeacherOutputs:
     """The outputs of one teacher on the batches of one study."""
 
-    def __init__(self, teacher: nn.Module, key: str, split: Split, cache: Path, limit: float) -> None:
+    def __init__(
+        self,
+        teacher: nn.Module,
+        key: str,
+        split: Split,
+        cache: Path,
+        limit: float,
+        precision: Precision = "fp32",
+    ) -> None:
         """Nothing is computed yet.
 
         Args:
@@ -51,9 +60,10 @@ class TeacherOutputs:
             split: the training rows.
             cache: holds the directory with the outputs.
             limit: bytes that the outputs of this teacher and split may take on disk.
+            precision: of the teacher's forward passes; what is kept and given is float32.
         """
-        self.teacher, self.split, self.limit = teacher, split, limit
-        self.directory = cache / digest(["outputs", key, split.path.name])
+        self.teacher, self.split, self.limit, self.precision = teacher, split, limit, precision
+        self.directory = cache / digest(["outputs", key, split.path.name, precision])
         self._open: dict[str, Array] = {}
 
     def __call__(self, batch: Batch, features: Collection[str]) -> dict[str, Tensor]:
@@ -66,7 +76,7 @@ class TeacherOutputs:
         wanted = primitives(features)
         rows = self.split.rows_of(batch)
         if rows is None or not self.fits(wanted):
-            with torch.no_grad():
+            with torch.no_grad(), computing_in(self.precision, self.teacher):
                 return read_features(self.teacher, batch, features)
         device, width = batch["input_ids"].device, batch["input_ids"].shape[1]
         arrays = self._arrays(wanted)
@@ -106,7 +116,9 @@ class TeacherOutputs:
         unfinished = self.directory / "unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)  # left behind by a process that died
         if missing:
-            _compute(self.teacher, self.split, {name: self._shape(name) for name in missing}, unfinished)
+            shapes = {name: self._shape(name) for name in missing}
+            with computing_in(self.precision, self.teacher):
+                _compute(self.teacher, self.split, shapes, unfinished)
         for name in missing:
             (unfinished / name).replace(self.directory / name)
         if missing:
@@ -145,7 +157,7 @@ def _compute(network: nn.Module, split: Split, shapes: dict[str, tuple[int, ...]
         for batch in ordered_batches(split, BATCH):
             found = read_features(network, to_device(batch, device), list(shapes))
             for name, output in found.items():
-                values = output.float().cpu()
+                values = output.cpu()
                 if _per_token(name, split):
                     # the real tokens of each row, one after the other
                     mask, places = batch["attention_mask"].bool(), split.places(batch["index"].numpy())
