@@ -10,25 +10,29 @@ matches itself, as TextBrewer's and KnowledgeDistillation's configurations do, u
         - {teacher_layer: 12, student_layer: 3, feature: hidden, loss: hidden_mse, weight: 2}
         - {teacher_layer: 11, student_layer: 2, feature: attention_scores, loss: attention_mse}
 
-Sources: Yang et al. 2020, TextBrewer; Jiao et al. 2020, TinyBERT; Sun et al. 2019, BERT-PKD; Xia et al. 2022, CoFi.
+Sources: Yang et al. 2020, TextBrewer; Jiao et al. 2020, TinyBERT; Sun et al. 2019, BERT-PKD; Xia et al. 2022, CoFi;
+Li et al. 2020, BERT-EMD, without its cost attention: all layers of a model have the same mass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subject, TrialError
 
 from .distillation.layer_maps import STRATEGIES, anchors, layer_pairs, source_layers
 from .distillation.matching import Match, Matching, check_depths, parse_matches
-from .distillation.objective import Choice, Objective, aligned, some, target_space
+from .distillation.objective import Choice, Objective, aligned, some, target_space, transported
 from .distillation.soft_targets import SoftTerm
 from .distillation.students import cut_student, student_subject, unfit, widths
 
 FEATURES = ("hidden", "attention", "hidden+attention", "embedding+hidden+attention")
 ALIGNED = "learned_align"
+EARTH_MOVER = "emd"
+"""Every student layer learns from every one of the teacher's, by a plan that each step makes anew."""
 BY_STRATEGY = "by strategy"
 """What ``matches`` says where it holds none."""
 PROJECTION_LEARNING_RATE = 1e-3
@@ -53,9 +57,7 @@ def written(matches: str, teacher_layers: int) -> tuple[Match, ...]:
 
 def strategic(params: Params, student: int, teacher: int) -> tuple[Match, ...]:
     """The matches that the dimensions describe, for models of so many layers."""
-    pairs = layer_pairs(str(params["strategy"]), student, teacher)
-    if params["strategy"] == ALIGNED:
-        pairs = layer_pairs("uniform", student, teacher)
+    pairs = _pairs(str(params["strategy"]), student, teacher)
     wanted = str(params["features"]).split("+")
     made: list[Mapping[str, Any]] = []
     if "embedding" in wanted:
@@ -68,6 +70,12 @@ def strategic(params: Params, student: int, teacher: int) -> tuple[Match, ...]:
         made += [{**common, "student_layer": s - 1, "teacher_layer": t - 1} for s, t in pairs]
     phase = 1 if params["phases"] == "two_phase" else "all"
     return tuple(Match.model_validate({**match, "phase": phase}) for match in made)
+
+
+def _pairs(strategy: str, student: int, teacher: int) -> list[tuple[int, int]]:
+    if strategy == EARTH_MOVER:
+        return list(product(range(1, student + 1), range(1, teacher + 1)))
+    return layer_pairs("uniform" if strategy == ALIGNED else strategy, student, teacher)
 
 
 def _hidden_pairs(
@@ -89,6 +97,8 @@ def _hidden(params: Params, student: int, teacher: int) -> dict[str, Any]:
     proj: dict[str, Any] = {"kind": params["projection"], "lr": float(params["projection_learning_rate"])}
     if params["shared_projection"]:
         proj["shared"] = "hidden"
+    elif params["strategy"] == EARTH_MOVER:  # one a student layer, whichever of the teacher's it goes to
+        proj["shared"] = f"hidden {student}"
     return {**match, "proj": proj}
 
 
@@ -98,9 +108,13 @@ class LayerMatch(Method):
     stage = Stage.STUDENT
 
     def search_space(self, teacher: Subject) -> Mapping[str, Dim]:
-        """``width`` is the part of the teacher's that is *kept*; weights are of the sum over matches of a kind."""
+        """``width`` is the part of the teacher's that is *kept*; weights are of the sum over matches of a kind.
+
+        Under ``emd`` that sum is a mean over layers, for the masses of all layers sum to 1.
+        """
         depths = list(range(1, teacher.layers)) or [1]
         strategy: dict[str, Sequence[str]] = {"matches": (BY_STRATEGY,)}
+        usual = (*STRATEGIES, ALIGNED)
         projected = strategy | {"projection": ("auto", "linear", "relu", "tanh", "identity")}
         text = {"unlabelled_text": Dim.flag(False, when={"phases": ("auto", "two_phase")}, expert=True)}
         return {
@@ -108,7 +122,7 @@ class LayerMatch(Method):
             "width": Dim.choice(widths(teacher), 1.0),
             "init": Dim.choice(("spread", "first", "last"), "spread", expert=True),
             "matches": Dim.text(partial(written, teacher_layers=teacher.layers), BY_STRATEGY),
-            "strategy": Dim.choice((*STRATEGIES, ALIGNED), "uniform", when=strategy),
+            "strategy": Dim.choice((*usual, EARTH_MOVER), "uniform", when=strategy, usual=usual),
             "features": Dim.choice(FEATURES, "hidden+attention", when=strategy),
             "hidden_weight": Dim.real(0.01, 10.0, 1.0, log=True, when=strategy),
             "attention_weight": Dim.real(0.01, 10.0, 1.0, log=True, when=strategy),
@@ -183,7 +197,7 @@ def _settle(params: dict[str, Any], narrow: bool) -> set[str]:
         if narrow and params["projection"] == "none":  # asked for where it cannot be
             params.update(shared_projection=True, projection_learning_rate=PROJECTION_LEARNING_RATE)
         params["projection"] = "linear" if narrow else equal
-    if params["strategy"] == ALIGNED and "hidden" in wanted:
+    if params["strategy"] == EARTH_MOVER or (params["strategy"] == ALIGNED and "hidden" in wanted):
         params["layer_dropout"] = 0.0  # which matches count is decided at every step as it is
     return idle | (PROJECTED if params["projection"] == "none" else set())
 
@@ -224,6 +238,8 @@ def train(student: Candidate, matching: Matching, params: Params, context: Conte
 
 
 def _choice(params: Params, seed: int) -> Choice | None:
+    if params.get("strategy") == EARTH_MOVER:
+        return transported
     if params.get("strategy") == ALIGNED and "hidden" in str(params["features"]):
         return aligned
     rate = float(params["layer_dropout"])

@@ -1,9 +1,12 @@
 """Which layer of a student learns from which of its teacher's: the maps that have a name.
 
-Pure functions of two depths. Hidden states count from 1, 0 being the embeddings; layers of attention count from 0.
+Pure functions of two depths, or of what each pair of layers costs. Hidden states count from 1, 0 being the
+embeddings; layers of attention count from 0.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -69,6 +72,34 @@ def align(costs: Tensor) -> list[int]:
         end = row + int(torch.argmin(costs[row, row:end]))
         found.insert(0, end)
     return found
+
+
+def transport(costs: Tensor) -> Tensor:
+    """How much of each teacher layer goes to each student layer, where moving all of it costs least.
+
+    Every teacher layer holds 1/T of the mass, every student layer takes 1/M of it. Cut into lcm(T, M) equal parts
+    on either side, the mass moves part by part: some plan of least cost does (Birkhoff 1946), so that the linear
+    programme of the earth mover's distance is an assignment problem, solved exactly and for costs of any size.
+
+    BERT-EMD's cost attention is left out, which after each step shifts mass according to what moving it cost.
+
+    Args:
+        costs: (T, M). One that is not finite counts as 0 here: what is wrong is for the loss to show.
+
+    Returns:
+        (T, M) in float64 on the CPU, not negative; rows sum to 1/T, columns to 1/M.
+
+    Source: Li et al. 2020, BERT-EMD: Many-to-Many Layer Mapping for BERT Compression with Earth Mover's Distance.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    count = math.lcm(*costs.shape)
+    above, below = (torch.arange(size).repeat_interleave(count // size) for size in costs.shape)
+    finite = torch.where(costs.isfinite(), costs, 0.0).detach().double().cpu()
+    _, order = linear_sum_assignment(finite[above][:, below].numpy())
+    parts = torch.zeros(costs.shape, dtype=torch.float64)
+    moved = (above, below[torch.from_numpy(order)])
+    return parts.index_put_(moved, torch.ones(count, dtype=torch.float64), accumulate=True) / count
 
 
 def anchors(student: int, teacher: int, count: int = 4) -> list[int]:

@@ -7,8 +7,9 @@ sum says nothing of how many matches it is of. Which matches, weights and phases
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,14 +18,14 @@ from torch import Tensor, nn
 from compress_search import Batch, Context, Dim, ParameterGroup, Subject
 from compress_search.encoders import read_features, recording
 
-from .layer_maps import align
+from .layer_maps import align, transport
 from .matching import Matching
 from .soft_targets import SoftTerm, soft_space
 
 Features = Mapping[str, Tensor]
 Teacher = Callable[[Batch, Collection[str]], Features]
-Choice = Callable[[Matching, Features, Features, Tensor], Sequence[int]]
-"""(matching, student's features, teacher's, mask) -> the numbers of the matches that count in this step."""
+Choice = Callable[[Matching, Features, Features, Tensor], Mapping[int, float]]
+"""(matching, student's features, teacher's, mask) -> the matches that count in this step, and how much each."""
 
 RECORDED = 20
 """Training steps over which the terms that are reported are averaged."""
@@ -43,8 +44,8 @@ def target_space(teacher: Subject) -> dict[str, Dim]:
 class Objective:
     """A loss for ``context.fit``: matches + ``soft_weight``·soft targets + ``hard_weight``·the task's loss.
 
-    ``teacher`` answers for features; the study's by default. ``choose`` picks the matches of a step, all
-    by default. A term of weight 0 is not computed; batches without labels can have only matches.
+    ``teacher`` answers for features; the study's by default. ``choose`` picks the matches of a step, all of them
+    wholly by default. A term of weight 0 is not computed; batches without labels can have only matches.
     """
 
     context: Context
@@ -76,7 +77,7 @@ class Objective:
         self.context.fit(network, loss=self, on_step=self._on_step, parameters=groups, beside=beside, **options)
 
     def report(self) -> dict[str, float]:
-        """The unweighted terms by their kind, matches of a kind summed; means over the last steps."""
+        """The unweighted terms by their kind, those of a kind summed as chosen; means over the last steps."""
         return {name: sum(values) / len(values) for name, values in self.recorded.items()}
 
     def _on_step(self, step: int, steps: int) -> None:
@@ -93,10 +94,10 @@ class Objective:
             return 0.0
         ask = self.teacher or self.context.teacher_outputs
         teacher, mask = ask(batch, self.matching.teacher_features), batch["attention_mask"]
-        everything = range(len(self.matching.matches))
-        numbers = self.choose(self.matching, student, teacher, mask) if self.choose else everything
-        terms = {number: self.matching.term(number, student, teacher, mask) for number in numbers}
-        for kind in dict.fromkeys(self.matching.matches[number].feature for number in numbers):
+        everything = dict.fromkeys(range(len(self.matching.matches)), 1.0)
+        shares = self.choose(self.matching, student, teacher, mask) if self.choose else everything
+        terms = {n: share * self.matching.term(n, student, teacher, mask) for n, share in shares.items()}
+        for kind in dict.fromkeys(self.matching.matches[n].feature for n in terms):
             of_kind = [term.detach() for n, term in terms.items() if self.matching.matches[n].feature == kind]
             self._record(kind, torch.stack(of_kind).sum())
         return self.matching.loss(terms, self.progress)
@@ -113,32 +114,51 @@ def some(rate: float, seed: int) -> Choice:
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def choose(matching: Matching, student: Features, teacher: Features, mask: Tensor) -> list[int]:
+    def choose(matching: Matching, student: Features, teacher: Features, mask: Tensor) -> dict[int, float]:
         draws = torch.rand(len(matching.matches), generator=generator)
         # the one with the largest draw stays: where all are to go, it is any of them with equal probability
-        return [n for n, draw in enumerate(draws) if draw >= rate or n == int(draws.argmax())]
+        return {n: 1.0 for n, draw in enumerate(draws) if draw >= rate or n == int(draws.argmax())}
 
     return choose
 
 
-def aligned(matching: Matching, student: Features, teacher: Features, mask: Tensor) -> list[int]:
+def aligned(matching: Matching, student: Features, teacher: Features, mask: Tensor) -> dict[int, float]:
     """Of the matches of hidden states those that :func:`align` picks, one a teacher layer; all of the others.
 
     The matches of hidden states are those of every student layer with each of a few of the teacher's.
     """
-    numbers = {
-        (match.teacher_layer, match.student_layer): number
-        for number, match in enumerate(matching.matches)
-        if match.feature == "hidden"
-    }
-    above = sorted({pair[0] for pair in numbers})  # type: ignore[type-var]
-    below = sorted({pair[1] for pair in numbers})  # type: ignore[type-var]
-    with torch.no_grad():
-        costs = torch.stack(
-            [torch.stack([matching.term(numbers[t, s], student, teacher, mask) for s in below]) for t in above]
-        )
-    picked = {numbers[t, below[column]] for t, column in zip(above, align(costs), strict=True)}
-    return [n for n, match in enumerate(matching.matches) if n in picked or match.feature != "hidden"]
+    grid = _grid(matching, "hidden")
+    columns = align(_costs(grid, matching, student, teacher, mask))
+    picked = {row[column] for row, column in zip(grid, columns, strict=True)}
+    return {n: 1.0 for n, match in enumerate(matching.matches) if n in picked or match.feature != "hidden"}
+
+
+def transported(matching: Matching, student: Features, teacher: Features, mask: Tensor) -> dict[int, float]:
+    """Of the matches of each feature the part that :func:`transport` moves by it at what they cost in this step.
+
+    The matches of a feature are those of every student layer with each of the teacher's. The plan is a constant:
+    gradients are those of the matches.
+    """
+    shares: dict[int, float] = {}
+    for feature in dict.fromkeys(match.feature for match in matching.matches):
+        grid = _grid(matching, feature)
+        plan = transport(_costs(grid, matching, student, teacher, mask)).flatten().tolist()
+        shares |= {n: share for n, share in zip(chain(*grid), plan, strict=True) if share}
+    return shares
+
+
+def _grid(matching: Matching, feature: str) -> list[list[int]]:
+    """The numbers of a feature's matches, one for each pair of layers: T rows of M, rising layers both."""
+    of_feature = [(n, match) for n, match in enumerate(matching.matches) if match.feature == feature]
+    numbers = {(match.teacher_layer, match.student_layer): n for n, match in of_feature}
+    above, below = (sorted(set(side)) for side in zip(*numbers, strict=True))  # type: ignore[type-var]
+    return [[numbers[t, s] for s in below] for t in above]
+
+
+@torch.no_grad()
+def _costs(grid: list[list[int]], matching: Matching, student: Features, teacher: Features, mask: Tensor) -> Tensor:
+    """The unweighted losses of these matches, (T, M)."""
+    return torch.stack([torch.stack([matching.term(n, student, teacher, mask) for n in row]) for row in grid])
 
 
 def reader(network: nn.Module) -> Teacher:
