@@ -132,6 +132,8 @@ class StepContext:
     seed: int
     scratch: Path
     dry: bool
+    share_spent: float = 0.0
+    """Of the step's own share, by the phases before."""
 
     @property
     def device(self) -> torch.device:
@@ -167,7 +169,7 @@ class StepContext:
         training.fit(
             network.to(self.device),
             phase.batches or training_batches(self.materials.train, settings.batch_size, seed),
-            0 if self.dry else phase.steps(self.share_of_budget),
+            0 if self.dry else phase.steps(self.share_of_budget, self.share_spent),
             phase.loss or self.task_loss,
             learning_rate=settings.learning_rate if phase.learning_rate is None else phase.learning_rate,
             warmup=settings.warmup,
@@ -180,6 +182,7 @@ class StepContext:
             on_step=phase.on_step,
             on_progress=lambda _: self._advance(network, phase.scored),
         )
+        self.share_spent += phase.share
         self.budget.fit_seconds += time.perf_counter() - started
 
     def _advance(self, network: nn.Module, scored: bool) -> None:

@@ -44,9 +44,12 @@ class Phase:
         if not 0 < self.share <= 1:
             raise TrialError(f"a share of the training budget lies in (0, 1], got {self.share}")
 
-    def steps(self, budget: int) -> int:
-        """Optimizer steps that the share of a budget comes to; at least one."""
-        return max(1, round(self.share * budget))
+    def steps(self, budget: int, before: float = 0.0) -> int:
+        """Optimizer steps that the share of a budget comes to, after another share; at least one.
+
+        Where all phases come to the whole budget, so do their steps, whatever each is rounded to.
+        """
+        return max(1, round((before + self.share) * budget) - round(before * budget))
 
 
 def fit(

@@ -1,9 +1,11 @@
 """What a method may ask of ``fit``: groups with rates of their own, modules beside the network, batches, text."""
 
-from itertools import islice
+from itertools import islice, pairwise
 
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from torch import nn
 
 from compress_search import Context, ParameterGroup, TrialError
@@ -108,6 +110,22 @@ def test_frozen_parameters_of_groups_are_left_out():
 def test_batches_that_end_are_refused():
     with pytest.raises(TrialError, match="ended after 2 of the steps"):
         fit(nn.Linear(4, 1), islice(line(), 2), 5, output, learning_rate=1e-2, **SETTINGS)
+
+
+@given(budget=st.integers(20, 5000), cuts=st.lists(st.integers(1, 99), max_size=3, unique=True))
+def test_phases_of_the_whole_budget_take_all_its_steps(budget, cuts):
+    ends = [0.0, *(cut / 100 for cut in sorted(cuts)), 1.0]
+    taken = [Phase(share=end - start).steps(budget, start) for start, end in pairwise(ends)]
+    assume(all(round(end * budget) > round(start * budget) for start, end in pairwise(ends)))
+    assert sum(taken) == budget
+
+
+def test_an_odd_budget_is_halved_without_a_rest():
+    context = tiny_context(tiny_candidate(layers=1), steps=5)
+    network = tiny_candidate(layers=1).network
+    context.fit(network, share=0.5)
+    context.fit(network, share=0.5)
+    assert sum(context.fits) == 5
 
 
 @pytest.mark.parametrize("share", [0.0, -1.0, 1.5])

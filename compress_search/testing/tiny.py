@@ -163,6 +163,7 @@ class TinyContext:
     batch_size: int = 8
     examples: int = 64
     fits: list[int] = field(default_factory=list)
+    share_spent: float = 0.0
     training: bool = False
     """Whether :meth:`fit` is running now."""
 
@@ -193,7 +194,8 @@ class TinyContext:
     def fit(self, network: nn.Module, **options: Any) -> None:
         """Train on tiny batches for ``share`` of the budget, as the engine's loop does."""
         phase = Phase(**options)
-        steps = 0 if self.dry else phase.steps(self.steps)
+        steps = 0 if self.dry else phase.steps(self.steps, self.share_spent)
+        self.share_spent += phase.share
         self.fits.append(steps)
         own = tiny_batches(self.candidate, batch_size=self.batch_size, seed=self.seed + len(self.fits))
         self.training = True
