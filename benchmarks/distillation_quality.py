@@ -31,7 +31,8 @@ from benchmarks.ground import Ground
 RECORDS = tables.RESULTS / "distillation_quality.jsonl"
 LAYERS = 6
 """Of every teacher here."""
-DEPTHS = {"half": 3, "third": 2}
+SHAPES = {"half": (3, 1.0), "third": (2, 1.0), "half, half as wide": (3, 0.5)}
+"""(layers, width as a part of the teacher's); a narrow student is for the methods that can make one."""
 BASELINES = ("truncated", "kd")
 """What the others are compared with: fine-tuning the lower layers on the labels, and on labels and soft targets."""
 
@@ -75,8 +76,10 @@ SETS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def arms(layers: int) -> dict[str, dict[str, Any]]:
-    """The methods section of each way to make a student of so many layers."""
+def arms(layers: int, width: float = 1.0) -> dict[str, dict[str, Any]]:
+    """The methods section of each way to make a student of so many layers and that width."""
+    if width < 1:
+        return {name: {name: {"layers": layers, "width": width}} for name in ("tinybert", "minilm", "layer_match")}
     theseus = {"block_size": LAYERS // layers}
     return {
         "truncated": {"plain_student": {"layers": layers, "alpha": 0.0}},
@@ -140,11 +143,12 @@ BATCH = 32
 
 def student(ground: Ground, name: str, depth: str, method: str, seed: int, scratch: Path) -> Cell:
     """Train one student and score it."""
-    recipe = ground.recipe(arms(DEPTHS[depth])[method])
+    layers, width = SHAPES[depth]
+    recipe = ground.recipe(arms(layers, width)[method])
     started = time.perf_counter()
     candidate, steps = ground.apply(recipe, scratch, seed=seed)
     seconds = time.perf_counter() - started
-    assert candidate.subject.layers == DEPTHS[depth], recipe
+    assert candidate.subject.layers == layers, recipe
     assert steps == ground.materials.steps, "every method trains for as many steps"
     return Cell(name, depth, method, seed, steps, *ground.scores(candidate.network), seconds)
 
@@ -185,7 +189,7 @@ def difference(cells: Mapping[tuple[str, int], Cell], method: str, other: str) -
 def rows_of(cells: Sequence[Cell]) -> Iterator[list[object]]:
     """The table's rows, by data set, depth and method."""
     for name in SETS:
-        for depth in ("-", *DEPTHS):
+        for depth in ("-", *SHAPES):
             found = {(cell.method, cell.seed): cell for cell in cells if (cell.set, cell.depth) == (name, depth)}
             for method in dict.fromkeys(method for method, _ in found):
                 mine = [cell for (other, _), cell in found.items() if other == method]
@@ -199,9 +203,10 @@ def report(cells: Sequence[Cell], steps: int) -> Path:
     """Write the table."""
     header = ["set", "layers", "method", "seeds", "validation", "test", "over truncated", "over kd", "s"]
     told = (
-        f"{steps} optimizer steps of {BATCH} examples a student, phases included, in bfloat16; primary metric of the task in "
-        "points: mean over seeds with the 95 % t interval of the mean, and paired differences on the test set. "
-        "`truncated`: the lower layers fine-tuned on the labels; `kd`: the same with soft targets (α = 0.5, τ = 2)."
+        f"{steps} optimizer steps of {BATCH} examples a student, phases included, in bfloat16; primary metric "
+        "of the task in points: mean over seeds with the 95 % t interval of the mean, and paired differences "
+        "on the test set. `truncated`: the lower layers fine-tuned on the labels; `kd`: the same with soft "
+        "targets (α = 0.5, τ = 2)."
     )
     table = tables.table(header, rows_of([cell for cell in cells if cell.steps in (0, steps)]))
     return tables.write("distillation_quality", "What the ways of distillation are worth", [told, table])
@@ -218,7 +223,7 @@ def report(cells: Sequence[Cell], steps: int) -> Path:
 def main(shared: Path, sets: str, methods: str, seeds: str, steps: int, learning_rate: float, quick: bool) -> None:
     """Train what is missing and write benchmarks/results/distillation_quality.md."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    depths = list(DEPTHS)
+    depths = list(SHAPES)
     if quick:
         sets, depths, seeds, steps = sets.split(",")[0], depths[:1], seeds.split(",")[0], 20
     have = {(cell.set, cell.depth, cell.method, cell.seed, cell.steps) for cell in stored()}
@@ -231,7 +236,7 @@ def main(shared: Path, sets: str, methods: str, seeds: str, steps: int, learning
                 teacher = ground.scores(ground.materials.teacher.network)
                 keep(Cell(name, "-", "teacher", 0, 0, *teacher, 0.0))
             for seed, depth, method in wanted:
-                if (name, depth, method, seed, budget) not in have:
+                if method in arms(*SHAPES[depth]) and (name, depth, method, seed, budget) not in have:
                     cell = student(ground, name, depth, method, seed, Path(folder))
                     keep(cell)
                     click.echo(json.dumps(asdict(cell)))
