@@ -100,7 +100,8 @@ def fit(
         modules.eval()
         return
     asked = modules.parameters() if parameters is None else parameters
-    optimizer = AdamW(_optimizer_groups(asked, learning_rate, weight_decay))
+    # one pass over each weight instead of a dozen, which took a fifth of a step on a CPU
+    optimizer = AdamW(_optimizer_groups(asked, learning_rate, weight_decay), fused=True)
     scheduler = LambdaLR(optimizer, lambda step: schedule(step, steps, warmup))
     device = torch.device(device)
     try:
