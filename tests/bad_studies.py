@@ -82,6 +82,40 @@ def headless(folder: Path) -> None:
     (folder / "teacher" / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
+def other_vocabulary(name: str, kind: str) -> Prepare:
+    """A model beside the study with a piece that the teacher's tokenizer has not, and the teacher's vocab.txt."""
+
+    def prepare(folder: Path) -> None:
+        from transformers import BertTokenizer
+
+        tiny.tiny_teacher(folder / name)
+        pieces = [*tiny.tiny_vocabulary()[:-1], "other"]
+        BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}).save_pretrained(folder / name)
+        config = folder / name / "config.json"
+        config.write_text(config.read_text().replace("BertForSequenceClassification", kind), encoding="utf-8")
+        (folder / "vocab.txt").write_text("\n".join(tiny.tiny_vocabulary()), encoding="utf-8")
+
+    return prepare
+
+
+def language_model(**changes: Any) -> Prepare:
+    """A masked language model ``lm`` beside the study, of the teacher's vocabulary."""
+
+    def prepare(folder: Path) -> None:
+        from transformers import AutoModelForMaskedLM
+
+        AutoModelForMaskedLM.from_config(tiny.tiny_config(**changes)).save_pretrained(folder / "lm")
+        tiny.tiny_tokenizer().save_pretrained(folder / "lm")
+
+    return prepare
+
+
+def from_scratch(vocabulary: int | str, **keys: Any) -> dict[str, Any]:
+    """A teacher that is to be trained from nothing."""
+    architecture = {"layers": 2, "hidden": 32, "heads": 4, "vocabulary": vocabulary}
+    return {"teacher": {"architecture": architecture, "fine_tune": {"epochs": 1}, **keys}}
+
+
 GPT = '{"model_type": "gpt2", "architectures": ["GPT2ForSequenceClassification"]}'
 MYSTERY = '{"model_type": "mystery", "architectures": ["MysteryModel"]}'
 
@@ -133,6 +167,29 @@ CASES = {
     "no teacher there": Case("teacher.model", "no such directory: ./nowhere", {"teacher.model": "./nowhere"}),
     "no head": Case(
         "teacher.model", "BertModel has no head for text-classification: name a fine-tuned model", {}, headless
+    ),
+    "a further teacher that reads other pieces": Case(
+        "teacher.ensemble.0",
+        "other: its vocabulary is not the first teacher's",
+        {"teacher.ensemble": ["other"], "teacher.fine_tune": {"epochs": 1}},
+        other_vocabulary("other", "BertForSequenceClassification"),
+    ),
+    "a language model that reads other pieces than a vocab.txt": Case(
+        "teacher.masked_lm",
+        "lm: its vocabulary is not the teacher's",
+        from_scratch("vocab.txt", masked_lm="lm"),
+        other_vocabulary("lm", "BertForMaskedLM"),
+    ),
+    "a language model of more pieces than are to be learnt": Case(
+        "teacher.masked_lm",
+        f"its vocabulary has {len(tiny.tiny_vocabulary())} pieces: expected the teacher's, which is to have 100",
+        from_scratch(100, masked_lm="lm"),
+        language_model(),
+    ),
+    "a language model that predicts no pieces": Case(
+        "teacher.masked_lm",
+        "BertForSequenceClassification: expected a masked language model",
+        {"teacher.masked_lm": "teacher"},
     ),
     "unsupported family": Case(
         "teacher.model", "'gpt2' are not supported: expected", {}, write("teacher/config.json", GPT)

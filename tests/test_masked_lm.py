@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from transformers import AutoModelForMaskedLM
@@ -15,6 +17,7 @@ from compress_search.runtimes import load_runner
 from compress_search.space import defaults
 from compress_search.study import load_study
 from compress_search.teacher.reading import cut
+from compress_search.teacher.scratch import build_tokenizer
 from compress_search.workbench import Workbench
 from tests import tiny
 
@@ -103,7 +106,7 @@ def test_another_vocabulary_is_refused_before_any_work(with_model, tmp_path):
     study, _ = with_model()
     tokenizer = tiny.tiny_tokenizer()
     keep_pieces(tokenizer, range(len(tokenizer) - 1)).save_pretrained(tmp_path / "language_model")
-    assert "teacher.masked_lm: its vocabulary is not the teacher's" in refused(study)
+    assert "language_model: its vocabulary is not the teacher's" in refused(study)
 
 
 def test_another_family_is_refused_before_any_work(with_model, tmp_path):
@@ -111,6 +114,30 @@ def test_another_family_is_refused_before_any_work(with_model, tmp_path):
     config = tmp_path / "language_model" / "config.json"
     config.write_text(config.read_text().replace('"model_type": "bert"', '"model_type": "gpt2"'))
     assert "teacher.masked_lm: models of the family 'gpt2' are not supported" in refused(study)
+
+
+@pytest.mark.parametrize("path", ["ensemble", "masked_lm"])
+def test_a_vocabulary_to_be_trained_is_compared_before_its_teacher_is(path, tiny_study, tmp_path, monkeypatch):
+    """Of a trained vocabulary only the size is known before."""
+    pieces = [*tiny.tiny_vocabulary(), *(f"word{number}" for number in range(40))][:100]
+    make = tiny.tiny_teacher if path == "ensemble" else language_model
+    make(tmp_path / "other", vocab_size=100)
+    build_tokenizer(pieces, 64).save_pretrained(tmp_path / "other")
+    architecture = {"layers": 2, "hidden": 8, "heads": 2, "vocabulary": 100}
+    other = ["other"] if path == "ensemble" else "other"
+    teacher = {"model": None, "architecture": architecture, "fine_tune": {"epochs": 1}, path: other}
+    study = load_study(tiny_study(methods=["tinybert"], teacher=teacher))
+    prepared = prepare(study)
+    monkeypatch.setattr("compress_search.teacher.scratch.train_wordpiece", lambda *_: [*pieces[:-1], "another"])
+    monkeypatch.setattr("compress_search.teacher.fit", lambda *_, **__: pytest.fail("the teacher was trained"))
+    with pytest.raises(StudyError, match=rf"teacher\.{path}.*other: its vocabulary is not"):
+        _ = Workbench(prepared.brief).materials
+
+
+def test_what_is_unlike_the_teacher_is_known_before_any_work(with_model):
+    study, _ = with_model(layers=3, hidden_size=16)
+    traits = {trait for trait in prepare(study).plan.teacher.traits if trait.startswith("masked-lm:")}
+    assert traits == {"masked-lm:layers=3", "masked-lm:hidden=16", "masked-lm:embedding_size=16"}
 
 
 def test_a_missing_directory_is_refused_when_the_study_is_read(tiny_study):
@@ -121,6 +148,8 @@ def test_a_missing_directory_is_refused_when_the_study_is_read(tiny_study):
 def test_a_model_without_the_head_is_refused(tiny_study, tmp_path):
     path = tiny_study(methods=["tinybert"])
     tiny.tiny_teacher(tmp_path / "other")
+    config = tmp_path / "other" / "config.json"
+    config.write_text(re.sub(r'"architectures": \[.*?\],', "", config.read_text(), flags=re.DOTALL))  # older files
     prepared = prepare(load_study(path, ["teacher.masked_lm=other"]))
     with pytest.raises(
         StudyError, match=r"teacher\.masked_lm: expected a masked language model, and the weights lack"

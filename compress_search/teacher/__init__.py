@@ -33,19 +33,38 @@ from compress_search.training import fit, planned_steps, task_loss
 def teacher_subject(study: Study, task: Task) -> Subject:
     """The teacher's shapes, from its configuration alone: no weights are read and nothing is created.
 
+    Its traits say what is unlike it of the study's masked language model.
+
     Raises:
         StudyError: the model cannot be found or read, its family is not supported, or it does not fit the task,
             the data's labels or ``data.max_length``; the same of each further teacher, and of the masked language
-            model, whose vocabulary is the teacher's.
+            model, whose vocabularies are the teacher's.
     """
+    config = _config(study, task)
     ensemble.check(study, task)
     masked_lm.check(study, task)
+    if study.teacher.ensemble or study.teacher.masked_lm:
+        _check_vocabularies(study, _known_tokenizer(study))
     with no_init_weights(), torch.device("meta"), quiet():
-        network = auto_class(task.tokens).from_config(_config(study, task))
+        network = auto_class(task.tokens).from_config(config)
         attach_crf(network)
+        subject = subject_of(network, task.name, _device(study))
+        unlike = masked_lm.unlike(study, task, subject)
     if study.teacher.ensemble and crf_of(network):
         raise study.error("teacher.ensemble", "the teacher has a CRF, whose transitions cannot be averaged")
-    return subject_of(network, task.name, _device(study))
+    return subject.having(*unlike)
+
+
+def _known_tokenizer(study: Study) -> PreTrainedTokenizerBase | None:
+    """The teacher's tokenizer; None where it is yet to be trained."""
+    return scratch.given_tokenizer(study) if study.teacher.architecture else pretrained.load_tokenizer(study)
+
+
+def _check_vocabularies(study: Study, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Refuse whoever would be given the teacher's tokens and read them as something else."""
+    if tokenizer:
+        ensemble.check_vocabularies(study, tokenizer)
+        masked_lm.check_vocabulary(study, tokenizer)
 
 
 def teacher_pieces(study: Study) -> tuple[str, int]:
@@ -89,6 +108,7 @@ def prepare_teacher(
             network, tokenizer = pretrained.load_pretrained(study, source, config, task)
         else:
             network, tokenizer = scratch.new_network(study, raw.train, config, task)
+        _check_vocabularies(study, tokenizer)
         if study.teacher.fine_tune:
             _fine_tune(network, tokenizer, study, raw, task, cache, on_progress)
         with quiet():
@@ -108,11 +128,10 @@ def prepare_ensemble(study: Study, first: Path, raw: Raw, task: Task, cache: Pat
         StudyError: one cannot be loaded, or its vocabulary is not the first one's.
     """
     paths = [first]
-    tokenizer = AutoTokenizer.from_pretrained(first)
+    _check_vocabularies(study, AutoTokenizer.from_pretrained(first))
     for number, member in enumerate(ensemble.members(study)):
         with ensemble.blamed(study, number):
             paths.append(prepare_teacher(member, raw, task, cache))
-        ensemble.check_vocabulary(study, number, tokenizer, AutoTokenizer.from_pretrained(paths[-1]))
     return paths
 
 

@@ -52,6 +52,18 @@ def blamed(study: Study, number: int) -> Iterator[None]:
         raise study.error(f"teacher.ensemble.{number}", error.message) from error
 
 
+def check_vocabularies(study: Study, first: PreTrainedTokenizerBase) -> None:
+    """Refuse further teachers that would read the first one's tokens as something else; no weights are read.
+
+    Raises:
+        StudyError: a tokenizer cannot be loaded, or is another one.
+    """
+    for number, member in enumerate(members(study)):
+        with blamed(study, number):
+            tokenizer = pretrained.load_tokenizer(member)
+        check_vocabulary(study, number, first, tokenizer)
+
+
 def check_vocabulary(
     study: Study, number: int, first: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
 ) -> None:
@@ -64,7 +76,8 @@ def check_vocabulary(
     if not same:
         raise study.error(
             f"teacher.ensemble.{number}",
-            "its vocabulary is not the first teacher's, whose tokens it would be given",
+            f"{study.teacher.ensemble[number]}: its vocabulary is not the first teacher's, "
+            "whose tokens it would be given",
         )
 
 

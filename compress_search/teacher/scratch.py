@@ -128,6 +128,16 @@ def new_network(study: Study, rows: Rows, config: BertConfig, task: Task) -> tup
     return fresh(study, config, task), build_tokenizer(pieces, study.data.max_length)
 
 
+def given_tokenizer(study: Study) -> BertTokenizer | None:
+    """The tokenizer of the study's vocab.txt; None where the vocabulary is to be trained.
+
+    Raises:
+        StudyError: the vocabulary's file is wrong.
+    """
+    pieces = _given(study)
+    return build_tokenizer(pieces, study.data.max_length) if pieces else None
+
+
 def fresh(study: Study, config: BertConfig, task: Task) -> Any:
     """The network of the configuration with the study's random weights."""
     with seeded(study.search.seed):
