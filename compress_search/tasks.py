@@ -34,11 +34,15 @@ Metric = Callable[[Array], Array]
 
 @dataclass(frozen=True)
 class Task:
-    """A task head: ``labels`` in the order of the logits (none for regression); ``entities`` for BIO tags."""
+    """A task head: ``labels`` in the order of the logits (none for regression); ``entities`` for BIO tags.
+
+    ``numbered`` says that the order is the data set's own, and not only that of the alphabet.
+    """
 
     name: str
     labels: tuple[str, ...] = ()
     entities: bool = False
+    numbered: bool = False
 
     @property
     def tokens(self) -> bool:
@@ -140,7 +144,10 @@ class Task:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, the inverse of :meth:`from_dict`."""
-        return {**asdict(self), "labels": list(self.labels)}
+        plain = {**asdict(self), "labels": list(self.labels)}
+        if not self.numbered:  # as if there were no such field: what was cached before it stays
+            del plain["numbered"]
+        return plain
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Task:

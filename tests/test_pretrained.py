@@ -36,6 +36,22 @@ class TestMatchLabels:
         assert match_labels(labels, names) == expected
 
     @pytest.mark.parametrize(
+        ("names", "expected"),
+        [
+            (["LABEL_0", "LABEL_1", "LABEL_2"], [0, 1, 2]),
+            (["e", "n", "c"], [0, 1, 2]),
+            (["CONTRADICTION", "NEUTRAL", "ENTAILMENT"], [2, 1, 0]),
+        ],
+    )
+    def test_labels_that_the_data_set_numbers(self, names, expected):
+        labels = ["entailment", "neutral", "contradiction"]
+        assert match_labels(labels, names, numbered=True) == expected
+
+    def test_some_names_in_common_are_no_order(self):
+        with pytest.raises(ValueError, match="are not those of the data"):
+            match_labels(["O", "B-PER"], ["o", "B-person"], numbered=True)
+
+    @pytest.mark.parametrize(
         ("labels", "names", "message"),
         [
             (["a", "b"], ["a", "b", "c"], r"the model has 3 outputs \(a, b, c\), the data have 2 classes \(a, b\)"),

@@ -5,6 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from compress_search import hub
 from compress_search.data.readers import read_source
 
 ROWS = [{"text": "one, two", "label": "a"}, {"text": "größer", "label": "b"}]
@@ -87,6 +88,30 @@ class TestMalformed:
     def test_a_file_that_is_gone(self, tmp_path):
         assert error_of(str(tmp_path / "d.jsonl")) == "d.jsonl: cannot be read: No such file or directory"
 
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            ("[" * 100_000, "nested too deeply"),
+            ('{"text": ' * 100_000, "nested too deeply"),
+            ('{"text": "x", "label": ' + "1" * 5000 + "}", "a number of more than 4300 digits"),
+        ],
+        ids=["lists", "objects", "digits"],
+    )
+    def test_json_that_python_does_not_read(self, tmp_path, line, message):
+        source = write(tmp_path / "d.jsonl", f'{{"text": "x"}}\n{line}\n')
+        assert error_of(source) == f"d.jsonl:2: not JSON: {message}"
+
+    @pytest.mark.parametrize(("suffix", "mark"), [("csv", ","), ("tsv", "\t")])
+    def test_a_column_that_is_there_twice(self, tmp_path, suffix, mark):
+        source = write(tmp_path / f"d.{suffix}", f"label{mark}text{mark}label\na{mark}x{mark}b\n")
+        assert error_of(source) == f"d.{suffix}:1: the header names column 'label' twice"
+
+    def test_columns_without_a_name_are_none_that_is_there_twice(self, tmp_path):
+        assert rows_of(write(tmp_path / "d.csv", "text,,\nx,,\n")) == [{"text": "x", "": ""}]
+
+
+TAGS = datasets.ClassLabel(names=["O", "B-PER", "I-PER"])
+
 
 class TestHub:
     @pytest.mark.parametrize(
@@ -101,7 +126,8 @@ class TestHub:
     def test_the_id_names_configuration_and_split(self, monkeypatch, source, expected):
         asked = []
 
-        def load_dataset(name, configuration, split):
+        def load_dataset(name, configuration, split, streaming):
+            assert not streaming
             asked.append((name, configuration, split))
             return datasets.Dataset.from_list(ROWS)
 
@@ -109,9 +135,48 @@ class TestHub:
         assert rows_of(source) == ROWS
         assert asked == [expected]
 
-    def test_what_the_hub_does_not_have(self, monkeypatch):
+    @pytest.mark.parametrize("tags", [datasets.Sequence(TAGS), [TAGS]], ids=["sequence", "list"])
+    def test_numbers_of_classes_become_their_names(self, monkeypatch, tags):
+        features = datasets.Features(
+            {"tokens": datasets.Sequence(datasets.Value("string")), "ner_tags": tags, "label": TAGS}
+        )
+        rows = {"tokens": [["ada", "smiles"], ["it"]], "ner_tags": [[1, 0], [0]], "label": [2, -1]}
+        held = datasets.Dataset.from_dict(rows, features)
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: held)
+        first, second = rows_of("x/y")
+        assert first == {"tokens": ["ada", "smiles"], "ner_tags": ["B-PER", "O"], "label": "I-PER"}
+        assert first["label"].number == 2
+        assert second == {"tokens": ["it"], "ner_tags": ["O"], "label": None}
+
+    @pytest.mark.parametrize("reachable", [True, False])
+    def test_a_glance_fetches_no_more_than_it_must(self, monkeypatch, reachable):
+        asked = []
+
+        def load_dataset(*_args, split, streaming):
+            asked.append(streaming)
+            held = datasets.Dataset.from_list(ROWS)
+            return held.to_iterable_dataset() if streaming else held
+
+        monkeypatch.setattr(hub, "reachable", lambda: reachable)
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        assert [row for _, row in read_source("x/y", "train", glance=True)] == ROWS
+        assert asked == [reachable]
+
+    @pytest.mark.parametrize(
+        ("error", "said"),
+        [
+            (
+                datasets.exceptions.DatasetNotFoundError("Dataset 'x/y' doesn't exist\nor is private"),
+                "Dataset 'x/y' doesn't exist",
+            ),
+            (datasets.exceptions.DatasetGenerationError("An error occurred"), "An error occurred"),
+            (RuntimeError("Dataset scripts are no longer supported"), "Dataset scripts are no longer supported"),
+            (ConnectionError(), "ConnectionError"),
+        ],
+    )
+    def test_what_the_hub_does_not_have(self, monkeypatch, error, said):
         def load_dataset(*_args, **_options):
-            raise datasets.exceptions.DatasetNotFoundError("Dataset 'x/y' doesn't exist\nor is private")
+            raise error
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-        assert error_of("x/y") == "cannot load x/y from the hub: Dataset 'x/y' doesn't exist"
+        assert error_of("x/y") == f"cannot load x/y from the hub: {said}"

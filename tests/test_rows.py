@@ -1,6 +1,8 @@
 import json
+import shutil
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -85,6 +87,24 @@ class TestRead:
         assert sorted(map(len, [*raw.train.texts, *raw.validation.texts])) == [2, 3]
         assert task.labels == ("B-LOC", "B-PER", "O")
 
+    @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])
+    def test_a_cell_with_a_json_list_is_that_list(self, study_of, suffix):
+        words, tags = '["ada,", "it\'s 5"]', '["B-PER", "O"]'
+        table = {
+            "csv": "tokens,tags\n" + '"{}","{}"\n'.format(*(cell.replace('"', '""') for cell in (words, tags))) * 2,
+            "tsv": "tokens\ttags\n" + f"{words}\t{tags}\n" * 2,
+            "jsonl": f"{json.dumps({'tokens': words, 'tags': tags})}\n" * 2,
+        }[suffix]
+        raw, task = read(study_of(f"t.{suffix}", table, "token-classification"))
+        assert raw.train.texts == [["ada,", "it's 5"]]
+        assert task.labels == ("B-PER", "O")
+
+    @pytest.mark.parametrize("text", ["[ ada ]", "[CLS] it , rains", "[Ada, 1843] says", "[1] [2]", "a ['b']"])
+    def test_a_sentence_may_begin_with_a_bracket(self, study_of, text):
+        tags = " ".join("OX"[i % 2] for i, _ in enumerate(text.split()))
+        raw, _ = read(study_of("t.tsv", "tokens\ttags\n" + f"{text}\t{tags}\n" * 2, "token-classification"))
+        assert raw.train.texts == [text.split()]
+
     def test_numbers_of_a_table_are_read_as_numbers(self, study_of):
         table = "text\tlabel\na\t0.5\nb\t-1\nc\t2e-1\n"
         study = study_of("t.tsv", table, "text-regression")
@@ -100,6 +120,72 @@ class TestRead:
         relabelled = type(rows)(rows.texts, rows.pairs, [1 - label for label in rows.labels])
         assert rows.digest == again.digest
         assert len({rows.digest, backwards.digest, relabelled.digest}) == 3
+
+
+def held(monkeypatch, labels, names, **columns):
+    """Have the hub answer with one data set, whose labels are numbers of these names."""
+    feature = datasets.ClassLabel(names=names)
+    column = "ner_tags" if isinstance(labels[0], list) else "label"
+    rows = datasets.Dataset.from_dict({column: labels, **columns})
+    rows = rows.cast_column(column, datasets.Sequence(feature) if column == "ner_tags" else feature)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+
+
+class TestHub:
+    """What a hub data set numbers has its names."""
+
+    @pytest.fixture
+    def study(self, tiny_study):
+        def make(task, **sections):
+            data = {"train": "owner/data", "validation": None, "test": None, **sections.pop("data", {})}
+            return load_study(tiny_study(task, data=data, **sections))
+
+        return make
+
+    def test_tags_are_entities(self, monkeypatch, study):
+        held(monkeypatch, [[1, 2, 0], [0]] * 2, ["O", "B-PER", "I-PER"], tokens=[["ada", "b", "runs"], ["it"]] * 2)
+        raw, task = read(study(TOKEN, data={"tags": "ner_tags"}, objectives=["f1", "size_mb"]))
+        assert (task.labels, task.entities, task.primary) == (("O", "B-PER", "I-PER"), True, "f1")
+        assert task.numbered
+        assert raw.train.labels[0] == [1, 2, 0]
+
+    def test_classes_keep_the_data_sets_order(self, monkeypatch, study):
+        held(monkeypatch, [0, 1, 2, 0], ["entailment", "neutral", "contradiction"], text=list("abcd"))
+        _, task = read(study(TEXT))
+        assert (task.labels, task.numbered) == (("entailment", "neutral", "contradiction"), True)
+        assert {type(label) for label in task.labels} == {str}
+
+    def test_where_one_does_not_occur_the_places_are_not_the_data_sets(self, monkeypatch, study):
+        held(monkeypatch, [2, 0, 2, 0], ["b", "unused", "a"], text=list("wxyz"))
+        _, task = read(study(TEXT))
+        assert (task.labels, task.numbered) == (("b", "a"), False)
+
+    def test_a_row_without_a_label(self, monkeypatch, study):
+        held(monkeypatch, [0, 1, -1], ["no", "yes"], text=list("abc"))
+        error = complaint(study(TEXT))
+        assert (error.key, error.message) == ("data.train", "owner/data row 3: column 'label' holds no value")
+
+    def test_a_class_is_no_number_to_predict(self, monkeypatch, study):
+        held(monkeypatch, [0, 1], ["no", "yes"], text=["a", "b"])
+        assert complaint(study(NUMBER)).message == "owner/data row 1: expected a number as label, got 'no'"
+
+    @pytest.mark.parametrize(
+        ("names", "order"),
+        [(["POSITIVE", "NEGATIVE"], [1, 0]), (["LABEL_0", "LABEL_1"], [0, 1]), (["bad", "good"], [0, 1])],
+    )
+    def test_a_fine_tuned_teacher_fits(self, monkeypatch, tiny_study, tiny_teacher, tmp_path, names, order):
+        from compress_search.teacher.pretrained import match_labels, read_config
+
+        shutil.copytree(tiny_teacher(), tmp_path / "named")
+        config = json.loads((tmp_path / "named/config.json").read_text())
+        config |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+        (tmp_path / "named/config.json").write_text(json.dumps(config))
+        held(monkeypatch, [0, 1, 0], ["negative", "positive"], text=list("abc"))
+        data = {"train": "owner/data", "validation": None, "test": None}
+        study = load_study(tiny_study(data=data, teacher={"model": str(tmp_path / "named")}))
+        _, task = read(study)
+        assert read_config(study, task).num_labels == 2
+        assert match_labels(task.labels, names, numbered=task.numbered) == order
 
 
 class TestHeldOut:
@@ -134,6 +220,16 @@ FAULTS = {
     "label only here": (TEXT, {"text": "x", "label": "neutral"}, "label 'neutral' does not occur in the training"),
     "word as number": (NUMBER, {"text": "x", "label": "five"}, "expected a number as label, got 'five'"),
     "infinite number": (NUMBER, {"text": "x", "label": float("inf")}, "expected a number as label, got inf"),
+    "number too large": (NUMBER, {"text": "x", "label": 10**400}, "expected a number as label, got 1000"),
+    "no number, in letters": (
+        TEXT,
+        {"text": "x", "label": "nan"},
+        "expected a class, got 'nan', which stands for none",
+    ),
+    "no number, as pandas writes it": (TEXT, {"text": "x", "label": "NaN "}, "expected a class, got 'NaN '"),
+    "no number among tags": (TOKEN, {"tokens": ["a"], "tags": ["nan"]}, "expected a class, got 'nan'"),
+    "half a character": (TEXT, {"text": "x\ud800", "label": "positive"}, "got half a character, '\\ud800'"),
+    "half a character in a label": (TEXT, {"text": "x", "label": "\udfff"}, "got half a character, '\\udfff'"),
     "fewer tags": (TOKEN, {"tokens": ["a", "b"], "tags": ["O"]}, "2 tokens but 1 tags; expected one for each"),
     "no words": (TOKEN, {"tokens": [], "tags": []}, "column 'tokens' is an empty list"),
     "words that are no list": (TOKEN, {"tokens": 5, "tags": ["O"]}, "column 'tokens': expected a list, got 5"),
@@ -181,6 +277,36 @@ class TestFaults:
         error = complaint(load_study(tiny_study("pos", **sections)))
         assert error.key.startswith(key)
         assert "needs entities: tags O, B-… and I-…; the data have 'ADJ'" in str(error)
+
+    @pytest.mark.parametrize("cell", ["NaN", "nan"])
+    def test_no_value_in_a_table_is_no_class(self, study_of, cell):
+        error = complaint(study_of("t.csv", f"text,label\na,x\nb,y\nc,{cell}\n"))
+        words = f"expected a class, got '{cell}', which stands for none and can name no class"
+        assert (error.key, error.message) == ("data.train", f"t.csv:4: {words}")
+
+    @pytest.mark.parametrize(
+        ("cell", "suffix"),
+        [
+            ("['ada', 'was']", "csv"),
+            ("['ada' 'was']", "csv"),
+            ("[ada, was]", "csv"),
+            ("[0 1]", "csv"),
+            ("[\"ada\", 'was']", "tsv"),
+            ('"[""ada"", ""was""]"', "tsv"),
+        ],
+    )
+    @pytest.mark.parametrize("column", ["tokens", "tags"])
+    def test_a_list_as_a_program_prints_it(self, study_of, cell, suffix, column):
+        mark, written = ("\t", cell) if suffix == "tsv" else (",", f'"{cell}"')
+        cells = [written, "O O"] if column == "tokens" else ["ada was", written]
+        error = complaint(study_of(f"t.{suffix}", f"tokens{mark}tags\n{mark.join(cells)}\n", TOKEN))
+        wanted = 'expected words with spaces between them or a JSON list such as ["a", "b"]'
+        assert error.key == "data.train"
+        assert error.message == f"t.{suffix}:2: column '{column}': {wanted}, got {cell}"
+
+    def test_digits_that_are_no_number_are_a_name(self, study_of):
+        _, task = read(study_of("t.csv", f"text,label\na,{'1' * 5000}\nb,2\nc,10\n"))
+        assert task.labels == ("10", "1" * 5000, "2")
 
     def test_a_header_alone_is_no_data(self, study_of):
         error = complaint(study_of("t.csv", "text,label\n"))

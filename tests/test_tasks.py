@@ -1,6 +1,7 @@
 import json
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ class TestShape:
     def test_a_regression_has_one_output(self):
         assert (CLASSES.outputs, NUMBERS.outputs) == (3, 1)
 
-    @pytest.mark.parametrize("task", [CLASSES, NUMBERS, ENTITIES, POS])
+    @pytest.mark.parametrize("task", [CLASSES, NUMBERS, ENTITIES, POS, replace(CLASSES, numbered=True)])
     def test_it_survives_json(self, task):
         assert Task.from_dict(json.loads(json.dumps(task.to_dict()))) == task
 

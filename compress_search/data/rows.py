@@ -8,16 +8,22 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from compress_search.data.readers import Row, read_source
+from compress_search.data.readers import ClassName, Row, parse_json, read_source
 from compress_search.study import Study
 from compress_search.tasks import Task, is_bio
+
+_LIST = re.compile(r"""["]?\[(['"].*|[^\s\[\]]*,.*|[-\d\s]*\d)\]["]?""", re.DOTALL)
+"""A list as programs print it: ``['a', 'b']``, ``[a, b]``, ``[0 1]``, or in TSV ``"[""a""]"``."""
 
 HELD_OUT = 0.1
 """The part of the training rows that serves as validation where a study names none."""
@@ -72,7 +78,8 @@ class Raw:
 def read(study: Study) -> tuple[Raw, Task]:
     """All rows of a study, checked, and the task with the labels found in the training data.
 
-    Class names are sorted, as numbers where all are integers. Without validation data a tenth of the training
+    Class names are sorted, as numbers where all are integers; those that a hub data set numbers stand in its order.
+    Without validation data a tenth of the training
     rows is held out, the same ones every time.
 
     Raises:
@@ -151,20 +158,20 @@ def _examples(study: Study, split: str, paired: bool | None = None) -> Iterator[
 def _example(study: Study, place: str, row: Row, paired: bool) -> _Example:
     data = study.data
     if study.task == "token-classification":
-        words, tags = _words(row, data.tokens), _words(row, data.tags)
+        words, tags = words_of(row, data.tokens), words_of(row, data.tags)
         if len(words) != len(tags):
             raise ValueError(f"{len(words)} {data.tokens} but {len(tags)} {data.tags}; expected one for each")
         return _Example(place, *_text_of(study, row, paired), [class_name(tag) for tag in tags])
     text, pair = _text_of(study, row, paired)
     label = _column(row, data.label)
-    return _Example(place, text, pair, _number_of(label) if study.task == "text-regression" else class_name(label))
+    return _Example(place, text, pair, number_of(label) if study.task == "text-regression" else class_name(label))
 
 
 def _text_of(study: Study, row: Row, paired: bool) -> tuple[Any, str | None]:
     """A row's text, or its list of words in token tasks, and its second text."""
     data = study.data
     if study.task == "token-classification":
-        words = _words(row, data.tokens)
+        words = words_of(row, data.tokens)
         if not words:
             raise ValueError(f"column {data.tokens!r} is an empty list")
         return [_text(word) for word in words], None
@@ -181,18 +188,41 @@ def _column(row: Row, name: str) -> Any:
     return value
 
 
-def _words(row: Row, name: str) -> list[Any]:
+def words_of(row: Row, name: str) -> list[Any]:
+    """The list in a column: words, or their tags.
+
+    Raises:
+        ValueError: there is no such column, or no list in it.
+    """
     value = _column(row, name)
-    # tables have no lists: there, words are what spaces separate
-    words = value.split() if isinstance(value, str) else value
+    try:
+        words = _cell(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError(f"column {name!r}: {error}") from error
     if not isinstance(words, list):
-        raise ValueError(f"column {name!r}: expected a list, got {value!r}")
+        raise ValueError(f"column {name!r}: expected a list, got {value!r:.60}")
     return words
+
+
+def _cell(text: str) -> list[Any]:
+    """The words in a cell of a table, which has no lists: a JSON list, or what spaces separate."""
+    text = text.strip()
+    if text.startswith("["):
+        with suppress(ValueError):  # a sentence may begin with a bracket
+            return list(parse_json(text))
+    if _LIST.fullmatch(text):
+        got = text if len(text) <= 40 else text[:39] + "…"
+        raise ValueError(f'expected words with spaces between them or a JSON list such as ["a", "b"], got {got}')
+    return text.split()
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"expected text, got {value!r}")
+        raise ValueError(f"expected text, got {value!r:.60}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair
+        raise ValueError(f"expected text, got half a character, {value[error.start]!a}") from error
     return value
 
 
@@ -200,26 +230,33 @@ def class_name(value: Any) -> str:
     """The name of a class: the text itself, or the digits of an integer.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is neither, or it is "nan", as programs write a value that is missing.
     """
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, str) and value.strip().lower() == "nan":
+        raise ValueError(f"expected a class, got {str(value)!r}, which stands for none and can name no class")
     if isinstance(value, str) and value.strip():
-        return value
+        return _text(value)
     if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
         return str(int(value))
     if isinstance(value, float) and math.isfinite(value):
         raise ValueError(f"expected a class, got the number {value}; task: text-regression predicts numbers")
-    raise ValueError(f"expected a class, got {value!r}")
+    raise ValueError(f"expected a class, got {value!r:.60}")
 
 
-def _number_of(value: Any) -> float:
+def number_of(value: Any) -> float:
+    """The number to predict, which tables write as text.
+
+    Raises:
+        ValueError: it is none, or not finite.
+    """
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError(f"expected a number as label, got {value!r}")
+        raise ValueError(f"expected a number as label, got {value!r:.60}")
     return number
 
 
@@ -234,8 +271,17 @@ def _task(study: Study, train: Sequence[_Example]) -> Task:
         raise study.error("data.train", f"every label is {next(iter(names))!r}; expected at least two {least}")
     if study.task == "text-regression":
         return Task(study.task)
-    labels = tuple(sorted(names, key=int if all(map(_is_integer, names)) else None))
-    return Task(study.task, labels, entities=study.task == "token-classification" and is_bio(labels))
+    labels, numbered = _in_order(names)
+    entities = study.task == "token-classification" and is_bio(labels)
+    return Task(study.task, labels, entities, numbered)
+
+
+def _in_order(names: Set[str]) -> tuple[tuple[str, ...], bool]:
+    """Class names in the order of their labels, and whether that is one which the data set gives to all of them."""
+    numbers = {name.number: str(name) for name in names if isinstance(name, ClassName)}
+    if len(numbers) == len(names):
+        return tuple(numbers[number] for number in sorted(numbers)), set(numbers) == set(range(len(numbers)))
+    return tuple(sorted(map(str, names), key=int if all(map(_is_integer, names)) else None)), False
 
 
 def _check_metrics(study: Study, task: Task) -> None:
@@ -248,7 +294,8 @@ def _check_metrics(study: Study, task: Task) -> None:
 
 
 def _is_integer(name: str) -> bool:
-    return name.removeprefix("-").isdecimal() and name.isascii()
+    digits = name.removeprefix("-")
+    return digits.isdecimal() and digits.isascii() and len(digits) <= sys.get_int_max_str_digits()
 
 
 def _number(study: Study, split: str, examples: Sequence[_Example], task: Task) -> Rows:

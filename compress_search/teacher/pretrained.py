@@ -93,16 +93,17 @@ def _label_order(study: Study, config: PreTrainedConfig, task: Task) -> list[int
     """Which of the teacher's logits belongs to each label of the task."""
     names = [str(name) for _, name in sorted((config.id2label or {}).items())]
     try:
-        return match_labels(task.labels, names)
+        return match_labels(task.labels, names, numbered=task.numbered)
     except ValueError as error:
         raise study.error("teacher.model", str(error)) from error
 
 
-def match_labels(labels: Sequence[str], names: Sequence[str]) -> list[int]:
+def match_labels(labels: Sequence[str], names: Sequence[str], *, numbered: bool = False) -> list[int]:
     """For each label the position of the same name; case is ignored where that leaves no doubt.
 
-    Labels that are the numbers 0 … C-1 are positions themselves, whatever the names. No labels: a regression,
-    of one output.
+    Labels that are the numbers 0 … C-1 are positions themselves, whatever the names. So are the places of labels
+    that the data set has ``numbered``, where the model has none of their names but, say, LABEL_0, LABEL_1. No
+    labels: a regression, of one output.
 
     Raises:
         ValueError: the names are not those of the labels.
@@ -116,6 +117,8 @@ def match_labels(labels: Sequence[str], names: Sequence[str]) -> list[int]:
         folded = [fold(name) for name in names]
         if len(set(folded)) == len(folded) and set(folded) == set(map(fold, labels)):
             return [folded.index(fold(label)) for label in labels]
+    if numbered and {name.casefold() for name in names}.isdisjoint(label.casefold() for label in labels):
+        return list(range(len(names)))
     raise ValueError(
         f"the model's labels ({_some(names)}) are not those of the data ({_some(labels)}): "
         "name them in id2label of its config.json"
