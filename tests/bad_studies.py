@@ -207,7 +207,10 @@ CASES = {
         "data.train", "cannot load nobody/nothing from the hub: ", {"data.train": "nobody/nothing"}
     ),
     "unknown method": Case(
-        "methods.theseuss", 'unknown method (did you mean "theseus"?)', {"methods": {"theseuss": {}}}
+        "methods.theseuss", 'unknown method theseuss (did you mean "theseus"?)', {"methods": {"theseuss": {}}}
+    ),
+    "unknown method in a list": Case(
+        "methods.1", "unknown method nonsense; there are: ", {"methods": ["theseus", "nonsense"]}
     ),
     "unknown dimension": Case(
         "methods.distill.heat",

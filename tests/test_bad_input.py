@@ -159,7 +159,8 @@ def test_the_study_itself_has_nothing_wrong_with_it(folder: Path) -> None:
         ("search.trials=many", "search.trials", 'expected an integer, got "many"'),
         ("search.trials.more=3", "search.trials.more", "nothing can be set there"),
         ("search.trials", "", "expected KEY=VALUE, for example search.trials=8"),
-        ("methods=[nonsense]", "methods.nonsense", "unknown method; there are: "),
+        ("methods=[nonsense]", "methods.0", "unknown method nonsense; there are: "),
+        ("methods.1=nonsense", "methods.1", "unknown method nonsense; there are: "),
         ("search=[1", "", "not valid YAML"),
     ],
 )

@@ -140,7 +140,9 @@ def test_use_false_leaves_a_method_out(plan: Callable[..., Plan]) -> None:
 @pytest.mark.parametrize(
     ("methods", "message"),
     [
-        ({"prun": {}}, 'methods.prun: unknown method (did you mean "prune"?)'),
+        ({"prun": {}}, 'methods.prun: unknown method prun (did you mean "prune"?)'),
+        (["student", "prun"], 'methods.1: unknown method prun (did you mean "prune"?)'),
+        (["bits", "picky"], "methods.1: cannot be used in this study: fits only very deep networks"),
         ({"prune": {"ration": 0.5}}, 'methods.prune.ration: unknown dimension (did you mean "ratio"?)'),
         (
             {"prune": {"ratio": {"low": 0.5, "high": 0.9}}},

@@ -202,6 +202,11 @@ class Study(Section):
             return StudyError(message, key=key)
         return self._document.error(key, message)
 
+    def method_key(self, name: str) -> str:
+        """The dotted key at which the study names a method: by its number where the methods are a list."""
+        written = self._document.data["methods"] if self._document else self.methods
+        return f"methods.{written.index(name)}" if isinstance(written, list) else f"methods.{name}"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data for workers: paths absolute, without the storage, which only the driver opens."""
         return self.model_dump(mode="json", exclude={"storage"}, exclude_none=True)
