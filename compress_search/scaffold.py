@@ -18,7 +18,9 @@ from typing import Any, cast
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from compress_search import hub
 from compress_search.data.readers import Row, read_source
+from compress_search.data.rows import class_name, number_of, words_of
 from compress_search.errors import PluginError, StudyError
 from compress_search.study.complaints import unknown
 from compress_search.study.document import parse
@@ -72,8 +74,11 @@ def study_text(
         task: guessed from the training data by default.
         path: relative paths in the study are written relative to its folder.
 
+    The model's configuration and the first rows of the data come from the hub where they are not files.
+
     Raises:
-        StudyError: something named is not there, or the task or a column cannot be guessed.
+        StudyError: something named is not there, the task or a column cannot be guessed, or a label is none of
+            the task's.
     """
     if task is not None and task not in METRICS:
         raise StudyError(unknown(f"task {task}", task, METRICS), key="--task")
@@ -151,23 +156,46 @@ def _are_fractions(labels: Sequence[Any]) -> bool:
     """Whether all are numbers and some are written with a point (text files hold numbers as text)."""
     try:
         [float(label) for label in labels]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
     return any(isinstance(label, float) or "." in str(label) for label in labels)
 
 
 def _clues(train: str, task: TaskName | None) -> Clues:
-    if not Path(train).is_file():
+    """What the training data give away; of a hub's that are out of reach, no more than the task."""
+    try:
+        placed = list(itertools.islice(read_source(train, "train", glance=True), SAMPLE))
+    except ValueError as error:
+        if Path(train).is_file() or hub.reachable():
+            raise StudyError(str(error), key="--train") from error
         if task is None:
-            raise StudyError("needed where the training data are not a file to look into", key="--task")
+            raise StudyError(f"needed, as the training data are out of reach: {error}", key="--task") from error
         return Clues(task, {})
     try:
-        rows = [row for _, row in itertools.islice(read_source(train, "train"), SAMPLE)]
-        if not rows:
+        if not placed:
             raise ValueError("there are no rows")
-        return guess(rows, task)
+        clues = guess([row for _, row in placed], task)
+        for place, row in placed:
+            _check(clues, place, row)
     except ValueError as error:
         raise StudyError(str(error), key="--train") from error
+    return clues
+
+
+def _check(clues: Clues, place: str, row: Row) -> None:
+    """Refuse what the study would: classes where numbers are predicted, say, or lists that are none."""
+    columns = {name: clues.columns.get(name, name) for name in COLUMNS}
+    check = number_of if clues.task == "text-regression" else class_name
+    try:
+        if clues.task == "token-classification":
+            words_of(row, columns["tokens"])
+            labels = words_of(row, columns["tags"])
+        else:
+            labels = [row.get(columns["label"])]
+        for label in labels:
+            check(label)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
 
 
 def _found(check: Any, source: str, option: str) -> str:
@@ -178,17 +206,26 @@ def _found(check: Any, source: str, option: str) -> str:
 
 
 def _config(model: str) -> Mapping[str, Any]:
-    """The model's configuration; nothing where a hub's model has not been downloaded."""
-    from huggingface_hub import try_to_load_from_cache
-
-    local = Path(model) / "config.json"
-    path = local if local.is_file() else try_to_load_from_cache(model, "config.json")
-    if not isinstance(path, str | Path):
-        return {}
+    """The model's configuration; a hub's is fetched, or found among what was fetched before."""
+    path = Path(model) / "config.json"
     try:
-        return cast("Mapping[str, Any]", dict(json.loads(Path(path).read_text(encoding="utf-8"))))
+        content = json.loads((path if path.is_file() else _fetched(model)).read_text(encoding="utf-8"))
+        return cast("Mapping[str, Any]", dict(content))
     except (ValueError, TypeError) as error:
         raise StudyError(f"config.json cannot be read: {error}", key="--model") from error
+
+
+def _fetched(model: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(model, "config.json", local_files_only=not hub.reachable()))
+    except (OSError, ValueError, EntryNotFoundError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = said if hub.reachable() else "there is no connection, and it was not fetched before"
+        message = f"{model} is no directory here; cannot fetch its config.json from the hub: {reason}"
+        raise StudyError(message, key="--model") from error
 
 
 def _has_head(config: Mapping[str, Any], task: TaskName) -> bool:

@@ -9,9 +9,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import yaml
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+from compress_search import hub
 from compress_search.errors import PluginError, StudyError
 from compress_search.registry import PluginFile, Registry
 from compress_search.scaffold import guess, method_test_text, method_text, study_text
@@ -99,10 +102,51 @@ def test_a_model_without_the_tasks_head_is_fine_tuned_first(folder: Path, head: 
     assert (study.teacher.fine_tune is None) == (task in HEADS.get(head, ()))
 
 
-def test_a_model_of_the_hub_that_is_not_here_is_fine_tuned_first(folder: Path) -> None:
-    study = write_study(model="owner/no-such-model")
-    assert study.teacher.model == "owner/no-such-model"
-    assert study.teacher.fine_tune is not None
+@pytest.mark.parametrize(("head", "trained"), [("ForSequenceClassification", True), ("ForMaskedLM", False)])
+def test_a_model_of_the_hub_is_known_by_its_configuration(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, head: str, trained: bool
+) -> None:
+    asked = []
+
+    def fetch(model: str, name: str, *, local_files_only: bool) -> str:
+        asked.append((model, name, local_files_only))
+        return str(folder / "fetched" / name)
+
+    write_model(folder / "fetched", architectures=[f"Bert{head}"], max_position_embeddings=64)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    monkeypatch.setattr(hub, "reachable", lambda: True)
+    study = write_study(model="owner/model")
+    assert asked == [("owner/model", "config.json", False)]
+    assert study.teacher.model == "owner/model"
+    assert study.data.max_length == 64
+    assert (study.teacher.fine_tune is None) == trained
+
+
+@pytest.mark.parametrize(
+    ("reachable", "error", "reason"),
+    [
+        (
+            False,
+            LocalEntryNotFoundError("set local_files_only"),
+            "there is no connection, and it was not fetched before",
+        ),
+        (True, LocalEntryNotFoundError("no answer\nor so"), "no answer"),
+        (True, EntryNotFoundError("no config.json there"), "no config.json there"),
+        (True, OSError(), "OSError"),
+    ],
+)
+def test_a_model_of_the_hub_that_cannot_be_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, reachable: bool, error: Exception, reason: str
+) -> None:
+    def fetch(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    monkeypatch.setattr(hub, "reachable", lambda: reachable)
+    with pytest.raises(StudyError) as caught:
+        study_text(model="nowhere/x", train="train.jsonl")
+    said = "nowhere/x is no directory here; cannot fetch its config.json from the hub"
+    assert str(caught.value) == f"--model: {said}: {reason}"
 
 
 @pytest.mark.parametrize(
@@ -190,6 +234,10 @@ def test_other_formats_are_looked_into(folder: Path, suffix: str) -> None:
     assert (study.task, study.data.text, study.data.label) == ("text-regression", "sentence", "score")
 
 
+def out_of_reach(*_: object, **__: object) -> Any:
+    raise ConnectionError("no answer")
+
+
 WRONG: Mapping[str, tuple[Mapping[str, Any], str]] = {
     "missing model": ({"model": "./none"}, "--model: no such directory: ./none (looked for {folder}/none)"),
     "directory without a model": ({"model": "."}, "--model: expected a directory with a config.json, got ."),
@@ -212,7 +260,21 @@ WRONG: Mapping[str, tuple[Mapping[str, Any], str]] = {
     ),
     "data of the hub": (
         {"train": "owner/data"},
-        "--task: needed where the training data are not a file to look into",
+        "--task: needed, as the training data are out of reach: cannot load owner/data from the hub: no answer",
+    ),
+    "classes for numbers": (
+        {"task": "text-regression"},
+        "--train: train.jsonl:1: expected a number as label, got 'positive'",
+    ),
+    "numbers for classes": (
+        {"train": "numbers.jsonl", "task": "text-classification"},
+        "--train: numbers.jsonl:2: expected a class, got the number 0.5; task: text-regression predicts numbers",
+    ),
+    "no label": ({"train": "unlabelled.csv"}, "--train: unlabelled.csv:3: expected a class, got ''"),
+    "lists of Python": (
+        {"train": "lists.csv"},
+        "--train: lists.csv:2: column 'tags': expected words with spaces between them or a JSON list such as "
+        "[\"a\", \"b\"], got ['O', 'O']",
     ),
     "broken configuration": (
         {"model": "broken"},
@@ -222,7 +284,13 @@ WRONG: Mapping[str, tuple[Mapping[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("arguments", "expected"), WRONG.values(), ids=WRONG.keys())
-def test_what_cannot_be_used_is_said(folder: Path, arguments: Mapping[str, Any], expected: str) -> None:
+def test_what_cannot_be_used_is_said(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: Mapping[str, Any], expected: str
+) -> None:
+    monkeypatch.setattr("datasets.load_dataset", out_of_reach)
+    (folder / "numbers.jsonl").write_text('{"text": "a", "label": 1}\n{"text": "b", "label": 0.5}\n')
+    (folder / "unlabelled.csv").write_text("text,label\na,x\nb,\n")
+    (folder / "lists.csv").write_text("tokens,tags\na b,\"['O', 'O']\"\n")
     (folder / "bad.jsonl").write_text("text\n")
     (folder / "header.csv").write_text("text,label\n")
     (folder / "odd.jsonl").write_text('{"a": 1, "b": 2}\n')
@@ -233,9 +301,71 @@ def test_what_cannot_be_used_is_said(folder: Path, arguments: Mapping[str, Any],
     assert str(caught.value) == expected.replace("{folder}", str(folder))
 
 
-def test_data_of_the_hub_with_a_task(folder: Path) -> None:
+def test_data_of_the_hub_with_a_task_when_out_of_reach(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.load_dataset", out_of_reach)
     study = write_study(train="glue:sst2", task="text-classification")
     assert study.data.train == "glue:sst2"
+
+
+def test_data_that_the_hub_has_not(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.load_dataset", out_of_reach)
+    monkeypatch.setattr(hub, "reachable", lambda: True)
+    with pytest.raises(StudyError, match=r"^--train: cannot load owner/data from the hub: no answer$"):
+        study_text(model="model", train="owner/data", task="text-classification")
+
+
+CLASSES = datasets.ClassLabel(names=["negative", "positive"])
+HELD: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any], str, Mapping[str, str]]] = {
+    "glue:sst2": (
+        {"sentence": ["a", "b"], "label": [0, 1], "idx": [0, 1]},
+        {"label": CLASSES},
+        "text-classification",
+        {"text": "sentence"},
+    ),
+    "conll2003": (
+        {"id": ["0"], "tokens": [["a"]], "pos_tags": [[0]], "ner_tags": [[1]]},
+        {"ner_tags": datasets.Sequence(CLASSES)},
+        "token-classification",
+        {"tags": "ner_tags"},
+    ),
+    "glue:stsb": (
+        {"sentence1": ["a"], "sentence2": ["b"], "label": [3.0]},
+        {},
+        "text-regression",
+        {"text": "sentence1", "text_pair": "sentence2"},
+    ),
+}
+
+
+@pytest.mark.parametrize("source", HELD)
+@pytest.mark.parametrize("streaming", [True, False])
+def test_data_of_the_hub_are_looked_into(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, source: str, streaming: bool
+) -> None:
+    columns, features, task, named = HELD[source]
+    rows = datasets.Dataset.from_dict(dict(columns))
+    for column, feature in features.items():
+        rows = rows.cast_column(column, feature)
+    asked = []
+
+    def load_dataset(*_: object, streaming: bool, **__: object) -> Any:
+        asked.append(streaming)
+        return rows.to_iterable_dataset() if streaming else rows
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr(hub, "reachable", lambda: streaming)
+    study = write_study(train=source)
+    assert asked == [streaming]
+    assert (study.task, study.data.train) == (task, source)
+    assert {name: getattr(study.data, name) for name in named} == named
+
+
+def test_classes_of_the_hub_are_no_numbers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = datasets.Dataset.from_dict({"text": ["a"], "label": [1]}).cast_column("label", CLASSES)
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: rows)
+    with pytest.raises(StudyError) as caught:
+        study_text(model="model", train="owner/data", task="text-regression")
+    assert str(caught.value) == "--train: owner/data row 1: expected a number as label, got 'positive'"
 
 
 # ---- a method of one's own ---------------------------------------------------------------------------------
