@@ -113,7 +113,8 @@ class Context(Protocol):
         Args:
             network: what to train; left in evaluation mode.
             loss: defaults to the task's own loss on the labels.
-            scored: whether the validation score means something while this runs; it is then reported at rungs.
+            scored: whether the validation score means something while this runs; it is then reported at rungs,
+                after an unscored phase once a third of what is left of the trial's budget was scored.
             share: part of this step's training budget to spend, in (0, 1].
             parameters: what to optimise, of ``network`` and ``beside``; all that require gradients by default.
             beside: modules that only the loss uses, such as projections; trained with the network, and no part

@@ -24,6 +24,7 @@ from compress_search.encoders import bake, kept_ids
 from compress_search.errors import CompressSearchError, TrialError
 from compress_search.method import Batch, Method, Stage
 from compress_search.recipe import Recipe, digest
+from compress_search.records import rung_fraction
 from compress_search.study import TrainingConfig
 from compress_search.tasks import Task
 from compress_search.teacher.logits import TeacherLogits
@@ -33,8 +34,8 @@ from compress_search.teacher.reading import cut
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RUNG_FRACTIONS = (1 / 9, 1 / 3)
-"""Parts of a trial's planned optimizer steps after which it is compared with the others."""
+RUNGS = (0, 1)
+"""The rungs, by their index, at which a trial is compared with the others if all of its training is scored."""
 
 SCORING_BATCH = 64
 """Batch size of scoring at rungs, where nothing is timed."""
@@ -105,21 +106,33 @@ class Materials:
 
 @dataclass
 class Budget:
-    """The training budget of one trial: what is spent, what it took, and the rungs passed on the way."""
+    """The training budget of one trial: what is spent, what it took, and the rungs still to come.
+
+    A score counts at a rung if all training was scored so far, or at least a third of what was left of the budget
+    when it came to be scored. A rung where it does not count is put off to the next one. Equal indices are equal
+    steps in all trials of a study, so that a value is compared only with those after as much training.
+    """
 
     steps: int
     on_rung: OnRung
     done: int = 0
     fit_seconds: float = 0.0
-    rungs: list[float] = field(default_factory=lambda: list(RUNG_FRACTIONS))
+    rungs: list[int] = field(default_factory=lambda: list(RUNGS))
+    unscored: int = 0
+    """The latest step that was not scored."""
 
-    def passes_rung(self) -> int | None:
-        """The index of the rung that the latest step completed, if it did; each is passed once."""
+    def passes_rung(self, scored: bool) -> int | None:
+        """The index of the rung that the latest step completed, if it did and its score counts."""
+        if not scored:
+            self.unscored = self.done
+        counts = not self.unscored or 3 * (self.done - self.unscored) >= self.steps - self.unscored
         passed = None
-        while self.rungs and self.done >= self.rungs[0] * self.steps:
-            passed = len(RUNG_FRACTIONS) - len(self.rungs)
-            self.rungs.pop(0)
-        return passed
+        # the end of the budget is no rung: nothing is left to be saved
+        while self.done < self.steps and self.rungs and self.done >= rung_fraction(self.rungs[0]) * self.steps:
+            passed = self.rungs.pop(0)
+            if not counts and not self.rungs:
+                self.rungs.append(passed + 1)
+        return passed if counts else None
 
 
 @dataclass
@@ -187,10 +200,8 @@ class StepContext:
 
     def _advance(self, network: nn.Module, scored: bool) -> None:
         self.budget.done += 1
-        rung = self.budget.passes_rung()
-        if rung is None or not scored:
-            return
-        if not self.budget.on_rung(rung, validation_metrics(network, self.materials)):
+        rung = self.budget.passes_rung(scored)
+        if rung is not None and not self.budget.on_rung(rung, validation_metrics(network, self.materials)):
             raise TrialStopped
 
     def task_loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from typing import Any, Literal
 
 from compress_search.recipe import Recipe
@@ -41,11 +42,20 @@ class Assignment:
         return cls(**{**data, "recipe": Recipe.from_list(data["recipe"])})
 
 
+def rung_fraction(index: int) -> Fraction:
+    """The part of a trial's planned optimizer steps after which it reaches a rung: 1/9, 1/3, 5/9, 19/27, …
+
+    From the second one on, each leaves two thirds of what the one before it left.
+    """
+    return 1 - Fraction(2, 3) ** index if index else Fraction(1, 9)
+
+
 @dataclass(frozen=True)
 class Rung:
     """A trial's metrics at a fraction of its training budget, and its seconds by phase so far.
 
-    ``index`` counts the rungs from 0.
+    ``index`` counts the rungs from 0 and so says what fraction that is, the same one for every trial; see
+    :func:`rung_fraction`.
     """
 
     number: int

@@ -20,7 +20,8 @@ from click.testing import CliRunner, Result
 from compress_search import __version__, cli, doctor, driver
 from compress_search.errors import ExportError, StorageError, StudyError, StudyLocked
 from compress_search.progress import StudyStarted, TrialStarted
-from compress_search.storage import Store
+from compress_search.report import terminal
+from compress_search.storage import RungRow, Store, TrialRow
 from compress_search.study import load_study
 from tests import sample_report, tiny
 from tests.sample_report import entry
@@ -224,6 +225,13 @@ def test_show_prints_a_trial_whole(filled: Path) -> None:
         "9 values, median 1",
     ):
         assert part in result.output
+
+
+def test_show_says_how_far_the_training_was_at_each_rung() -> None:
+    rungs = [RungRow(7, 0, "", {"accuracy": 0.5}, kept=True), RungRow(7, 4, "", {"accuracy": 0.75}, kept=False)]
+    lines = terminal.text(*terminal.trial_tables(TrialRow(7, "stopped", rungs=rungs), {})).splitlines()
+    table = [line.split() for line in lines[lines.index("Rungs") + 2 :]]
+    assert table == [["0", "11", "%", "50.0", "went", "on"], ["4", "80", "%", "75.0", "stopped"]]
 
 
 def test_show_prints_the_traceback_of_a_failure(filled: Path) -> None:

@@ -422,6 +422,17 @@ def test_students_of_different_kinds_are_not_compared(tmp_path: Path) -> None:
     assert {rung.group for rung in search.store.rungs("fake")} == {"student", ""}
 
 
+def test_values_after_other_parts_of_the_training_stop_nobody(tmp_path: Path) -> None:
+    search = after_teacher(fake_search(tmp_path, methods=("prune",), search={"trials": 20}))
+    trials = start(search, 5)
+    for trial in trials[:3]:
+        assert search.report(Rung(trial.number, 0, 3, {"accuracy": 0.9, "latency_ms": 5.0}))
+    worse = {"accuracy": 0.1, "latency_ms": 50.0}
+    resumed = fake_search(tmp_path, methods=("prune",), search={"trials": 20})
+    assert resumed.report(Rung(trials[3].number, 0, 1, worse))
+    assert not resumed.report(Rung(trials[4].number, 0, 3, worse))
+
+
 def test_a_retried_trial_gets_the_decisions_it_had(tmp_path: Path) -> None:
     search = after_teacher(fake_search(tmp_path, methods=("prune",), search={"trials": 20}))
     trials = start(search, 4)

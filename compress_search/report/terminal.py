@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compress_search import formats
+from compress_search.records import rung_fraction
 from compress_search.report import Entry, Report, wording
 
 if TYPE_CHECKING:
@@ -172,9 +173,14 @@ def trial_tables(row: TrialRow, measurements: Mapping[str, Any]) -> list[Rendera
         parts += [Text(), grid("Metrics", ["metric", "value ± interval"], rows, left=("metric",))]
     if row.rungs:
         names = sorted({name for rung in row.rungs for name in rung.metrics})
-        heads = ["rung", *(formats.style(name).heading for name in names), "decision"]
+        heads = ["rung", "training", *(formats.style(name).heading for name in names), "decision"]
         reached = [
-            (rung.index, *(formats.number(name, rung.metrics.get(name)) for name in names), _decision(rung.kept))
+            (
+                rung.index,
+                f"{100 * float(rung_fraction(rung.index)):.0f} %",
+                *(formats.number(name, rung.metrics.get(name)) for name in names),
+                _decision(rung.kept),
+            )
             for rung in row.rungs
         ]
         parts += [Text(), grid("Rungs", heads, reached)]

@@ -149,8 +149,8 @@ class Entry:
 class Rungs:
     """What has been seen, by (group, rung): trials are compared with those of their own group only.
 
-    Like is compared with like: inside one rung, and inside one group, since kinds of students gain accuracy at
-    different speeds.
+    Like is compared with like: inside one rung, which is the same part of the training in all trials, and inside
+    one group, since kinds of students gain accuracy at different speeds.
     """
 
     eta: int = ETA
