@@ -6,22 +6,22 @@ nothing. Knows neither how trials are proposed nor how they are run.
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 from compress_search import progress
 from compress_search.cache import cache_folder
 from compress_search.candidate import Subject
 from compress_search.data.rows import Raw, read
-from compress_search.environment import fingerprint
-from compress_search.errors import CompressSearchError, PluginError, StorageError
+from compress_search.environment import fingerprint, usable_cores
+from compress_search.errors import CompressSearchError, PluginError, StorageError, StudyError
 from compress_search.estimate import Estimate, estimate, mean_length
 from compress_search.executor import Executor, Factory, LocalExecutor
 from compress_search.finish import feasible, finalize, measured_once
+from compress_search.interrupts import interrupts
 from compress_search.plan import Plan, make_plan
 from compress_search.recipe import Recipe, Step, settle
 from compress_search.records import Assignment, Failure, Result, Rung
@@ -31,6 +31,7 @@ from compress_search.search import TEACHER, Search
 from compress_search.search.ledger import Baselines
 from compress_search.space import defaults, fix_experts
 from compress_search.storage import Store, TrialRow
+from compress_search.storage.opening import open_store
 from compress_search.study import Study
 from compress_search.study.goals import default_objectives
 from compress_search.tasks import Task
@@ -79,6 +80,18 @@ def prepare(study: Study, subject: Subject | None = None) -> Prepared:
     plan = make_plan(study, registry, subject)
     files = [(file.name, file.text) for file in registry.files]
     return Prepared(study, plan, task, raw, Brief(study.to_dict(), files, subject.to_dict(), str(cache_folder())))
+
+
+def preview(study: Study) -> Prepared:
+    """What :func:`run` would begin with; a study that was begun elsewhere may be looked at here.
+
+    Raises:
+        StudyError, PluginError: what is wrong, with the place of it.
+    """
+    known = stored_subject(study, open_store(study))
+    if known is None and study.cluster.address == "local":
+        require_machine(study)
+    return prepare(study, known)
 
 
 def load_plugins(study: Study) -> Registry:
@@ -148,6 +161,7 @@ def baselines(plan: Plan) -> Baselines:
     return found
 
 
+@interrupts()
 def run(
     study: Study,
     *,
@@ -164,15 +178,15 @@ def run(
         CompressSearchError: the study cannot go on, for example since its teacher cannot be measured.
         KeyboardInterrupt: SIGINT or SIGTERM; whatever ran waits for the next run.
     """
-    store = Store(study.storage, patience=PATIENCE)
+    store = open_store(study, patience=PATIENCE)
     known = stored_subject(study, store)
     prepared = prepare(study, known)
     study = prepared.study
     if known is None:  # a finished study is shown wherever it is
         require_resources(study, executor)
+    make_output(study)
     store.create()
     keep_kernels(device_of(study))
-    study.output.mkdir(parents=True, exist_ok=True)
     with store.lock(study.name):
         search = Search.open(prepared.plan, store, environment=fingerprint(), baselines=baselines(prepared.plan))
         freeze_constant(store, prepared)
@@ -184,11 +198,34 @@ def run(
             return
         refuse_another_device(prepared)
         pool = make_executor(executor, factory, prepared)
-        with interrupts():  # set after Ray has started, which sets handlers of its own
+        with interrupts(), placed(study):  # once more after Ray has started, which sets handlers of its own
             _drive(announced, pool, store)
         clear_scratch(study.output)
     if fault := announced.teacher_fault:
         raise CompressSearchError(f"the teacher could not be measured: {fault.message}")
+
+
+def make_output(study: Study) -> None:
+    """Make the folder of the study's artefacts, where it is not there.
+
+    Raises:
+        StudyError: it cannot be made.
+    """
+    try:
+        study.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise study.error("output", f"cannot create {study.output}: {error.strerror}") from error
+
+
+@contextmanager
+def placed(study: Study) -> Iterator[None]:
+    """A worker's complaint about a key gets the file and the line, which only the driver knows."""
+    try:
+        yield
+    except StudyError as error:
+        if error.key is None or error.file is not None:
+            raise
+        raise study.error(error.key, error.message) from error
 
 
 def refuse_another_device(prepared: Prepared) -> None:
@@ -229,8 +266,8 @@ def make_executor(name: ExecutorName, factory: Factory, prepared: Prepared) -> E
     """The executor of this name for a study."""
     study = prepared.study
     death = partial(read_death, study.output)
+    require_resources(study, name)
     if name == "local":
-        require_resources(study, name)
         return LocalExecutor(factory, prepared.brief, death, study.search.concurrency)
     from compress_search.ray_executor import RayExecutor
 
@@ -248,29 +285,26 @@ def require_resources(study: Study, executor: ExecutorName) -> None:
 
         connect(study)
         return
+    require_machine(study)
+
+
+def require_machine(study: Study) -> None:
+    """Refuse a study that asks for more than this machine has; a measured time needs its cores for itself.
+
+    Raises:
+        StudyError: at the key that asks for too much.
+    """
     import torch
 
+    cores, each, trials = usable_cores(), study.cluster.cpus_per_trial, study.search.concurrency
+    if each > cores:
+        raise study.error("cluster.cpus_per_trial", f"a trial asks for {each} cores, this machine has {cores}")
+    if trials * each > cores:
+        asked = f"{trials} trials at a time, of {each} each, ask for {trials * each} cores"
+        raise study.error("search.concurrency", f"{asked}, this machine has {cores}")
     wanted, there = study.cluster.gpus_per_trial, torch.cuda.device_count()
     if wanted > there:
         raise study.error("cluster.gpus_per_trial", f"a trial asks for {wanted:g} GPUs, this machine has {there}")
-
-
-@contextmanager
-def interrupts() -> Iterator[None]:
-    """Inside the block INT and TERM raise KeyboardInterrupt, once: what follows is cleaning up."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        for one in signals:
-            signal.signal(one, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = {one: signal.signal(one, interrupt) for one in signals}
-    try:
-        yield
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
 
 
 @dataclass

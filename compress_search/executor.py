@@ -16,7 +16,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any, Protocol
 
-from compress_search.errors import BenchDied, CompressSearchError
+from compress_search.errors import BenchDied, CompressSearchError, StudyError
 from compress_search.records import Assignment, Failure, Report, Result, Rung
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class LocalExecutor:
             raise
         self.idle.append(process)
         if kind != "value":
-            raise _raised(value)
+            raise raised(value)
         return value
 
     def close(self) -> None:
@@ -130,7 +130,7 @@ class LocalExecutor:
         elif kind == "crash":
             search.died(assignment.number, assignment.attempt, value)
         else:
-            raise _raised(value)
+            raise raised(value)
 
 
 def wait_for(processes: Sequence[_Process]) -> list[_Process]:
@@ -193,11 +193,13 @@ def serve(pipe: Connection, factory: Factory, brief: Any) -> None:
 def verdict(error: Exception) -> tuple[str, Any]:
     """What an exception outside of any recipe means.
 
-    ``("error", (text, exit code))`` ends the study: it cannot run in any worker. ``("crash", Failure)`` repeats
-    the attempt.
+    ``("error", (text, exit code, key))`` ends the study: it cannot run in any worker, for which a key of its file,
+    "" where none is known, is to blame. ``("crash", Failure)`` repeats the attempt.
     """
     if isinstance(error, CompressSearchError) and not isinstance(error, BenchDied):
-        return "error", (str(error), error.exit_code)
+        if isinstance(error, StudyError) and error.file is None:
+            return "error", (error.message, error.exit_code, error.key or "")
+        return "error", (str(error), error.exit_code, "")
     return "crash", Failure("died", f"{type(error).__name__}: {error}", traceback.format_exc())
 
 
@@ -208,11 +210,11 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _raised(value: Any) -> CompressSearchError:
-    """The error a worker met, as one of ours: a study that cannot run in a worker cannot run at all."""
+def raised(value: Any) -> CompressSearchError:
+    """The error of a worker's verdict, as one of ours: a study that cannot run in a worker cannot run at all."""
     if isinstance(value, Failure):
         return CompressSearchError(f"{value.message}\n{value.traceback}")
-    message, exit_code = value
-    error = CompressSearchError(message)
+    message, exit_code, key = value
+    error = StudyError(message, key=key) if key else CompressSearchError(message)
     error.exit_code = exit_code
     return error

@@ -33,8 +33,9 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from compress_search.environment import usable_cores
 from compress_search.errors import CompressSearchError
-from compress_search.executor import Factory, ReadDeath, Worker, verdict
+from compress_search.executor import Factory, ReadDeath, Worker, raised, verdict
 from compress_search.records import Assignment, Failure, Result, Rung
 from compress_search.study import Study
 
@@ -82,9 +83,7 @@ class ForwardingSearcher(Searcher):
         if result and "cs_result" in result:
             self.search.finish(Result.from_dict(json.loads(result["cs_result"])))
         elif result and "cs_error" in result:
-            message, code = json.loads(result["cs_error"])
-            self.error = CompressSearchError(message)
-            self.error.exit_code = code
+            self.error = raised(json.loads(result["cs_error"]))
         elif result and "cs_crash" in result:
             self.search.died(number, attempt, Failure(**json.loads(result["cs_crash"])))
         elif error or not result or "cs_rung" not in result:
@@ -174,8 +173,7 @@ def connect(study: Study) -> bool:
     if ":" in cluster.address:
         _require_answer(study)
     if local:
-        cpus = max(os.cpu_count() or 1, -(-study.search.concurrency * cluster.cpus_per_trial // 1))
-        options.update(num_cpus=int(cpus), include_dashboard=False, _node_ip_address="127.0.0.1")
+        options.update(num_cpus=usable_cores(), include_dashboard=False, _node_ip_address="127.0.0.1")
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
     except ConnectionError as error:

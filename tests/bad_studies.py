@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,6 +117,22 @@ def from_scratch(vocabulary: int | str, **keys: Any) -> dict[str, Any]:
     return {"teacher": {"architecture": architecture, "fine_tune": {"epochs": 1}, **keys}}
 
 
+def shorter(folder: Path) -> None:
+    """The teacher's weights as a copy leaves them that was broken off."""
+    file = folder / "teacher" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+
+
+def weights(name: str, text: str = "") -> Prepare:
+    """A file of this name in place of the teacher's weights."""
+
+    def prepare(folder: Path) -> None:
+        (folder / "teacher" / "model.safetensors").unlink()
+        (folder / "teacher" / name).write_text(text, encoding="utf-8")
+
+    return prepare
+
+
 GPT = '{"model_type": "gpt2", "architectures": ["GPT2ForSequenceClassification"]}'
 MYSTERY = '{"model_type": "mystery", "architectures": ["MysteryModel"]}'
 
@@ -191,6 +208,38 @@ CASES = {
         "BertForSequenceClassification: expected a masked language model",
         {"teacher.masked_lm": "teacher"},
     ),
+    "no weights": Case(
+        "teacher.model",
+        "no weights beside config.json: expected model.safetensors or pytorch_model.bin",
+        {},
+        weights("readme.txt"),
+    ),
+    "weights without an end": Case(
+        "teacher.model", "cannot load the weights: model.safetensors is damaged: ", {}, shorter
+    ),
+    "weights without anything": Case(
+        "teacher.model", "cannot load the weights: pytorch_model.bin is empty", {}, weights("pytorch_model.bin")
+    ),
+    "a part of the weights is missing": Case(
+        "teacher.model",
+        "cannot load the weights: model-2.safetensors is not there",
+        {},
+        weights("model.safetensors.index.json", '{"weight_map": {"classifier.bias": "model-2.safetensors"}}'),
+    ),
+    "an index of weights that is none": Case(
+        "teacher.model",
+        "cannot load the weights: model.safetensors.index.json is no index of weights",
+        {},
+        weights("model.safetensors.index.json", "[]"),
+    ),
+    "no weights of a further teacher": Case(
+        "teacher.ensemble.0",
+        "no weights beside config.json",
+        {"teacher.ensemble": ["other"]},
+        lambda folder: shutil.copytree(
+            folder / "teacher", folder / "other", ignore=shutil.ignore_patterns("*.safetensors")
+        ),
+    ),
     "unsupported family": Case(
         "teacher.model", "'gpt2' are not supported: expected", {}, write("teacher/config.json", GPT)
     ),
@@ -244,6 +293,27 @@ CASES = {
         "constraints.accuracy", 'accuracy lies between 0 and 1, got ">= 90"', {"constraints": {"accuracy": ">= 90"}}
     ),
     "unwritable output": Case("output", "study.yaml is not a directory", {"output": "study.yaml/run"}),
+    "output where no file can be made": Case("output", "cannot be written: ", {"output": "/proc/mine"}),
+    "output where no file can be made, and a database elsewhere": Case(
+        "output", "cannot be written: ", {"output": "/proc/mine", "storage": "sqlite:///mine.db"}
+    ),
+    "a name that is too long": Case("output", "no usable path: File name too long, got ", {"output": "x" * 300}),
+    "a name that is too long in a folder to be made": Case(
+        "output", "no usable path: File name too long, got ", {"output": f"new/{300 * 'x'}/run"}
+    ),
+    "a name that no file has": Case("output", "no usable path: ", {"output": "nu\0ll"}),
+    "data of a name that is too long": Case("data.train", "no usable path: ", {"data.train": f"{300 * 'x'}.csv"}),
+    "a database of a name that is too long": Case(
+        "storage", "no usable path: ", {"storage": f"sqlite:///{300 * 'x'}.db"}
+    ),
+    "more cores than there are": Case(
+        "cluster.cpus_per_trial", "a trial asks for 4096 cores, this machine has ", {"cluster.cpus_per_trial": 4096}
+    ),
+    "more trials than there are cores": Case(
+        "search.concurrency",
+        "4096 trials at a time, of 1 each, ask for 4096 cores, this machine has ",
+        {"search.concurrency": 4096},
+    ),
     "output is a file": Case("output", "not a directory: data/train.jsonl", {"output": "data/train.jsonl"}),
     "unwritable database": Case(
         "storage", "study.yaml is not a directory", {"storage": "sqlite:///study.yaml/study.db"}
@@ -255,6 +325,14 @@ CASES = {
         "storage",
         f"postgresql+psycopg://me:***@127.0.0.1:{DEAF}/studies: connection failed: ",
         {"storage": f"postgresql+psycopg://me:s3cret@127.0.0.1:{DEAF}/studies"},
+    ),
+    "a password of one letter": Case(
+        "storage",
+        f"://me:***@127.0.0.1:{DEAF}/studies: connection failed: connection to server at",
+        {"storage": f"postgresql+psycopg://me:c@127.0.0.1:{DEAF}/studies"},
+    ),
+    "a database whose driver is not installed": Case(
+        "storage", "cannot be used: No module named", {"storage": "sqlite+pysqlcipher://:s3cret@/mine.db"}
     ),
     "another kind of database": Case(
         "storage", "no such kind of database; expected sqlite", {"storage": "mysql://me:s3cret@127.0.0.1/studies"}

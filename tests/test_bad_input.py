@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -174,6 +175,38 @@ def test_a_bad_override_is_named(assignment: str, key: str, words: str, command:
 # ---- where trials run --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"cluster.cpus_per_trial": 3}, "cluster.cpus_per_trial: a trial asks for 3 cores, this machine has 2"),
+        ({"search.concurrency": 3}, "search.concurrency: 3 trials at a time, of 1 each, ask for 3 cores, this"),
+        (
+            {"cluster.cpus_per_trial": 2, "search.concurrency": 2},
+            "search.concurrency: 2 trials at a time, of 2 each",
+        ),
+    ],
+)
+def test_cores_that_are_not_here(
+    keys: dict[str, int], words: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "usable_cores", lambda: 2)
+    with_keys(folder / "study.yaml", keys)
+    for command in (["run"], ["run", "--executor", "local"], ["plan"]):
+        assert f": {words}" in refused(folder.parent, *command, folder / "study.yaml")
+
+
+@pytest.mark.parametrize("address", ["local", "auto"])
+def test_all_cores_may_be_asked_for_here_and_any_number_elsewhere(
+    address: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "usable_cores", lambda: 2)
+    with_keys(
+        folder / "study.yaml",
+        {"search.concurrency": 2 if address == "local" else 8, "cluster": {"address": address}},
+    )
+    assert CliRunner().invoke(cli.main, ["plan", str(folder / "study.yaml")]).exit_code == 0
+
+
 @pytest.mark.parametrize("executor", ["local", "ray"])
 def test_devices_that_are_not_here(executor: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
@@ -219,6 +252,34 @@ def test_a_cluster_that_is_not_there_or_too_small(
     assert f"cluster.{key}: {words}" in refused(folder.parent, "run", path)
 
 
+# ---- an interrupt before anything runs ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("where", ["load_study", "prepare"])
+def test_an_interrupt_before_anything_is_made_ends_with_130(
+    where: str, number: signal.Signals, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = cli if where == "load_study" else driver
+    monkeypatch.setattr(module, where, lambda *arguments: os.kill(os.getpid(), number))
+    before = snapshot(folder.parent)
+    result = CliRunner().invoke(cli.main, ["run", str(folder / "study.yaml")])
+    assert (result.exit_code, result.stderr) == (130, "interrupted: the same command resumes\n")
+    assert snapshot(folder.parent) == before
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_an_interrupt_while_ray_starts_ends_with_130(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*arguments: Any) -> None:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as Ray does
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(driver, "make_executor", start)
+    result = CliRunner().invoke(cli.main, ["run", str(folder / "study.yaml")])
+    assert result.exit_code == 130, result.output
+    assert "interrupted: the same command resumes" in result.stderr
+
+
 # ---- looking at what is not there --------------------------------------------------------------------------------
 
 
@@ -229,6 +290,17 @@ def test_a_study_that_never_ran_is_said_so(arguments: list[str], folder: Path) -
     command, *rest = arguments
     said = refused(folder.parent, command, folder / "study.yaml", *rest, code=1)
     assert said.endswith("study/run/study.db: it has not been run yet")
+
+
+@pytest.mark.parametrize("arguments", [["status"], ["trials"], ["report"], ["show", "0"]], ids=" ".join)
+def test_a_server_that_does_not_answer_is_named_with_its_place(
+    arguments: list[str], folder: Path, deaf: int
+) -> None:
+    path = folder / "study.yaml"
+    text = with_keys(path, {"storage": f"postgresql://me:s3cret@127.0.0.1:{deaf}/studies"})
+    command, *rest = arguments
+    said = refused(folder.parent, command, path, *rest)
+    assert said.startswith(f"{path}:{line_of('storage', text)}: storage: postgresql+psycopg://me:***@127.0.0.1:")
 
 
 def test_nothing_is_exported_of_a_study_that_never_ran(folder: Path, tmp_path: Path) -> None:

@@ -258,6 +258,19 @@ def test_the_export_command_can_be_copied_with_the_overrides(filled: Path) -> No
     assert shlex.split(line)[1:] == expected
 
 
+@pytest.mark.parametrize("command", [["run"], ["report"], ["report", "--format", "html"]], ids=" ".join)
+def test_commands_to_be_copied_hold_no_password(
+    command: list[str], filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(load_study(filled).storage)
+    monkeypatch.setattr(cli, "_store", lambda study: store)
+    running(monkeypatch, lambda *arguments, **options: None)
+    url = "storage=postgresql://me:s3cret@host/db?sslpassword=s3cret"
+    output = call(*command, filled, "--set", url).output
+    assert "s3cret" not in output
+    assert "storage=postgresql://me:***@host/db?sslpassword=***" in output
+
+
 def test_report_as_json_holds_what_the_database_does(filled: Path) -> None:
     document = json.loads(call("report", filled, "--format", "json").stdout)
     assert document["front"] == [0, 1, 2, 5]

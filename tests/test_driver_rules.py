@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from compress_search.driver import Prepared, baselines, refuse_another_device
+from compress_search.driver import Prepared, baselines, make_output, placed, refuse_another_device
 from compress_search.errors import StudyError
 from compress_search.finish import finalize, front_of, keep_artifacts, measured_once
 from compress_search.plan import Plan
@@ -46,6 +46,23 @@ def test_a_study_goes_on_where_it_was_begun_only(tiny_study: Callable[..., Path]
     refuse_another_device(prepared(0))
     with pytest.raises(StudyError, match=r"cluster.gpus_per_trial: this study was begun on cpu"):
         refuse_another_device(prepared(1))
+
+
+def test_what_a_worker_finds_wrong_is_told_with_its_place(tiny_study: Callable[..., Path]) -> None:
+    path = tiny_study()
+    line = path.read_text(encoding="utf-8").splitlines().index("  model: teacher") + 1
+    with pytest.raises(StudyError) as caught, placed(load_study(path)):
+        raise StudyError("the weights are damaged", key="teacher.model")
+    assert str(caught.value) == f"{path}:{line}: teacher.model: the weights are damaged"
+    with pytest.raises(StudyError, match=r"^rows.csv:7: no label$"), placed(load_study(path)):
+        raise StudyError("no label", file="rows.csv", line=7)
+
+
+def test_an_output_that_was_taken_meanwhile_is_told_with_its_place(tiny_study: Callable[..., Path]) -> None:
+    study = load_study(tiny_study())
+    study.output.write_text("")
+    with pytest.raises(StudyError, match=r"study.yaml:\d+: output: cannot create .*/run: File exists$"):
+        make_output(study)
 
 
 def test_a_study_is_final_once_its_front_and_its_baselines_are(tmp_path: Path) -> None:

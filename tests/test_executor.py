@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from compress_search.errors import CompressSearchError
+from compress_search.errors import CompressSearchError, StudyError
 from compress_search.executor import Executor, LocalExecutor
 from compress_search.records import Rung
 from compress_search.study import load_study
@@ -148,6 +148,12 @@ def test_a_study_that_cannot_run_in_a_worker_ends_the_run(make: Make) -> None:
     with pytest.raises(CompressSearchError, match=r"study.yaml:3: data.text: no such column") as caught:
         make().run(ScriptedSearch(["refuses", "fine"]))  # type: ignore[arg-type]
     assert caught.value.exit_code == 2
+
+
+def test_a_key_that_a_worker_blames_is_told_as_such(make: Make) -> None:
+    with pytest.raises(StudyError, match=r"^teacher.model: the weights are damaged$") as caught:
+        make().run(ScriptedSearch(["blames"]))  # type: ignore[arg-type]
+    assert caught.value.key == "teacher.model", "so that the driver can say where it stands"
 
 
 def test_jobs_that_are_no_trials(make: Make) -> None:

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress_search.errors import StudyError
-from compress_search.study import METRICS, Study, direction, load_study, objectives_for, safe_url
+from compress_search.study import METRICS, Study, direction, hide_passwords, load_study, objectives_for
 from compress_search.study.document import override, parse
 from compress_search.study.goals import Constraint
 
@@ -611,15 +611,27 @@ def test_no_error_repeats_a_password(write: Callable[[str], Path]) -> None:
     path = write(MINIMAL)
     for url in ("nosql://me:s3cret@host/db", "postgresql://me:s3cret@host:port/db", "://me:s3cret@"):
         assert "s3cret" not in complaint(path, f"storage={url}")
+        assert "s3cret" not in complaint(path, f"storage={url.removeprefix('nosql:')}")
+        assert "s3cret" not in complaint(path, "storage=me:s3cret@host")
         assert "s3cret" not in complaint(write(MINIMAL + f"storage: {url}\n"))
 
 
-def test_safe_url() -> None:
-    assert safe_url("postgresql://me:s3cret@host/db") == "postgresql://me:***@host/db"
-    assert "s3cret" not in safe_url("postgresql://me@host/db?password=s3cret&sslpassword=s3cret")
-    assert "application_name=me" in safe_url("postgresql://me@host/db?password=s3cret&application_name=me")
-    assert safe_url("sqlite:////a/b.db") == "sqlite:////a/b.db"
-    assert safe_url("me:s3cret") == "***"
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("postgresql://me:s3cret@host/db", "postgresql://me:***@host/db"),
+        ("storage=postgresql://me:two words@host/db", "storage=postgresql://me:***@host/db"),
+        (
+            "p://me@host/db?password=s3cret&name=me&sslPassword=x",
+            "p://me@host/db?password=***&name=me&sslPassword=***",
+        ),
+        ("sqlite:///$HERE/a b.db", "sqlite:///$HERE/a b.db"),
+        ("postgresql://me:p@host: port 1 is not accepting", "postgresql://me:***@host: port 1 is not accepting"),
+        ("user p at port 1, http://host:80/x", "user p at port 1, http://host:80/x"),
+    ],
+)
+def test_passwords_of_urls_are_hidden_and_nothing_else(text: str, shown: str) -> None:
+    assert hide_passwords(text) == shown
 
 
 # ---- objectives and constraints ----------------------------------------------------------------------------

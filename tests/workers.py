@@ -60,6 +60,9 @@ class ScriptedWorker:
     def refuses(self, assignment: Assignment, report: Report) -> bool:
         raise StudyError("no such column", file="study.yaml", line=3, key="data.text")
 
+    def blames(self, assignment: Assignment, report: Report) -> bool:
+        raise StudyError("the weights are damaged", key="teacher.model")
+
     def hangs(self, assignment: Assignment, report: Report) -> bool:
         time.sleep(600)
         return True

@@ -17,6 +17,7 @@ from compress_search.cli.common import Commands, FilePath, load_study, study_com
 from compress_search.cli.doctor import doctor
 from compress_search.cli.plugins import plugins
 from compress_search.errors import StudyError
+from compress_search.interrupts import interrupts
 
 if TYPE_CHECKING:
     from compress_search.report import Report
@@ -60,6 +61,7 @@ def init(model: str, train: str, validation: str | None, test: str | None, task:
 @click.option(
     "--executor", type=click.Choice(["ray", "local"]), default="ray", show_default=True, help="What runs it."
 )
+@interrupts()
 def run(path: Path, overrides: tuple[str, ...], executor: Literal["ray", "local"]) -> None:
     """Start a study, or resume it.
 
@@ -94,8 +96,7 @@ def plan(path: Path, overrides: tuple[str, ...]) -> None:
     from compress_search import driver
     from compress_search.report import terminal
 
-    study = load_study(path, overrides)
-    prepared = driver.prepare(study, driver.stored_subject(study, _store(study)))
+    prepared = driver.preview(load_study(path, overrides))
     terminal.show(*terminal.plan_tables(prepared.plan, prepared.estimate()))
 
 
@@ -214,14 +215,16 @@ def export(path: Path, overrides: tuple[str, ...], number: int, output: Path) ->
 
 
 def _named(path: Path, overrides: tuple[str, ...]) -> str:
-    """The study as a shell names it, for commands to be copied."""
-    return shlex.join([str(path), *(word for override in overrides for word in ("--set", override))])
+    """The study as a shell names it, for commands to be copied, in which a password has to be filled in again."""
+    from compress_search.study import hide_passwords
+
+    return shlex.join([str(path), *(word for each in overrides for word in ("--set", hide_passwords(each)))])
 
 
 def _store(study: Study) -> Store:
-    from compress_search.storage import Store
+    from compress_search.storage.opening import open_store
 
-    return Store(study.storage)
+    return open_store(study)
 
 
 def _report(study: Study) -> Report:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +60,7 @@ def load_study(path: Path, overrides: tuple[str, ...] = ()) -> Study:
 def write_new(files: Mapping[Path, str]) -> None:
     """Write files that must not exist yet: all of them or none."""
     for file in files:
-        if file.exists():
+        if os.path.lexists(file):
             raise StudyError("exists already and is not overwritten", file=file)
     for file, text in files.items():
         write(file, text)

@@ -31,7 +31,8 @@ from compress_search.measure import Bench
 from compress_search.recipe import Recipe
 from compress_search.runtimes import Artifact
 from compress_search.runtimes.deployed import SETTINGS, settings_of
-from compress_search.storage import Store, TrialRow
+from compress_search.storage import TrialRow
+from compress_search.storage.opening import open_store
 from compress_search.study.sources import output_directory
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def export_trial(study: Study, number: int, destination: Path) -> Path:
         StorageError: the study has not been run.
     """
     _refuse_taken(destination)
-    store = Store(study.storage)
+    store = open_store(study)
     rows = {row.number: row for row in store.trials(study.name)}
     row, recipe = _complete(rows, number)
     artifact = study.output / str(row.artifact)

@@ -22,6 +22,7 @@ from sqlalchemy.orm import Session
 
 from compress_search.errors import StorageError
 from compress_search.storage import schema
+from compress_search.study import hide_passwords
 
 T = TypeVar("T")
 Direction = Literal["maximize", "minimize"]
@@ -79,7 +80,7 @@ class Database:
     @property
     def safe_url(self) -> str:
         """The URL as it may be shown: without its password."""
-        return self._url.render_as_string(hide_password=True)
+        return hide_passwords(self._url.render_as_string(hide_password=False))
 
     # ---- opening ------------------------------------------------------------------------------------------------
 
@@ -196,9 +197,7 @@ class Database:
         """One line on what is wrong, without the password."""
         cause = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error
         origin = cause.orig if isinstance(cause, DBAPIError) and cause.orig else cause
-        text = " ".join(str(origin).split())
-        if self._url.password:
-            text = text.replace(str(self._url.password), "***")
+        text = hide_passwords(" ".join(str(origin).split()))
         return StorageError(f"{self.safe_url}: {text}")
 
     @contextmanager

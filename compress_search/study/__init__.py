@@ -53,7 +53,7 @@ from compress_search.study.sections import (
     derived,
     located,
 )
-from compress_search.study.sources import database_url, output_directory, plugin_files, safe_url
+from compress_search.study.sources import database_url, hide_passwords, output_directory, plugin_files
 
 if TYPE_CHECKING:
     from compress_search.space import Narrowing
@@ -74,9 +74,9 @@ __all__ = [
     "TeacherConfig",
     "TrainingConfig",
     "direction",
+    "hide_passwords",
     "load_study",
     "objectives_for",
-    "safe_url",
 ]
 
 

@@ -116,8 +116,8 @@ def override(document: Document, assignment: str) -> Document:
         StudyError: it has no ``=``, VALUE is not valid YAML, or the key runs through something without keys.
     """
     dotted, equals, text = assignment.partition("=")
-    # a URL may hold a password
-    place = Place(f"--set {dotted}=…" if "://" in text else f"--set {assignment}")
+    # a URL may hold a password, and so may what should have been one
+    place = Place(f"--set {dotted}=…" if re.search("://|@", text) else f"--set {assignment}")
     if not (equals and all(dotted.split("."))):
         raise StudyError("expected KEY=VALUE, for example search.trials=8", file=place.file)
     try:

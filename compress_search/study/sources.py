@@ -10,6 +10,7 @@ import keyword
 import os
 import re
 import string
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ DATA_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 _FILE_SUFFIXES = (*DATA_SUFFIXES, ".json", ".txt", ".yaml", ".safetensors", ".bin", ".onnx")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]*){0,2}")
 """``name`` or ``owner/name``; a data set's may go on with ``:configuration:split``."""
+_BEFORE_HOST = re.compile(r"(://[^:/\s]*:)[^@]*@")
+_IN_QUERY = re.compile(r"([?&][^=&\s]*(?:pass|secret|token)[^=&\s]*=)[^&\s]*", re.IGNORECASE)
 _OTHER_DATABASE = "no such kind of database; expected sqlite:///… or postgresql+psycopg://…"
 
 
@@ -166,27 +169,38 @@ def _database_file(database: str | None, folder: Path) -> Path:
     if database in (None, "", ":memory:"):
         raise ValueError("a database in memory cannot be resumed; expected for example sqlite:///study.db")
     path = Path(os.path.normpath(folder / str(database)))
+    _require_name(path)
     if path.is_dir():
         raise ValueError(f"is a directory: {database}")
     _require_writable(path)
     return path
 
 
-def safe_url(url: str) -> str:
-    """The database URL with its password, wherever it stands in it, replaced by ``***``."""
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError
+def hide_passwords(text: str) -> str:
+    """The text with the passwords of the URLs in it, wherever they stand in them, replaced by ``***``.
 
-    try:
-        parsed = make_url(url)
-    except (ArgumentError, ValueError):
-        return "***"
-    secret = [name for name in parsed.query if re.search("pass|secret|token", name, re.IGNORECASE)]
-    return parsed.update_query_dict(dict.fromkeys(secret, "***")).render_as_string(hide_password=True)
+    What merely equals a password is left alone: hiding "p" all over a sentence would tell it.
+    """
+    return _IN_QUERY.sub(r"\1***", _BEFORE_HOST.sub(r"\1***@", text))
 
 
 def _absolute(text: str, folder: Path | None) -> Path | None:
-    return None if folder is None else Path(os.path.normpath(folder / os.path.expanduser(text)))
+    """The path, where there is a folder to start from, once it is known to be one that files can have."""
+    if folder is None:
+        return None
+    path = Path(os.path.normpath(folder / os.path.expanduser(text)))
+    _require_name(path)
+    return path
+
+
+def _require_name(path: Path) -> None:
+    """Refuse what cannot even be looked for, such as a name that is too long for any file system."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as error:  # of a null character Python says the latter
+        raise ValueError(f"no usable path: {getattr(error, 'strerror', error)}, got {show(str(path))}") from None
 
 
 def _is_hub_id(text: str, folder: Path | None) -> bool:
@@ -215,9 +229,20 @@ def _require_file(path: Path, text: str) -> None:
 
 
 def _require_writable(path: Path) -> None:
-    """Refuse a path that can be neither written nor, at its nearest existing ancestor, created."""
+    """Refuse a path that can be neither written nor, at its nearest existing ancestor, created.
+
+    The superuser has every permission, in /proc too: whether a file can be made in a folder is seen by making one
+    that has no name, and so is never there.
+    """
     existing = next(place for place in (path, *path.parents) if place.exists())
     if existing != path and not existing.is_dir():
         raise ValueError(f"cannot be created: {existing} is not a directory")
     if not os.access(existing, os.W_OK):
         raise ValueError(f"cannot be written: no permission for {existing}")
+    for name in path.relative_to(existing).parts:
+        _require_name(existing / name)
+    try:
+        with tempfile.TemporaryFile(dir=existing if existing.is_dir() else existing.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot be written: no file can be made in {existing}: {error.strerror}") from None

@@ -6,12 +6,14 @@ Owns every complaint about a model and the order of its labels. Knows nothing of
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -24,6 +26,7 @@ from compress_search.teacher.networks import HEADS, auto_class, quiet, restore_c
 
 _DESCRIPTION = ("*.json", "*.txt", "*.model")
 _SAFE, _LEGACY = "*.safetensors", "pytorch_model*.bin"
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
 
 
@@ -54,10 +57,55 @@ def _read(study: Study) -> PreTrainedConfig:
     except (OSError, ValueError, KeyError) as error:
         fault = f"cannot read the model's configuration: {_first_line(error)}"
         raise study.error("teacher.model", fault if local else f"{model} is no directory here; {fault}") from error
-    if local and not any((Path(model) / name).is_file() for name in _TOKENIZERS):
+    if local:
+        _check_files(study, Path(model))
+    return config
+
+
+def _check_files(study: Study, directory: Path) -> None:
+    """What can be seen of a tokenizer and of weights without loading them: whether they are there, and whole."""
+    if not any((directory / name).is_file() for name in _TOKENIZERS):
         # without one the library would quietly make up a tokenizer of five pieces
         raise study.error("teacher.model", f"no tokenizer beside the model: expected {' or '.join(_TOKENIZERS)}")
-    return config
+    try:
+        files = _weight_files(directory)
+        for file in files:
+            _check_whole(file)
+    except (OSError, ValueError) as error:
+        raise study.error("teacher.model", f"cannot load the weights: {_first_line(error)}") from error
+    if not files:
+        raise study.error("teacher.model", f"no weights beside config.json: expected {' or '.join(_WEIGHTS)}")
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The files that hold the weights: one, or those that an index lists; none where there is neither."""
+    for name in _WEIGHTS:
+        if (directory / name).is_file():
+            return [directory / name]
+        index = directory / f"{name}.index.json"
+        if index.is_file():
+            return sorted(directory / shard for shard in set(_shards(index)))
+    return []
+
+
+def _shards(index: Path) -> Iterable[str]:
+    try:
+        content: dict[str, dict[str, str]] = json.loads(index.read_bytes())
+        return content["weight_map"].values()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index.name} is no index of weights") from error
+
+
+def _check_whole(file: Path) -> None:
+    """Refuse a file that is not there, empty, or shorter than its own header says."""
+    if not file.is_file() or file.stat().st_size == 0:
+        raise ValueError(f"{file.name} is {'empty' if file.is_file() else 'not there'}")
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{file.name} is damaged: {error}") from error
 
 
 def _check_family(study: Study, config: PreTrainedConfig) -> None:
