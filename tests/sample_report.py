@@ -118,6 +118,7 @@ def fill(store: Store, study: Study, rows: Iterable[Entry], reference: Mapping[s
                 row.metrics,
                 row.intervals,
                 measurements,
+                artifact=f"artifacts/{trial.number}" if row.state == "complete" else None,
                 seconds={"total": row.seconds or 0.0},
                 failure=failure,
             ),

@@ -317,13 +317,39 @@ def exporting(monkeypatch: pytest.MonkeyPatch, action: Callable[..., Any]) -> No
 
 def test_export_hands_study_number_and_folder_over(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    exporting(monkeypatch, lambda study, number, output: seen.append((study.name, number, output)))
+    exporting(monkeypatch, lambda study, number, output, *, command: seen.append((study.name, number, output)))
     assert call("export", filled, "5", "-o", "out").exit_code == 0
     assert seen == [("tiny", 5, Path("out"))]
 
 
 def test_an_export_that_does_not_reload_exits_1(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*arguments: Any) -> None:
+    def fails(*arguments: Any, **options: Any) -> None:
+def test_the_command_in_a_card_exports_the_same_trial_from_the_same_folder(
+    filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(filled.parent)
+    seen: list[Any] = []
+    exporting(monkeypatch, lambda study, number, output, **card: seen.append((study, number, output, card)))
+    overrides = ["--set", "objectives=[accuracy, size_mb]", "--set", "data.max_length=16"]
+    assert call("export", filled.name, *overrides, "5", "-o", "my models/out").exit_code == 0
+    first = seen.pop()
+    program, *words = shlex.split(first[3]["command"])
+    assert program == "compress-search"
+    assert words[1] == filled.name
+    assert call(*words).exit_code == 0
+    again = seen.pop()
+    assert again[:2] == first[:2]
+    assert again[2] != first[2], "where the first lies, a second is refused"
+
+
+def test_a_card_does_not_repeat_a_password(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[str] = []
+    exporting(monkeypatch, lambda *arguments, command: commands.append(command))
+    url = "storage=postgresql+psycopg://someone:hunter2@host/studies"
+    assert call("export", filled, "--set", url, "5", "-o", "out").exit_code == 0
+    assert "hunter2" not in commands[0]
+
+
         raise ExportError("scores 0.5 instead of 0.9")
 
     exporting(monkeypatch, fails)

@@ -18,7 +18,7 @@ from compress_search.export import as_pretrained, check, export_artifact, teache
 from compress_search.export.model_card import Card, Contents, render
 from compress_search.measure import Bench
 from compress_search.recipe import Recipe, Step
-from compress_search.storage import TrialRow
+from compress_search.storage import Store, TrialRow
 from compress_search.tasks import Task
 from tests import tiny
 
@@ -298,7 +298,6 @@ def test_a_trial_of_a_study_exports_also_after_its_model_was_deleted(tiny_study,
 
     from compress_search import driver
     from compress_search.export import export_trial
-    from compress_search.storage import Store
     from compress_search.study import load_study
 
     monkeypatch.setenv("COMPRESS_SEARCH_CACHE", str(tmp_path / "cache"))
@@ -314,8 +313,28 @@ def test_a_trial_of_a_study_exports_also_after_its_model_was_deleted(tiny_study,
     assert facts["metrics"]["accuracy"] == last.metrics["accuracy"]
     assert facts["teacher"]["speedup"] > 0
     assert str(tmp_path) not in (again / "README.md").read_text() + json.dumps(facts)
+    assert facts["command"] == "", "only who called knows how the study is called from where"
     with pytest.raises(StudyError, match=f"there is no trial 99: the study has {last.number + 1} trials"):
         export_trial(study, 99, tmp_path / "no")
+
+
+@pytest.mark.parametrize(("number", "ratio"), [(0, 0.82), (1, 0.699)])
+def test_a_card_tells_of_the_measurement_that_its_latency_is_from(number, ratio, tiny_study, tmp_path, monkeypatch):
+    """The second, where there is one; but the teacher's first is the unit of the study."""
+    from compress_search import export
+    from compress_search.study import load_study
+    from tests import sample_report
+
+    study, cards = load_study(tiny_study()), []
+    store, noisy = Store(study.storage), {**LATENCY, "ratio": 0.82, "noisy": True}
+    sample_report.fill(store, study, [sample_report.teacher(), sample_report.entry(1)])
+    store.write_measurement(study.name, number, "latency", noisy)
+    store.write_measurement(study.name, number, "final", {"latency": {**LATENCY, "ratio": 0.699}})
+    (study.output / "artifacts" / str(number)).mkdir(parents=True)
+    monkeypatch.setattr(export, "export_artifact", lambda *arguments, card, **options: cards.append(card))
+    export.export_trial(study, number, tmp_path / "out", command="compress-search export a.yaml 1 -o b")
+    assert cards[0].latency["ratio"] == ratio
+    assert cards[0].command == "compress-search export a.yaml 1 -o b"
 
 
 @pytest.mark.parametrize("state", ["failed", "running", "infeasible"])

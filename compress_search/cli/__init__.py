@@ -210,7 +210,9 @@ def export(path: Path, overrides: tuple[str, ...], number: int, output: Path) ->
     """
     from compress_search.export import export_trial
 
-    export_trial(load_study(path, overrides), number, output)
+    again = shlex.quote(f"{output}-again")  # where this one lies, another is refused
+    command = f"compress-search export {_named(path, overrides)} {number} -o {again}"
+    export_trial(load_study(path, overrides), number, output, command=command)
     click.echo(f"trial {number} is in {output}")
 
 

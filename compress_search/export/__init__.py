@@ -29,6 +29,7 @@ from compress_search.errors import ExportError, StudyError
 from compress_search.export.model_card import Card, Contents, render
 from compress_search.measure import Bench
 from compress_search.recipe import Recipe
+from compress_search.report import latency_of
 from compress_search.runtimes import Artifact
 from compress_search.runtimes.deployed import SETTINGS, settings_of
 from compress_search.storage import TrialRow
@@ -54,10 +55,11 @@ ELSEWHERE = 0.005
 FOLDERS = {"transformers": "hf", "manifest": "weights", "onnx": "onnx"}
 
 
-def export_trial(study: Study, number: int, destination: Path) -> Path:
+def export_trial(study: Study, number: int, destination: Path, *, command: str = "") -> Path:
     """Write a complete trial of a study as a deployable directory, checked on the validation data.
 
-    A model that was deleted to save space is trained again from its recipe and seed.
+    A model that was deleted to save space is trained again from its recipe and seed. The card says that
+    ``command`` makes the directory again, where the caller gives one.
 
     Raises:
         StudyError: there is no such trial, it is not complete, or the destination is taken or cannot be written.
@@ -85,9 +87,9 @@ def export_trial(study: Study, number: int, destination: Path) -> Path:
         intervals=row.intervals,
         teacher=teacher,
         test=measurements.get("final", {}).get("test", {}).get("metrics", {}),
-        latency=measurements.get("latency", {}),
+        latency=latency_of(row, measurements),
         environment=row.environment,
-        command=f"compress-search export {study.name}.yaml {number} -o {destination.name}",
+        command=command,
     )
     measure = study.measure
     return export_artifact(

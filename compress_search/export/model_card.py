@@ -24,7 +24,8 @@ class Card:
     """Everything a card tells of one trial.
 
     ``metrics`` and ``intervals`` were measured on validation, ``teacher`` are the teacher's; ``test`` was scored
-    once, at the end of the study. ``protocol`` says how latency was taken, ``environment`` on what.
+    once, at the end of the study. ``latency`` says how the latency among the metrics was taken, ``environment`` on
+    what, and ``command`` what makes the directory again, if that is known.
     """
 
     study: str

@@ -202,7 +202,7 @@ def read_entries(store: Store, name: str) -> list[Entry]:
 def entry_of(row: TrialRow, measurements: Mapping[str, Any]) -> Entry:
     """A stored trial with its measurements as an entry of the document."""
     marks = {
-        "noisy": _latest_latency(measurements).get("noisy"),
+        "noisy": latency_of(row, measurements).get("noisy"),
         "simulated": measurements.get("simulated"),
         "provisional": row.provisional,
     }
@@ -224,10 +224,11 @@ def entry_of(row: TrialRow, measurements: Mapping[str, Any]) -> Entry:
     )
 
 
-def _latest_latency(measurements: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The measurement that the trial's latency is from."""
-    final: Mapping[str, Any] = measurements.get("final", {}).get("latency") or measurements.get("latency") or {}
-    return final
+def latency_of(row: TrialRow, measurements: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The measurement that a trial's latency is from: the last, but the teacher's first is the study's unit."""
+    last = measurements.get("final", {}).get("latency") if row.recipe and row.recipe.steps else None
+    found: Mapping[str, Any] = last or measurements.get("latency") or {}
+    return found
 
 
 def _final(final: Mapping[str, Any] | None) -> dict[str, float] | None:
