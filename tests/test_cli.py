@@ -181,7 +181,9 @@ def test_run_exits_4_when_nothing_meets_the_constraints(fresh: Path, monkeypatch
     running(monkeypatch, lambda *arguments, **options: None)
     result = call("run", fresh, *bound)
     assert result.exit_code == 4
-    assert "Nothing meets the constraints; the closest: trial 2" in result.stderr
+    told = result.stderr.removeprefix("error: ").strip()
+    assert told.startswith("Nothing meets the constraints; the closest: trial 2")
+    assert told in result.stdout.splitlines()
 
 
 def test_run_exits_1_when_nothing_completed(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:

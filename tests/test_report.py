@@ -147,10 +147,40 @@ def test_without_a_bound_on_the_score_the_fastest_that_holds_up_is_recommended()
 def test_when_nothing_meets_the_constraints_the_closest_is_named() -> None:
     found = report_of(teacher(), entry(1, 0.70, 3), entry(2, 0.80, 5), constraints={"accuracy": ">= 0.95"})
     text = wording.recommendation(found)
-    assert text.startswith("Nothing meets the constraints; the closest: trial 2, theseus(")
+    assert text.startswith("Nothing meets the constraints; the closest: trial 2, theseus")
     assert text.index("80.0 % against ≥ 95.0 %") < text.index("trial 1") < text.index("70.0 % against ≥ 95.0 %")
     with pytest.raises(NothingFeasible, match="trial 2"):
         wording.require_result(found)
+
+
+REJECTED = [entry(n, 0.0, ms, state="infeasible") for n, ms in ((2, 9.0), (3, 7.0))]
+
+
+@pytest.mark.parametrize(
+    ("trials", "bound", "named"),
+    [
+        ([teacher(), baseline(), entry(2, 0.80, 5), entry(3, 0.70, 3)], {"accuracy": ">= 0.9"}, [1, 2, 3]),
+        ([teacher(), baseline(), entry(4, 0.80, 5), *REJECTED], {"latency_ms": "<= 1"}, [4, 1, 3]),
+        ([teacher(), baseline(), *REJECTED], {"latency_ms": "<= 1"}, [1, 3, 2]),
+        ([teacher(), *REJECTED], {"latency_ms": "<= 1"}, [3, 2]),
+        ([teacher(), baseline(), entry(2, 0.80, 5)], {"accuracy": ">= 0.883"}, [1, 2]),
+    ],
+)
+def test_the_closest_are_the_same_wherever_they_are_named(trials: list[Any], bound: Any, named: list[int]) -> None:
+    """Complete trials, the int8 baseline among them, go before those whose shapes alone were measured."""
+    found = report_of(*trials, constraints=bound, searched=["theseus.block_size"])
+    with pytest.raises(NothingFeasible) as caught:
+        wording.require_result(found)
+    assert str(caught.value) == wording.recommendation(found)
+    assert [int(number) for number in re.findall(r"trial (\d+),", str(caught.value))] == named
+    assert "schedule" not in str(caught.value), "parameters that the study did not search are left out"
+    assert str(caught.value).startswith("Nothing but the teacher") == (named == [1, 2])
+
+
+def test_an_int8_baseline_within_the_constraints_is_a_result() -> None:
+    found = report_of(teacher(), baseline(), entry(2, 0.70, 3), constraints={"accuracy": ">= 0.88"})
+    wording.require_result(found)  # raises nothing
+    assert found.recommended == 1
 
 
 def test_recipes_rejected_by_their_shapes_are_named_when_nothing_completed() -> None:

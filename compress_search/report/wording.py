@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from compress_search import formats
 from compress_search.errors import CompressSearchError, NothingFeasible
@@ -15,39 +15,55 @@ from compress_search.recipe import Step
 from compress_search.report import Aims, Entry, Report, candidates, violations
 from compress_search.study import goals
 
+CLOSEST = 3
+"""How many recipes are named where none meets the constraints."""
+
 
 def require_result(report: Report) -> None:
     """Stop with the exit code for it when a finished study has nothing to show.
 
     Raises:
-        NothingFeasible: trials completed or were rejected by their shapes, and none meets the constraints.
-        CompressSearchError: no trial completed.
+        NothingFeasible: recipes completed or were rejected by their shapes, and none meets the constraints.
+        CompressSearchError: no trial but the baselines completed.
     """
-    done = [entry for entry in candidates(report.trials, report) if entry.recipe and entry.baseline is None]
-    rejected = [entry for entry in report.trials if entry.state == "infeasible"]
-    if not done and not rejected:
+    if all(entry.baseline for entry in _measured(report)):
         raise CompressSearchError("no trial completed: see the failures above")
-    if all(violations(entry.metrics, report) for entry in done):
-        raise NothingFeasible(closest(report, done or rejected))
+    if missed := shortfall(report):
+        raise NothingFeasible(missed)
 
 
-def closest(report: Report, entries: Sequence[Entry], most: int = 3) -> str:
-    """Which of these come closest to meeting the constraints, and what they miss."""
+def shortfall(report: Report) -> str | None:
+    """What comes closest to the constraints where no recipe meets them; None where one does, or none was measured.
 
-    def missed(entry: Entry) -> dict[str, float]:
-        # what was not measured, because shapes ruled the recipe out first, says nothing
-        return {name: by for name, by in violations(entry.metrics, report).items() if name in entry.metrics}
+    A recipe that shapes ruled out has no scores, so the complete ones go first.
+    """
+    measured = _measured(report)
+    done = [entry for entry in measured if entry.state == "complete"]
+    if not measured or not all(violations(entry.metrics, report) for entry in done):
+        return None
+    ranked = sorted(measured, key=lambda entry: (entry.state != "complete", sum(_missed(entry, report).values())))
+    each = "; ".join(_distance(entry, report) for entry in ranked[:CLOSEST])
+    but = " but the teacher" if report.front else ""
+    return f"Nothing{but} meets the constraints; the closest: {each}."
 
-    ranked = sorted(entries, key=lambda entry: sum(missed(entry).values()))[:most]
-    each = "; ".join(
-        f"trial {entry.number}, {entry.text}: "
-        + ", ".join(
-            f"{formats.number(name, entry.metrics[name], unit=True)} against {bounds(report, name)}"
-            for name in missed(entry)
-        )
-        for entry in ranked
+
+def _measured(report: Report) -> list[Entry]:
+    """What compresses and was measured: complete trials, baselines among them, and those their shapes ruled out."""
+    rejected = [entry for entry in report.trials if entry.state == "infeasible"]
+    return [entry for entry in [*candidates(report.trials, report), *rejected] if entry.recipe]
+
+
+def _missed(entry: Entry, report: Report) -> dict[str, float]:
+    """By how much each constraint is missed; what was not measured says nothing."""
+    return {name: by for name, by in violations(entry.metrics, report).items() if name in entry.metrics}
+
+
+def _distance(entry: Entry, report: Report) -> str:
+    values = (
+        f"{formats.number(name, entry.metrics[name], unit=True)} against {bounds(report, name)}"
+        for name in _missed(entry, report)
     )
-    return f"Nothing meets the constraints; the closest: {each}."
+    return f"trial {entry.number}, {short(entry, report)}: {', '.join(values)}"
 
 
 def headliners(report: Report) -> list[Entry]:
@@ -81,13 +97,9 @@ def recommendation(report: Report) -> str:
     if report.recommended is not None:
         chosen = report.trial(report.recommended)
         return f"Choose trial {chosen.number}: {', '.join(_gains(chosen, report)) or chosen.text}."
-    done = [entry for entry in candidates(report.trials, report) if entry.recipe]
-    if not done:
-        rejected = [entry for entry in report.trials if entry.state == "infeasible"]
-        return closest(report, rejected) if rejected else "Nothing has completed yet."
-    if not report.constraints or report.front:
-        return "Nothing on the front improves on the teacher."
-    return closest(report, done)
+    if missed := shortfall(report):
+        return missed
+    return "Nothing on the front improves on the teacher." if _measured(report) else "Nothing has completed yet."
 
 
 def _gains(entry: Entry, report: Report) -> list[str]:
