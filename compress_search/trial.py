@@ -21,6 +21,7 @@ from compress_search.candidate import Candidate
 from compress_search.environment import fingerprint
 from compress_search.errors import BenchDied, TrialError
 from compress_search.measure import Score
+from compress_search.measure.costs import costs_of
 from compress_search.pipeline import (
     Budget,
     StepContext,
@@ -65,14 +66,14 @@ def _overrun(output: Path, number: int, attempt: int) -> Path:
 
 def shape_metrics(shape: Shape, reference: Mapping[str, float], batch_size: int) -> Metrics:
     """Latency in ms of the study's frozen teacher, speed-up, throughput in examples a second, size and memory."""
-    latency_ms = shape.latency.ratio * reference.get("latency_ms", shape.latency.reference_ms)
-    metrics = {
-        "latency_ms": latency_ms,
-        "speedup": 1 / shape.latency.ratio,
-        "throughput": 1000 * batch_size / latency_ms,
-        "size_mb": shape.size,
-    }
+    costs, _ = costs_of(shape.latency, _teacher_ms(shape, reference), batch_size)
+    metrics = {**costs, "size_mb": shape.size}
     return metrics if shape.memory is None else {**metrics, "memory_mb": shape.memory}
+
+
+def _teacher_ms(shape: Shape, reference: Mapping[str, float]) -> float:
+    """Before the study has frozen it, as in this very measurement."""
+    return reference.get("latency_ms", shape.latency.reference_ms)
 
 
 def score_metrics(scores: Mapping[str, float], reference: Mapping[str, float]) -> Metrics:
@@ -81,15 +82,12 @@ def score_metrics(scores: Mapping[str, float], reference: Mapping[str, float]) -
     return {**scores, **drops}
 
 
-def intervals_of(score: Score, shape: Shape, metrics: Mapping[str, float]) -> dict[str, tuple[float, float]]:
-    """95 % intervals of scores, latency and speed-up."""
-    low, high = shape.latency.low, shape.latency.high
-    teacher_ms = metrics["latency_ms"] / shape.latency.ratio
-    return {
-        **score.intervals,
-        "latency_ms": (low * teacher_ms, high * teacher_ms),
-        "speedup": (1 / high, 1 / low),
-    }
+def intervals_of(
+    score: Score, shape: Shape, reference: Mapping[str, float], batch_size: int
+) -> dict[str, tuple[float, float]]:
+    """95 % intervals of scores, latency, speed-up and throughput."""
+    _, intervals = costs_of(shape.latency, _teacher_ms(shape, reference), batch_size)
+    return {**score.intervals, **intervals}
 
 
 def _as_deployed(candidate: Candidate) -> bool:
@@ -308,7 +306,7 @@ class Attempt:
         return self._result(
             "complete",
             metrics={**metrics, "parameters": float(parameters)},
-            intervals=intervals_of(score, shape, metrics),
+            intervals=intervals_of(score, shape, self.assignment.reference, self.bench.study.measure.batch_size),
             measurements={
                 "latency": shape.latency.to_dict(),
                 "simulated": candidate.simulated,

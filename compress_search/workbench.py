@@ -265,8 +265,8 @@ class Workbench:
 
     def _measure(self, key: str, directory: Path, recipe: Recipe) -> Shape:
         latency = self.latency(directory, repeats=self.study.measure.repeats, seed=self.study.search.seed)
-        if not recipe.steps:  # the teacher against itself: what is left of its ratio is noise, kept as the interval
-            latency = replace(latency, ratio=1.0)
+        if not recipe.steps:  # the teacher against itself: what is left of its ratio is noise, kept in the interval
+            latency = replace(latency, ratio=1.0, low=min(latency.low, 1.0), high=max(latency.high, 1.0))
         return Shape(key, size_mb(directory), latency, self._memory(directory))
 
     @property

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from compress_search.errors import BenchDied, BenchError
 from compress_search.measure import Bench, Latency, Score, pinned, summarize
-from compress_search.measure.bench import TRIES, undisturbed
+from compress_search.measure.bench import CELL_ROUNDS, TRIES, undisturbed
 from compress_search.tasks import Task
 from tests import tiny
 
@@ -64,6 +64,16 @@ def test_the_ratio_is_found_on_a_machine_that_keeps_changing_speed(ratio):
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     covered = [(found := summarize(rounds(0.5, seed), PROTOCOL)).low <= 0.5 <= found.high for seed in range(200)]
     assert 0.90 <= np.mean(covered) <= 0.99
+
+
+def test_the_fewest_rounds_of_five_lengths_make_an_interval_too():
+    """The cells take turns; jitter of 5 % is not a width of nothing."""
+    size = 5 * CELL_ROUNDS
+    cells = {"cell": [number % 5 for number in range(size)]}
+    protocol = {**PROTOCOL, "cells": [[width, 0.2] for width in range(5)]}
+    found = [summarize({**rounds(0.5, seed, size=size), **cells}, protocol) for seed in range(100)]
+    assert np.mean([latency.low <= 0.5 <= latency.high for latency in found]) >= 0.90
+    assert min(latency.high - latency.low for latency in found) > 0.005
 
 
 def test_more_rounds_narrow_the_interval():
@@ -384,9 +394,13 @@ def test_a_candidate_reads_the_same_rows_as_its_own_longest_input_leaves_them(st
     assert max(widths["teacher"]) > 5
 
 
-def test_few_repeats_are_enough_for_every_cell(station):
-    found = station.latency("bucketed", repeats=2)
-    assert set(found["samples"]["cell"]) == set(range(len(found["cells"])))
+@pytest.mark.parametrize("candidate", ["plain", "bucketed"])
+@pytest.mark.parametrize("repeats", [2, 5, 29])
+def test_few_repeats_become_as_many_as_every_cells_interval_takes(station, candidate, repeats):
+    found = station.latency(candidate, repeats=repeats)
+    counts = np.bincount(found["samples"]["cell"], minlength=len(found["cells"]))
+    assert counts.tolist() == [6] * len(found["cells"]), "2 · (1/2)⁶ < 5 %"
+    assert found["cells"] == station.latency(candidate, repeats=60)["cells"]
 
 
 def test_a_rewritten_artefact_is_loaded_again(monkeypatch, tmp_path):
@@ -481,7 +495,8 @@ def test_a_network_is_as_fast_as_itself_and_a_larger_one_is_slower(bench, materi
     assert slower.ratio > 1.5
     assert slower.low > 1.0
     assert slower.protocol["threads"] == 1
-    assert len(slower.samples["candidate_ms"]) == len(slower.samples["width"]) == 20
+    rounds = len(slower.samples["candidate_ms"])
+    assert rounds == len(slower.samples["width"]) == slower.protocol["repeats"] == CELL_ROUNDS * 5
     assert sum(share for _, share in slower.protocol["cells"]) == pytest.approx(1.0)
 
 

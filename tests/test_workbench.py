@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,14 @@ def test_a_measurement_of_former_data_or_without_memory_is_not_taken_for_a_new_o
         shape = made.shape(candidate(), Path("artifact"), Recipe())
         assert len(taken) == 1, changes
         assert shape.memory == (7.0 if "objectives" in changes else None)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.9, 0.95), (1.02, 1.1), (0.97, 1.01)])
+def test_the_teachers_interval_holds_its_own_value(bench: Any, low: float, high: float) -> None:
+    made, _ = bench()
+    made.latency = lambda *args, **options: replace(LATENCY, ratio=0.5 * (low + high), low=low, high=high)
+    found = made.shape(candidate(), Path("artifact"), Recipe()).latency
+    assert (found.ratio, found.low, found.high) == (1.0, min(low, 1.0), max(high, 1.0))
 
 
 def test_zeros_change_the_size_but_not_the_time(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -234,7 +234,8 @@ class Bench:
         retries: int = 1,
         timeout: float | None = None,
     ) -> Latency:
-        """Time against the reference in ``repeats`` rounds over lengths that stand for those of the split.
+        """Time against the reference in ``repeats`` rounds over lengths that stand for those of the split; in more
+        where some length would have too few for an interval.
 
         In each round candidate, reference and a second instance of the reference run the same text in random
         order, once to fill the caches and once against the clock. A noisy measurement is repeated up to
@@ -248,7 +249,8 @@ class Bench:
         taken: list[Latency] = []
         while len(taken) <= retries and (not taken or taken[-1].noisy):
             found = self._ask("latency", request, timeout)
-            taken.append(summarize(found["samples"], {**described, "cells": found["cells"]}))
+            made = {"repeats": len(found["samples"]["cell"]), "cells": found["cells"]}
+            taken.append(summarize(found["samples"], {**described, **made}))
         return min(taken, key=lambda latency: (latency.noisy, latency.spread))
 
     def memory(self, artifact: Path, split: Path, batch_size: int = 1, *, timeout: float | None = None) -> float:
