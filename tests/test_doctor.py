@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from compress_search import doctor, hub
+from compress_search import cli, doctor, hub
 from compress_search.doctor import examine, require_sound
 from compress_search.errors import CompressSearchError
 from compress_search.runtimes import probe
@@ -27,6 +27,12 @@ def cheap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def state_of(found: doctor.Findings, name: str) -> str:
     return next(check.state for check in found.checks if check.name == name)
+
+
+def test_the_help_says_how_slow_a_kernel_may_be_to_be_called_real() -> None:
+    told = " ".join(str(cli.main.commands["doctor"].help).split())
+    assert all(f"{limit:g} times" in told for limit in set(probe._LIMITS.values()))
+    assert all(name in told for name in ("int8-exact", "onnx-cuda", "compile"))
 
 
 def test_a_sound_machine_without_a_hub_is_sound() -> None:

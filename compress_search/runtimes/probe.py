@@ -1,4 +1,4 @@
-"""Which reduced-precision kernels are real on this machine: run, and not slower than what they stand in for.
+"""Which reduced-precision kernels are real on this machine: run, and hardly slower than what they stand in for.
 
 Processor flags promise kernels that a build may not contain, and list none for kernels that are slow, so each
 is timed on one small matrix product against float32 in the same engine. Owns the probe and its cache on disk,
