@@ -12,12 +12,10 @@ from pathlib import Path
 
 from compress_search.executor import Executor
 from compress_search.measure import Latency
+from compress_search.measure.costs import costs_of
 from compress_search.pareto import front
 from compress_search.storage import Store, TrialRow
 from compress_search.study import Study
-
-KEPT_BYTES = 5e9
-"""Artefacts that are not on the front are kept up to this size, the oldest going first."""
 
 
 def feasible(study: Study, metrics: Mapping[str, float]) -> bool:
@@ -60,32 +58,16 @@ def finalize(study: Study, executor: Executor, store: Store) -> None:
         for number, data in executor.call("finalize", artifacts).items():
             row = members[number]
             if row.recipe and row.recipe.steps:  # the teacher's own latency is the study's frozen unit
-                found = remeasured(row.metrics, Latency.from_dict(data["latency"]))
+                # the scale is that of the study's teacher, whose latency the first measurement was multiplied by
+                scale = row.metrics["latency_ms"] * row.metrics["speedup"], study.measure.batch_size
+                found = costs_of(Latency.from_dict(data["latency"]), *scale)
                 store.correct(study.name, number, row.attempts - 1, *found)
             store.write_measurement(study.name, number, "final", data, attempt=row.attempts - 1)
     kept = [row.artifact for row in _finalists(study, store.trials(study.name)).values() if row.artifact]
-    keep_artifacts(study.output / "artifacts", {Path(name).name for name in kept})
+    keep_artifacts(study.output / "artifacts", {Path(name).name for name in kept}, study.artifacts.keep_gb * 1e9)
 
 
-def remeasured(
-    metrics: Mapping[str, float], latency: Latency
-) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    """The metrics and intervals that a new measurement replaces, on the scale of the study's teacher."""
-    teacher_ms = metrics["latency_ms"] * metrics["speedup"]
-    latency_ms = latency.ratio * teacher_ms
-    found = {
-        "latency_ms": latency_ms,
-        "speedup": 1 / latency.ratio,
-        "throughput": metrics["throughput"] * metrics["latency_ms"] / latency_ms,
-    }
-    intervals = {
-        "latency_ms": (latency.low * teacher_ms, latency.high * teacher_ms),
-        "speedup": (1 / latency.high, 1 / latency.low),
-    }
-    return found, intervals
-
-
-def keep_artifacts(folder: Path, members: set[str], limit: float = KEPT_BYTES) -> None:
+def keep_artifacts(folder: Path, members: set[str], limit: float) -> None:
     """Delete the oldest artefacts that are no ``members`` until the others fit into ``limit`` bytes."""
     folders = [path for path in folder.iterdir() if path.is_dir()]
     for path in folders:

@@ -77,6 +77,7 @@ def fake_study(folder: Path, **changes: Any) -> Any:
         "training": {"epochs": 3.0},
         "search": search,
         "constraints": changes.pop("constraints", {}),
+        "artifacts": {"keep_gb": 5.0},
         "output": str(folder / "runs"),
     } | changes
 
@@ -97,6 +98,8 @@ def fake_study(folder: Path, **changes: Any) -> Any:
     )
 
 
+        artifacts=SimpleNamespace(**definition["artifacts"]),
+        measure=SimpleNamespace(batch_size=1),
 def fake_plan(folder: Path, methods: tuple[str, ...] = ("prune", "quantize", "student"), **changes: Any) -> Plan:
     """The plan of such a study."""
     spaces = {name: METHODS[name].search_space(TEACHER) for name in methods}

@@ -112,8 +112,27 @@ def test_what_is_too_good_to_be_true_is_found_out_and_its_successor_measured_too
     assert rows[first.number].metrics["latency_ms"] == pytest.approx(4.0)
     assert rows[first.number].intervals["speedup"] == pytest.approx((1 / 0.88, 1 / 0.72))
     assert rows[second.number].metrics["throughput"] == pytest.approx(500.0)
+    assert rows[second.number].intervals["throughput"] == pytest.approx((500 / 1.1, 500 / 0.9))
     assert [row.number for row in front_of(study, list(rows.values()))] == [second.number]
     assert set(measured_once(study, store)) == {0}  # this teacher left no artefact to measure
+
+
+def test_a_study_says_how_much_is_kept_beside_its_front(tmp_path: Path) -> None:
+    after_teacher(fake_search(tmp_path))
+    search = fake_search(tmp_path, artifacts={"keep_gb": 0.25e-6})  # a resumed study may change it
+    study, folder = search.plan.study, search.plan.study.output / "artifacts"
+    for age in range(4):
+        (folder / str(age)).mkdir(parents=True)
+        (folder / str(age) / "model.onnx").write_bytes(bytes(100))
+        os.utime(folder / str(age), (1e9 - age, 1e9 - age))
+    finalize(study, SecondLook({}), search.store)  # type: ignore[arg-type]
+    assert sorted(path.name for path in folder.iterdir()) == ["0", "1"]
+
+
+def test_what_is_kept_is_no_part_of_what_a_study_is(tiny_study: Callable[..., Path]) -> None:
+    kept, usual = load_study(tiny_study(artifacts={"keep_gb": 0})), load_study(tiny_study())
+    assert (kept.artifacts.keep_gb, usual.artifacts.keep_gb) == (0, 5)
+    assert kept.identity() == usual.identity()
 
 
 def test_the_oldest_artefacts_go_first_and_never_by_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from compress_search.errors import StudyError
 if TYPE_CHECKING:
     from compress_search.plan import Plan
 
-MAY_CHANGE = ("name", "storage", "output", "cluster", "search")
+MAY_CHANGE = ("name", "storage", "output", "artifacts", "cluster", "search")
 """Top-level keys of a study that a later run may change; of ``search``, the seed may not."""
 
 

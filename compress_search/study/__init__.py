@@ -41,6 +41,7 @@ from compress_search.study.goals import (
 from compress_search.study.narrowing import parse_methods
 from compress_search.study.sections import (
     Architecture,
+    ArtifactsConfig,
     ClusterConfig,
     DataConfig,
     Defaults,
@@ -64,6 +65,7 @@ __all__ = [
     "METRICS",
     "Architecture",
     "ClusterConfig",
+    "ArtifactsConfig",
     "Constraint",
     "DataConfig",
     "Direction",
@@ -150,6 +152,9 @@ class Study(Section):
     )
     storage: Annotated[str, PlainValidator(located(database_url), json_schema_input_type=str)] = Field(
         default_factory=lambda data: f"sqlite:///{data['output'] / 'study.db'}",
+    artifacts: Annotated[ArtifactsConfig, Defaults] = Field(
+        default=ArtifactsConfig(), description="which models stay on the disk"
+    )
         repr=False,
         json_schema_extra=derived("sqlite:///<output>/study.db"),
         description="SQLAlchemy URL of the database; environment variables ($NAME, ${NAME}) expand, passwords "

@@ -256,7 +256,21 @@ class MeasureConfig(Section):
         default=1, ge=1, description="threads of the measured runtime; at most `cluster.cpus_per_trial`"
     )
     repeats: int = Field(
-        default=50, ge=2, description="timed runs of the candidate, each beside one of the teacher"
+        default=50,
+        ge=2,
+        description="timed runs of the candidate, each beside one of the teacher; they are shared out over about "
+        "five lengths of text, and each of these gets 6 at least, which a 95 % interval takes",
+    )
+
+
+class ArtifactsConfig(Section):
+    """Which models stay on the disk."""
+
+    keep_gb: float = Field(
+        default=5.0,
+        ge=0,
+        description="GB (10⁹ bytes) of disk for models beside those of the front and the baselines, which always "
+        "stay; the oldest go when the study ends, and `compress-search export` makes one that went again",
     )
 
 
