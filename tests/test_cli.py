@@ -324,8 +324,6 @@ def test_export_hands_study_number_and_folder_over(filled: Path, monkeypatch: py
     assert seen == [("tiny", 5, Path("out"))]
 
 
-def test_an_export_that_does_not_reload_exits_1(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*arguments: Any, **options: Any) -> None:
 def test_the_command_in_a_card_exports_the_same_trial_from_the_same_folder(
     filled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -352,6 +350,8 @@ def test_a_card_does_not_repeat_a_password(filled: Path, monkeypatch: pytest.Mon
     assert "hunter2" not in commands[0]
 
 
+def test_an_export_that_does_not_reload_exits_1(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: Any, **options: Any) -> None:
         raise ExportError("scores 0.5 instead of 0.9")
 
     exporting(monkeypatch, fails)
