@@ -16,6 +16,7 @@ Li et al. 2020, BERT-EMD, without its cost attention: all layers of a model have
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
@@ -25,7 +26,16 @@ from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subj
 
 from .distillation.layer_maps import STRATEGIES, anchors, layer_pairs, source_layers
 from .distillation.matching import Match, Matching, check_depths, parse_matches
-from .distillation.objective import Choice, Objective, aligned, some, target_space, transported
+from .distillation.objective import (
+    Choice,
+    Objective,
+    aligned,
+    has_targets,
+    idle_targets,
+    some,
+    target_space,
+    transported,
+)
 from .distillation.soft_targets import SoftTerm
 from .distillation.students import cut_student, student_subject, unfit, widths
 
@@ -154,9 +164,10 @@ class LayerMatch(Method):
     def effective(self, subject: Subject, params: Params) -> Params:
         """What "auto" comes to, and without what then says nothing."""
         found, narrow = dict(params), float(params["width"]) < 1
+        told = _told_phases(found)
         if found["phases"] == "auto":
-            found["phases"] = "two_phase" if narrow else "joint"
-        idle = {"matching_fraction", "unlabelled_text"} if found["phases"] == "joint" else set()
+            found["phases"] = "two_phase" if narrow or told - {"all"} else "joint"
+        idle = _idle_phases(found, told) | idle_targets(subject, found)
         if found.get("matches", BY_STRATEGY) == BY_STRATEGY:
             idle |= {"matches"} | _settle(found, narrow)
         return {name: value for name, value in found.items() if name not in idle}
@@ -185,6 +196,23 @@ class LayerMatch(Method):
         return terms
 
 
+def _told_phases(params: Params) -> set[int | str]:
+    """The phases that written matches name; none where a strategy is to write them."""
+    text = str(params.get("matches", BY_STRATEGY))
+    try:
+        return set() if text == BY_STRATEGY else {match.phase for match in parse_matches(text)}
+    except ValueError:
+        return set()  # a plan has refused such a text, and ``apply`` would
+
+
+def _idle_phases(params: Params, told: set[int | str]) -> set[str]:
+    """What says nothing of phases where there is but one, or nothing to be learnt in the other."""
+    first = params["phases"] == "two_phase" and (not told or bool(told & {1, "all"}))
+    last = params["phases"] == "joint" or bool(told & {2, "all"}) or has_targets(params)
+    text = set() if first else {"unlabelled_text"}
+    return text if first and last else text | {"matching_fraction"}
+
+
 def _settle(params: dict[str, Any], narrow: bool) -> set[str]:
     """Put in what a strategy's dimensions come to; the names of those that then say nothing."""
     wanted = str(params["features"]).split("+")
@@ -206,35 +234,47 @@ def _matches(params: Params, depth: int) -> tuple[Match, ...]:
     if "matches" not in params:
         return strategic(params, int(params["layers"]), depth)
     try:
-        return written(str(params["matches"]), depth)
+        matches = written(str(params["matches"]), depth)
     except ValueError as error:
         raise TrialError(f"matches: {error}") from error
+    phased = [number for number, match in enumerate(matches, start=1) if match.phase != "all"]
+    if phased and params["phases"] == "joint":
+        raise TrialError(
+            f"match {phased[0]} is of phase {matches[phased[0] - 1].phase}, and phases is joint: "
+            "expected auto or two_phase"
+        )
+    return matches
 
 
-def train(student: Candidate, matching: Matching, params: Params, context: Context) -> Objective:
-    """The phases: matches, logits and labels together; or matches alone, then the other two."""
-    network, rate = student.network, float(params["learning_rate"])
-    first = matching.only(1)
-    later = Objective(
+def objectives(student: Candidate, matching: Matching, params: Params, context: Context) -> list[Objective]:
+    """What is learnt in one phase after the other: matches, then what else there is with the logits and labels.
+
+    Or all at once; and no phase is without a term.
+    """
+    joint = params["phases"] == "joint"
+    last = Objective(
         context,
-        matching.only(2),
+        matching if joint else matching.only(2),
         SoftTerm.of(student.subject.task, params),
         float(params["logit_weight"]),
         float(params["hard_weight"]),
         choose=_choice(params, context.seed),
     )
-    if params["phases"] == "joint":
-        later.matching = matching
-        later.fit(network, learning_rate=rate)
-        return later
-    part = float(params["matching_fraction"]) if first.matches else 0.0
-    if part:
-        text = context.unlabelled(BATCH) if params.get("unlabelled_text") else None
-        early = Objective(context, first, choose=_choice(params, context.seed))
-        early.fit(network, learning_rate=rate, share=part, scored=False, batches=text)
-        later.recorded |= early.recorded
-    later.fit(network, learning_rate=rate, share=1 - part)
-    return later
+    first = [] if joint else [Objective(context, matching.only(1), choose=_choice(params, context.seed))]
+    return [phase for phase in (*first, last) if phase.learns]
+
+
+def train(student: Candidate, matching: Matching, params: Params, context: Context) -> Objective:
+    """Each phase on its part of the budget; the last one, with the terms of all."""
+    phases = objectives(student, matching, params, context)
+    text = context.unlabelled(BATCH) if params.get("unlabelled_text") else None
+    part = float(params.get("matching_fraction", 1.0))
+    recorded: dict[str, deque[float]] = {}
+    for number, phase in enumerate(phases):
+        options = {"share": 1 - part, "batches": None} if number else {"share": part, "batches": text}
+        phase.recorded = recorded
+        phase.fit(student.network, learning_rate=float(params["learning_rate"]), scored=phase.answers, **options)
+    return phases[-1]
 
 
 def _choice(params: Params, seed: int) -> Choice | None:

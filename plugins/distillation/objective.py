@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress_search import Batch, Context, Dim, ParameterGroup, Subject
+from compress_search import Batch, Context, Dim, ParameterGroup, Params, Subject
 from compress_search.encoders import read_features, recording
 
 from .layer_maps import align, transport
@@ -32,12 +32,25 @@ RECORDED = 20
 
 
 def target_space(teacher: Subject) -> dict[str, Dim]:
-    """The weights of the teacher's logits and of the labels, and how soft the logits are taken."""
+    """The weights of the teacher's logits and of the labels, and how soft the logits are taken.
+
+    Either weight may be 0, as libraries and papers have it in some phases: that term is then not computed.
+    """
     return {
-        "logit_weight": Dim.real(0.01, 10.0, 1.0, log=True, expert=True),
-        "hard_weight": Dim.real(0.01, 10.0, 1.0, log=True, expert=True),
+        "logit_weight": Dim.real(0.0, 10.0, 1.0, expert=True),
+        "hard_weight": Dim.real(0.0, 10.0, 1.0, expert=True),
         **soft_space(teacher),
     }
+
+
+def has_targets(params: Params) -> bool:
+    """Whether the logits or the labels have a weight, as :func:`target_space` describes them."""
+    return bool(params["logit_weight"] or params["hard_weight"])
+
+
+def idle_targets(subject: Subject, params: Params) -> set[str]:
+    """The dimensions of :func:`target_space` that say nothing: how soft logits are that nobody looks at."""
+    return set() if params["logit_weight"] else set(soft_space(subject))
 
 
 @dataclass
@@ -70,6 +83,17 @@ class Objective:
             total = total + self.hard_weight * self._record("hard", hard)
         return total  # type: ignore[no-any-return]
 
+    @property
+    def learns(self) -> bool:
+        """Whether there is any term at all."""
+        return bool(self.matching.matches) or self.answers
+
+    @property
+    def answers(self) -> bool:
+        """Whether a term reaches the head, so that what it says on validation rows means something."""
+        matched = any(match.kind == "logits" for match in self.matching.matches)
+        return matched or bool((self.soft and self.soft_weight) or self.hard_weight)
+
     def fit(self, network: nn.Module, **options: Any) -> None:
         """Train the network, and the projections beside it, under this objective; options as of ``context.fit``."""
         groups: list[nn.Parameter | ParameterGroup] = [*network.parameters(), *self.matching.groups()]
@@ -96,7 +120,8 @@ class Objective:
         teacher, mask = ask(batch, self.matching.teacher_features), batch["attention_mask"]
         everything = dict.fromkeys(range(len(self.matching.matches)), 1.0)
         shares = self.choose(self.matching, student, teacher, mask) if self.choose else everything
-        terms = {n: share * self.matching.term(n, student, teacher, mask) for n, share in shares.items()}
+        labels = batch.get("labels")
+        terms = {n: share * self.matching.term(n, student, teacher, mask, labels) for n, share in shares.items()}
         for kind in dict.fromkeys(self.matching.matches[n].feature for n in terms):
             of_kind = [term.detach() for n, term in terms.items() if self.matching.matches[n].feature == kind]
             self._record(kind, torch.stack(of_kind).sum())
