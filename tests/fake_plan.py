@@ -92,14 +92,14 @@ def fake_study(folder: Path, **changes: Any) -> Any:
             name: parse_constraint(name, bound, "text-classification")
             for name, bound in definition["constraints"].items()
         },
+        artifacts=SimpleNamespace(**definition["artifacts"]),
+        measure=SimpleNamespace(batch_size=1),
         output=folder / "runs",
         to_dict=lambda: definition,
         error=error,
     )
 
 
-        artifacts=SimpleNamespace(**definition["artifacts"]),
-        measure=SimpleNamespace(batch_size=1),
 def fake_plan(folder: Path, methods: tuple[str, ...] = ("prune", "quantize", "student"), **changes: Any) -> Plan:
     """The plan of such a study."""
     spaces = {name: METHODS[name].search_space(TEACHER) for name in methods}

@@ -64,8 +64,8 @@ else:
 __all__ = [
     "METRICS",
     "Architecture",
-    "ClusterConfig",
     "ArtifactsConfig",
+    "ClusterConfig",
     "Constraint",
     "DataConfig",
     "Direction",
@@ -147,14 +147,14 @@ class Study(Section):
         default=MeasureConfig(), description="how latency is measured"
     )
     cluster: Annotated[ClusterConfig, Defaults] = Field(default=ClusterConfig(), description="where trials run")
+    artifacts: Annotated[ArtifactsConfig, Defaults] = Field(
+        default=ArtifactsConfig(), description="which models stay on the disk"
+    )
     output: Annotated[Path, PlainValidator(located(output_directory), json_schema_input_type=str)] = Field(
         json_schema_extra=derived("runs/<name>"), description="directory for artefacts"
     )
     storage: Annotated[str, PlainValidator(located(database_url), json_schema_input_type=str)] = Field(
         default_factory=lambda data: f"sqlite:///{data['output'] / 'study.db'}",
-    artifacts: Annotated[ArtifactsConfig, Defaults] = Field(
-        default=ArtifactsConfig(), description="which models stay on the disk"
-    )
         repr=False,
         json_schema_extra=derived("sqlite:///<output>/study.db"),
         description="SQLAlchemy URL of the database; environment variables ($NAME, ${NAME}) expand, passwords "
