@@ -15,6 +15,7 @@ from typing import Literal
 from compress_search import progress
 from compress_search.cache import cache_folder
 from compress_search.candidate import Subject
+from compress_search.data.contents import data_digests
 from compress_search.data.rows import Raw, read
 from compress_search.environment import fingerprint, usable_cores
 from compress_search.errors import CompressSearchError, PluginError, StorageError, StudyError
@@ -28,6 +29,7 @@ from compress_search.records import Assignment, Failure, Result, Rung
 from compress_search.registry import PluginFile, Registry
 from compress_search.runtimes.probe import keep_kernels, kernels
 from compress_search.search import TEACHER, Search
+from compress_search.search.identity import identity, refuse_change
 from compress_search.search.ledger import Baselines
 from compress_search.space import defaults, fix_experts
 from compress_search.storage import Store, TrialRow
@@ -36,6 +38,7 @@ from compress_search.study import Study
 from compress_search.study.goals import default_objectives
 from compress_search.tasks import Task
 from compress_search.teacher import teacher_pieces, teacher_subject
+from compress_search.teacher.contents import teacher_digests
 from compress_search.trial import TrialWorker, clear_scratch, read_death, read_result
 from compress_search.workbench import Brief
 
@@ -62,6 +65,10 @@ class Prepared:
         """How long the study will take on this machine."""
         return estimate(self.study, self.plan.teacher, len(self.raw.train), mean_length(self.study, self.raw.train))
 
+    def contents(self) -> dict[str, str]:
+        """A hash of what the study's data and model files hold, by the key that names them."""
+        return {**teacher_digests(self.study), **data_digests(self.study, self.raw, self.task)}
+
 
 def prepare(study: Study, subject: Subject | None = None) -> Prepared:
     """Check everything that can be checked without creating anything.
@@ -76,7 +83,7 @@ def prepare(study: Study, subject: Subject | None = None) -> Prepared:
     raw, task = read(study)
     if not study.objectives:  # only now is it known what tags there are, and so which metric comes first
         study = study.model_copy(update={"objectives": default_objectives(task.primary)})
-    subject = subject or _with_engine_traits(study, raw, teacher_subject(study, task))
+    subject = subject or _with_engine_traits(study, raw, task, teacher_subject(study, task))
     plan = make_plan(study, registry, subject)
     files = [(file.name, file.text) for file in registry.files]
     return Prepared(study, plan, task, raw, Brief(study.to_dict(), files, subject.to_dict(), str(cache_folder())))
@@ -126,7 +133,7 @@ def stored_subject(study: Study, store: Store) -> Subject | None:
     return Subject.from_dict(known.subject) if known else None
 
 
-def _with_engine_traits(study: Study, raw: Raw, teacher: Subject) -> Subject:
+def _with_engine_traits(study: Study, raw: Raw, task: Task, teacher: Subject) -> Subject:
     """What the engine itself tells methods of a teacher: whether time counts, which kernels are real, what there is
     to learn from, and what its tokenizer is made of.
     """
@@ -135,6 +142,7 @@ def _with_engine_traits(study: Study, raw: Raw, teacher: Subject) -> Subject:
     traits |= {"sized"} if study.sized else set()
     traits |= {"unlabelled"} if study.data.unlabeled else set()
     traits |= {"masked-lm"} if study.teacher.masked_lm else set()
+    traits |= {"all-tagged"} if task.tokens and "O" not in task.labels else set()
     traits |= {"pairs"} if raw.train.pairs is not None else set()
     kind, alphabet = teacher_pieces(study)
     traits.add(f"tokenizer:{kind}")
@@ -181,14 +189,22 @@ def run(
     store = open_store(study, patience=PATIENCE)
     known = stored_subject(study, store)
     prepared = prepare(study, known)
-    study = prepared.study
+    study, contents = prepared.study, prepared.contents()
     if known is None:  # a finished study is shown wherever it is
         require_resources(study, executor)
+    else:  # before anything is written; once it is locked, the search looks again
+        refuse_change(prepared.plan, store.study(study.name).identity, identity(prepared.plan, contents))
     make_output(study)
     store.create()
     keep_kernels(device_of(study))
     with store.lock(study.name):
-        search = Search.open(prepared.plan, store, environment=fingerprint(), baselines=baselines(prepared.plan))
+        search = Search.open(
+            prepared.plan,
+            store,
+            environment=fingerprint(),
+            contents=contents,
+            baselines=baselines(prepared.plan),
+        )
         freeze_constant(store, prepared)
         search.reconcile(partial(read_result, study.output))
         clear_scratch(study.output)

@@ -81,13 +81,19 @@ def fake_study(folder: Path, **changes: Any) -> Any:
         "output": str(folder / "runs"),
     } | changes
 
+    directions = {"accuracy": "maximize", "latency_ms": "minimize"}
+
+    def identity(*, defaults: bool = True) -> dict[str, Any]:
+        fixed = {key: definition[key] for key in ("data", "training", "constraints")}
+        return {**fixed, "search": {"seed": search["seed"]}, "objectives": dict(directions)}
+
     def error(key: str, message: str) -> StudyError:
         return StudyError(message, file="study.yaml", line=1, key=key)
 
     return SimpleNamespace(
         name=definition["name"],
         search=SimpleNamespace(**search),
-        directions={"accuracy": "maximize", "latency_ms": "minimize"},
+        directions=directions,
         constraints={
             name: parse_constraint(name, bound, "text-classification")
             for name, bound in definition["constraints"].items()
@@ -96,6 +102,7 @@ def fake_study(folder: Path, **changes: Any) -> Any:
         measure=SimpleNamespace(batch_size=1),
         output=folder / "runs",
         to_dict=lambda: definition,
+        identity=identity,
         error=error,
     )
 

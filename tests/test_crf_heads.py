@@ -146,10 +146,11 @@ def test_a_crf_on_anything_but_tags_is_refused_by_its_line(tiny_study: Callable[
 def test_studies_without_one_are_what_they_were(tiny_study: Callable[..., Path]) -> None:
     path = tiny_study(KIND, teacher={"model": "teacher", "fine_tune": {}})
     study = load_study(path)
-    fine_tune = study.identity()["teacher"]["fine_tune"]
-    assert not {"crf", "crf_multiplier"} & fine_tune.keys()
-    other = load_study(path, ["teacher.fine_tune.crf=true"])
-    assert other.identity()["teacher"]["fine_tune"].items() >= {"crf": True, "crf_multiplier": 2.0}.items()
+    assert study.teacher.fine_tune
+    assert not {"crf", "crf_multiplier"} & study.teacher.fine_tune.identity().keys()
+    other = load_study(path, ["teacher.fine_tune.crf=true"]).teacher.fine_tune
+    assert other
+    assert other.identity().items() >= {"crf": True, "crf_multiplier": 2.0}.items()
 
 
 @pytest.mark.parametrize("origin", ["model", "architecture"])

@@ -15,6 +15,7 @@ from compress_search.recipe import Recipe, Step
 from compress_search.records import Assignment, Failure, Result, Rung
 from compress_search.search import REASKS, Search
 from compress_search.search.early_stop import Rungs
+from compress_search.search.identity import differences
 from compress_search.search.ledger import HOPELESS, REJECTED_PER_TRIAL, Ledger
 from compress_search.search.samplers import RANDOM_TRIALS
 from compress_search.storage import LastAttempt
@@ -200,9 +201,43 @@ def test_a_sampler_that_repeats_itself_is_helped_by_neighbours_of_its_proposal(
     assert sum(kept) / len(kept) > 0.5, "drawn anywhere they would agree in few parameters"
 
 
-def test_the_recipe_of_a_baseline_may_be_proposed(tmp_path: Path) -> None:
-    search = fake_search(tmp_path, methods=("quantize",), options={"baselines": [("int8", INT8)]})
-    assert [a.recipe for a in run(search)].count(INT8) == 2
+def test_the_recipe_of_a_baseline_costs_no_trial_and_samplers_learn_its_values(tmp_path: Path) -> None:
+    search = fake_search(tmp_path, search={"sampler": "auto", "trials": 3}, options={"baselines": [("int8", INT8)]})
+    assert search.plan.at_defaults({"quantize"})[0] == INT8, "the first starting point"
+    handed = run(search)
+    assert [a.recipe for a in handed].count(INT8) == 1
+    assert len(handed) == 2 + 3
+    told = search._optuna.trials()[2]
+    assert told.user_attrs["state"] == states(search)[2] == "duplicate"
+    assert told.user_attrs["duplicate_of"] == 1
+    assert (told.state, told.params["precision"]) == (TrialState.COMPLETE, "quantize")
+    assert told.values == [metrics_of(handed[1])[name] for name in ("accuracy", "latency_ms")]
+    assert told.constraints == {"ran": -1.0}
+
+
+def test_a_baseline_that_failed_is_told_as_a_failure_and_once_only(tmp_path: Path) -> None:
+    options = {"baselines": [("int8", INT8)]}
+    search = after_teacher(fake_search(tmp_path, methods=("quantize",), options=options, search={"trials": 50}))
+    search.finish(failed(given(search.next())))
+    assert [str(a.recipe) for a in run(search)] == ["quantize(bits=4)"]
+    twins = [trial for trial in search._optuna.trials() if trial.user_attrs.get("duplicate_of") == 1]
+    assert {trial.state for trial in twins} == {TrialState.PRUNED}
+    assert [trial.constraints for trial in twins] == [{"ran": 1.0}, *[{}] * (len(twins) - 1)]
+
+
+def test_starting_points_that_are_no_trials_do_not_bring_the_next_sampler_forward(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+
+    def note(kind: str, seed: int, size: int) -> optuna.samplers.BaseSampler:
+        sizes.append(size)
+        return optuna.samplers.RandomSampler(seed)
+
+    monkeypatch.setattr("compress_search.search.make_sampler", note)
+    run(fake_search(tmp_path, search={"sampler": "auto", "trials": 6}, options={"baselines": [("int8", INT8)]}))
+    assert min(sizes) == 0
+    assert max(sizes) > 0
 
 
 # ---- telling ----------------------------------------------------------------------------------------------------
@@ -498,6 +533,35 @@ def test_a_study_that_is_another_one_is_refused(tmp_path: Path, changes: dict[st
     assert key in str(caught.value)
     assert str(caught.value).startswith("study.yaml:1: ")
     assert fake_store(tmp_path).study("fake").definition["training"] == {"epochs": 3.0}
+
+
+def test_what_a_later_version_knows_besides_counts_where_it_is_not_the_default(tmp_path: Path) -> None:
+    fake_search(tmp_path)
+    stored = fake_store(tmp_path).study("fake").identity
+    later = {**stored, "training": {**stored["training"], "precision": "fp32"}}
+    assert differences(stored, later, written={}) == {}
+    written = {"training": {"precision": "bf16"}}
+    later["training"]["precision"] = "bf16"
+    assert differences(stored, later, written) == {"training.precision": (None, "bf16")}
+
+
+def test_files_are_compared_by_what_they_hold(tmp_path: Path) -> None:
+    def opened(contents: dict[str, str] | None, folder: str = "data") -> Search:
+        data = {"train": str(tmp_path / folder / "train.jsonl")}
+        return fake_search(tmp_path, data=data, options={"contents": contents})
+
+    opened(None)  # as before contents were stored
+    opened({"data.train": "a"})
+    opened({"data.train": "a"}, "elsewhere")
+    with pytest.raises(StudyError) as caught:
+        opened({"data.train": "b"}, "elsewhere")
+    file = tmp_path / "elsewhere" / "train.jsonl"
+    assert str(caught.value) == (
+        f"study.yaml:1: data.train: {file} was changed after this study was begun: "
+        "restore it, or name another output and study"
+    )
+    with pytest.raises(StudyError, match=r"begun otherwise \(data.train was"):
+        opened({"data.train": "b"})
 
 
 def test_other_objectives_are_always_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

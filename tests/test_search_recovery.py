@@ -19,6 +19,7 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import OperationalError
 
 from compress_search.errors import StorageError
+from compress_search.recipe import Recipe, Step
 from compress_search.records import Assignment, Failure, Result, Rung
 from compress_search.search import MAX_LOST, Counts
 from tests.databases import database
@@ -262,6 +263,20 @@ def test_a_crash_before_a_duplicate_is_told_is_made_up_for(tmp_path: Path, monke
     search = fake_search(tmp_path, methods=("quantize",))
     assert search.reconcile(nothing) == Counts(told=1)
     assert states(search)[-1] == "duplicate"
+
+
+def test_a_crash_before_samplers_learn_of_a_baseline_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    int8 = Recipe((Step.of("quantize", {"bits": 8}),))
+    options = {"search": {"sampler": "auto"}, "options": {"baselines": [("int8", int8)]}}
+    search = after_teacher(after_teacher(fake_search(tmp_path, **options)))
+    with killed_at(monkeypatch, search._optuna, "tell"):
+        search.next()
+    search = fake_search(tmp_path, **options)
+    assert search.reconcile(nothing) == Counts(told=1)
+    trial = search._optuna.trials()[2]
+    assert (trial.state, trial.user_attrs["duplicate_of"]) == (TrialState.COMPLETE, 1)
 
 
 def test_an_ask_whose_answer_was_lost_is_handed_out_by_the_next_one(

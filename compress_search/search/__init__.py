@@ -9,7 +9,8 @@ A trial's states, as Optuna knows them, and what they mean here:
 * PRUNED: stopped, failed, infeasible or a duplicate; the attempt's row says which. Told so, samplers that learn
   from pruned trials stay away; told FAIL, they would propose a crashing recipe for ever.
 * FAIL: a baseline, well measured. Samplers do not see failed trials, and must not see baselines: a complete trial
-  without parameters leaves nothing of the intersection of spaces that Gaussian processes are fitted on.
+  without parameters leaves nothing of the intersection of spaces that Gaussian processes are fitted on. What a
+  baseline came to they learn when they first propose its recipe: that duplicate is told as the baseline ended.
 * WAITING: taken back from a process that died or was interrupted; handed out again under the same number.
 """
 
@@ -32,7 +33,7 @@ from compress_search.records import FINISHED, Assignment, Failure, Result, Rung
 from compress_search.search.aims import Aims
 from compress_search.search.asktell import AskTell
 from compress_search.search.early_stop import Entry, Rungs
-from compress_search.search.identity import identity, refuse_change
+from compress_search.search.identity import Contents, identity, refuse_change
 from compress_search.search.ledger import Baselines, Ledger
 from compress_search.search.neighbours import unseen_neighbour
 from compress_search.search.samplers import derive_seed, make_sampler
@@ -99,14 +100,20 @@ class Search:
 
     @classmethod
     def open(
-        cls, plan: Plan, store: Store, *, environment: Mapping[str, Any] | None = None, **options: Any
+        cls,
+        plan: Plan,
+        store: Store,
+        *,
+        environment: Mapping[str, Any] | None = None,
+        contents: Contents | None = None,
+        **options: Any,
     ) -> Search:
         """Begin the study in a created database, or continue it.
 
         Raises:
             StudyError: the database holds a study of this name that is another one.
         """
-        new, stored = identity(plan), store.find(plan.study.name)
+        new, stored = identity(plan, contents), store.find(plan.study.name)
         if stored:
             refuse_change(plan, stored.identity, new)
         columns = {"definition": plan.study.to_dict(), "identity": new, "space_hash": plan.space_hash}
@@ -190,9 +197,10 @@ class Search:
         if starting and self.settings.sampler == "auto":
             for point in self.plan.starting_points()[started : started + 1]:
                 self._optuna.enqueue(point, start=started)
-        other = sum("baseline" in mark or mark.get("state") == "duplicate" for mark in marks)
+        given = ("start", "baseline")
+        sampled = sum(mark.keys().isdisjoint(given) and mark.get("state") != "duplicate" for mark in marks)
         seed = derive_seed(self.settings.seed, "sampler", len(trials))
-        return self._optuna.ask(make_sampler(self.settings.sampler, seed, len(trials) - started - other))
+        return self._optuna.ask(make_sampler(self.settings.sampler, seed, sampled))
 
     def _hand_out(self, trial: optuna.Trial, ledger: Ledger) -> Assignment | None:
         """Write down the next attempt at the trial; None when its recipe is a duplicate, which is told."""
@@ -202,10 +210,10 @@ class Search:
         if "baseline" in marks:
             return self._begin(number, 0, Recipe.from_list(marks["recipe"]), marks["baseline"])
         recipe = self.plan.propose(trial)
-        if (twin := ledger.seen.get(recipe.key)) is None:
+        if recipe.key not in ledger.seen:
             return self._begin(number, 0, recipe)
         self._begin(number, 0, recipe, state="duplicate")
-        self._optuna.tell(number, TrialState.PRUNED, attributes={"state": "duplicate", "duplicate_of": twin})
+        self._tell_duplicate(number, recipe)
         return None
 
     def _begin(
@@ -326,8 +334,7 @@ class Search:
             if attempt is None:
                 self._optuna.requeue(trial.number)
                 counts = replace(counts, requeued=counts.requeued + 1)
-            elif result := self._left_behind(attempt, read_result):
-                self._tell(result, attempt)
+            elif self._tell_late(attempt, read_result):
                 counts = replace(counts, told=counts.told + 1)
             elif running:
                 given_up = self._take_back(attempt)
@@ -345,9 +352,19 @@ class Search:
         if not self.reference and "failed" in tried and not again:
             self._optuna.enqueue({}, baseline=name, recipe=[])
 
+    def _tell_late(self, attempt: LastAttempt, read_result: Callable[[int], Result | None]) -> bool:
+        """Tell how a trial ended that no driver lived to tell; whether it did end."""
+        if attempt.state == "duplicate":
+            self._tell_duplicate(attempt.number, attempt.recipe)
+            return True
+        result = self._left_behind(attempt, read_result)
+        if result:
+            self._tell(result, attempt)
+        return result is not None
+
     def _left_behind(self, attempt: LastAttempt, read_result: Callable[[int], Result | None]) -> Result | None:
         """The result of a trial that was not told: from its rows, or from what a worker wrote."""
-        if attempt.state in (*FINISHED, "duplicate"):
+        if attempt.state in FINISHED:
             return self.store.result(self.name, attempt.number, attempt.attempt)
         result = read_result(attempt.number)
         # a file of a former study in the same place is none of ours
@@ -383,11 +400,17 @@ class Search:
             self._freeze_reference(result, attempt.recipe)
             self._optuna.tell(result.number, TrialState.FAIL, attributes=attributes)
             return
-        constraints = {**self.aims.violations(result.metrics), "ran": 1.0 if result.state == "failed" else -1.0}
-        complete = result.state == "complete"
-        values = [result.metrics[name] for name in self.aims.objectives] if complete else None
-        state = TrialState.COMPLETE if complete else TrialState.PRUNED
-        self._optuna.tell(result.number, state, values, constraints, attributes)
+        self._optuna.tell(result.number, *self.aims.ending(result), attributes)
+
+    def _tell_duplicate(self, number: int, recipe: Recipe) -> None:
+        """Pruned; but by the first duplicate of a baseline samplers, which do not see that, learn how it ended."""
+        ledger = self._ledger()
+        marks = {"state": "duplicate", "duplicate_of": ledger.seen[recipe.key]}
+        if baseline := ledger.speaks_for(number, recipe):
+            result = self.store.result(self.name, baseline.number, baseline.attempt)
+            self._optuna.tell(number, *self.aims.ending(result), marks)
+        else:
+            self._optuna.tell(number, TrialState.PRUNED, attributes=marks)
 
     def _freeze_reference(self, result: Result, recipe: Recipe) -> None:
         """The first complete teacher's metrics stand for the whole study."""

@@ -9,6 +9,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from optuna.trial import TrialState
+
 from compress_search.records import Failure, Result
 from compress_search.study.goals import Constraint
 
@@ -52,6 +54,16 @@ class Aims:
         """Whether a limit on what training does not change is missed for good."""
         missed = self.violations(metrics)
         return any(missed.get(name, 0.0) > TOLERANCE for name in SHAPE_METRICS)
+
+    def ending(self, result: Result) -> tuple[TrialState, list[float] | None, dict[str, float]]:
+        """What samplers are told of a result: the trial's state, its objectives if it is complete, and constraints.
+
+        One is that the recipe ran at all; satisfied is what does not exceed 0.
+        """
+        constraints = {**self.violations(result.metrics), "ran": 1.0 if result.state == "failed" else -1.0}
+        if result.state != "complete":
+            return TrialState.PRUNED, None, constraints
+        return TrialState.COMPLETE, [result.metrics[name] for name in self.objectives], constraints
 
     def checked(self, result: Result) -> Result:
         """The result, failed if it claims to be complete without a number for every objective and constraint."""

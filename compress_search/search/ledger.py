@@ -56,13 +56,19 @@ class Ledger:
 
     @property
     def seen(self) -> dict[str, int]:
-        """Recipes tried or being tried, with their trials.
+        """Recipes tried or being tried, baselines too, with their trials."""
+        baselines = {attempt.key: attempt.number for attempt in self.attempts.values() if attempt.baseline}
+        return baselines | {attempt.key: attempt.number for attempt in self.searched}
 
-        Of the baselines only the teacher is among them: to do nothing is no trial. Samplers have not seen the
-        others, and may well propose their recipes.
+    def speaks_for(self, number: int, recipe: Recipe) -> LastAttempt | None:
+        """The baseline whose result samplers get to know by this duplicate of it; None if they do not.
+
+        They see no baselines themselves, so the first duplicate of one tells them of it. To do nothing, as the
+        teacher does, is no trial.
         """
-        teacher = {a.key: a.number for a in self.attempts.values() if a.baseline and not a.recipe.steps}
-        return teacher | {attempt.key: attempt.number for attempt in self.searched}
+        twin = self.attempts[self.seen[recipe.key]]
+        first = min(n for n, a in self.attempts.items() if a.key == recipe.key and a.state == "duplicate")
+        return twin if twin.baseline and recipe.steps and first == number else None
 
     @property
     def trailing_duplicates(self) -> int:

@@ -62,6 +62,7 @@ else:
     Narrowing = Any  # importing space imports Optuna, which takes longer than ``--help`` may
 
 __all__ = [
+    "MAY_CHANGE",
     "METRICS",
     "Architecture",
     "ArtifactsConfig",
@@ -80,6 +81,10 @@ __all__ = [
     "load_study",
     "objectives_for",
 ]
+
+
+MAY_CHANGE = ("name", "storage", "output", "artifacts", "cluster", "search", "training.teacher_cache_gb")
+"""Keys that a later run of a study may change, budgets, resources and places; of ``search`` all but the seed."""
 
 
 def _plain_name(text: str) -> str:
@@ -161,7 +166,6 @@ class Study(Section):
         "are never printed or stored",
     )
     _document: Document | None = PrivateAttr(None)
-    _folder: Path | None = PrivateAttr(None)
 
     @model_validator(mode="after")
     def _metrics_have_methods(self) -> Study:
@@ -221,23 +225,17 @@ class Study(Section):
         """The inverse of :meth:`to_dict`; touches no files."""
         return cls.model_validate(dict(data))
 
-    def identity(self) -> dict[str, Any]:
-        """What must not change between two runs of a study; files inside its folder by their relative paths."""
-        fields = {"task", "teacher", "data", "constraints", "methods", "plugins", "training", "measure"}
-        plain = self.model_dump(mode="json", include=fields, exclude_none=True)
-        plain["training"], plain["teacher"] = self.training.identity(), self.teacher.identity()
-        if not self.data.unlabeled:  # as if there were no such key: studies from before it go on
-            del plain["data"]["unlabeled"]
-        return {"objectives": self.directions, **_portable(plain, self._folder)}
+    def identity(self, *, defaults: bool = True) -> dict[str, Any]:
+        """What must not change between two runs of a study, as plain JSON data: all that decides its results.
 
-
-def _portable(value: Any, folder: Path | None) -> Any:
-    if isinstance(value, dict):
-        return {name: _portable(item, folder) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_portable(item, folder) for item in value]
-    inside = isinstance(value, str) and folder is not None and Path(value).is_relative_to(folder)
-    return Path(value).relative_to(folder or "").as_posix() if inside else value
+        Without ``defaults`` only what differs from them, and what has none.
+        """
+        excluded = {key: True for key in MAY_CHANGE if "." not in key}
+        inner = {section: {name} for section, _, name in (key.partition(".") for key in MAY_CHANGE) if name}
+        plain = self.model_dump(
+            mode="json", exclude={**excluded, **inner}, exclude_none=True, exclude_defaults=not defaults
+        )
+        return {**plain, "objectives": self.directions, "search": {"seed": self.search.seed}}
 
 
 def objectives_for(study: Study, primary: str) -> dict[str, Direction]:
@@ -271,7 +269,7 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
         study = Study.model_validate(data, context={"folder": folder})
     except ValidationError as error:
         raise _first_error(error, document) from None
-    study._document, study._folder = document, folder
+    study._document = document
     return study
 
 

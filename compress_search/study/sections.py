@@ -135,17 +135,6 @@ class TeacherConfig(Section):
         "a directory or hub id; for methods that learn from one, or write further examples with it",
     )
 
-    def identity(self) -> dict[str, Any]:
-        """What of these decides the result of a trial; keys that came later count where they are used."""
-        plain = self.model_dump(mode="json", exclude_none=True)
-        if not self.ensemble:
-            del plain["ensemble"], plain["average"]
-        if self.fine_tune:
-            plain["fine_tune"] = self.fine_tune.identity()
-            if not self.fine_tune.layer_drop:
-                del plain["fine_tune"]["layer_drop"]
-        return plain
-
     @field_validator("fine_tune", mode="before")
     @classmethod
     def _say_which(cls, value: Any) -> Any:
