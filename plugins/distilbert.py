@@ -10,7 +10,7 @@ Source: Sanh et al. 2019, DistilBERT, a distilled version of BERT.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -83,8 +83,8 @@ class DistilBert(Method):
             "layers": Dim.choice(depths, max(1, teacher.layers // 2), when=named),
             "init_layers": Dim.choice(INITS, "spread", when=named),
             "drop_token_type": Dim.flag(foldable(teacher), expert=True),
-            "ce_weight": Dim.real(0.01, 10.0, 5.0, log=True, expert=True),
-            "cos_weight": Dim.real(0.01, 10.0, 1.0, log=True),
+            "ce_weight": Dim.real(0.0, 10.0, 5.0, expert=True),
+            "cos_weight": Dim.real(0.0, 10.0, 1.0),
             "freeze_positions": Dim.flag(True, expert=True),
             "distillation_fraction": Dim.real(0.1, 0.9, 0.5),
             "second_distillation": Dim.flag(True),
@@ -120,6 +120,7 @@ class DistilBert(Method):
 
     def apply(self, candidate: Candidate, params: Params, context: Context) -> Candidate:
         """Copy layers, then train in general, then on the task."""
+        check_weights(params)
         model = language_model(candidate, context) if params.get("general") else None
         start = candidate if model is None else started_from(candidate, model)
         student = cut_student(start, sources(params, candidate.subject.layers), 1.0)
@@ -146,10 +147,21 @@ def _language_space() -> dict[str, Dim]:
     language = {"general": (True,)}
     return {
         "general": Dim.flag(True, expert=True),
-        "mlm_weight": Dim.real(0.01, 10.0, 2.0, log=True, when=language, expert=True),
+        "mlm_weight": Dim.real(0.0, 10.0, 2.0, when=language, expert=True),
         "mlm_probability": Dim.real(0.1, 0.3, 0.15, when=language, expert=True),
         "restrict_ce_to_mask": Dim.flag(False, when=language, expert=True),
     }
+
+
+def check_weights(params: Params) -> None:
+    """Refuse a first phase without a loss.
+
+    Raises:
+        TrialError: every weight of it is 0.
+    """
+    weights = ["ce_weight", "cos_weight", *(["mlm_weight"] if params.get("general") else [])]
+    if not any(params[name] for name in weights):
+        raise TrialError(f"{', '.join(weights)} are all 0: expected one above 0, or nothing is learnt at first")
 
 
 # --- the first phase, with a language model -------------------------------------------------------------------
@@ -201,7 +213,7 @@ def under_language_head(network: nn.Module, model: nn.Module) -> nn.Module:
 class TripleLoss:
     """w_ce·τ²·KL + w_mlm·cross-entropy + w_cos·(1 − cos) of a student and a language model on texts with holes.
 
-    ``terms`` are the latest ones, unweighted.
+    A term of weight 0 is not computed. ``terms`` are the latest ones, unweighted.
     """
 
     model: nn.Module
@@ -216,14 +228,16 @@ class TripleLoss:
             theirs = read_features(self.model, batch, [last[1], "logits"])
         mask, labels = batch["attention_mask"], batch["labels"]
         rows = labels >= 0 if self.params["restrict_ce_to_mask"] else mask
-        found = {
-            "ce": language_kl(ours["logits"], theirs["logits"], float(self.params["temperature"]), rows),
-            "mlm": prediction_loss(ours["logits"], labels),
-            "cos": cos(ours[last[0]], theirs[last[1]], mask),
+        temperature = float(self.params["temperature"])
+        terms: dict[str, Callable[[], Tensor]] = {
+            "ce": lambda: language_kl(ours["logits"], theirs["logits"], temperature, rows),
+            "mlm": lambda: prediction_loss(ours["logits"], labels),
+            "cos": lambda: cos(ours[last[0]], theirs[last[1]], mask),
         }
+        weights = {name: float(self.params[f"{name}_weight"]) for name in terms}
+        found = {name: term() for name, term in terms.items() if weights[name]}
         self.terms = {f"language_{name}": term.item() for name, term in found.items()}
-        total: Tensor = sum(float(self.params[f"{name}_weight"]) * term for name, term in found.items())  # type: ignore[assignment]
-        return total
+        return torch.stack([weights[name] * term for name, term in found.items()]).sum()
 
 
 def _learn_language(student: Candidate, model: nn.Module, params: Params, context: Context) -> dict[str, float]:
@@ -253,16 +267,13 @@ def _with_holes(student: Candidate, params: Params, context: Context) -> Iterato
 
 def task_objective(student: Candidate, params: Params, context: Context) -> Objective:
     """The teacher's logits and the direction of its last hidden states."""
-    last = Match(
-        student_layer=student.subject.layers,
-        teacher_layer=len(layers(context.teacher)),
-        loss="cos",
-        weight=float(params["cos_weight"]),
-    )
+    ends = {"student_layer": student.subject.layers, "teacher_layer": len(layers(context.teacher))}
+    weight = float(params["cos_weight"])
+    last = [Match.model_validate({**ends, "loss": "cos", "weight": weight})] if weight else []
     term = SoftTerm.of(student.subject.task, params)
     if params.get("unlabelled_text"):
         term = replace(term, scope="attended")
-    matching = Matching.between([last], student.network, context.teacher, context.seed)
+    matching = Matching.between(last, student.network, context.teacher, context.seed)
     return Objective(context, matching, term, float(params["ce_weight"]))
 
 
@@ -270,7 +281,7 @@ def _learn_task(student: Candidate, params: Params, context: Context) -> dict[st
     objective = task_objective(student, params, context)
     share, rate = float(params["distillation_fraction"]), float(params["learning_rate"])
     text = context.unlabelled(BATCH) if params.get("unlabelled_text") else None
-    objective.fit(student.network, share=share, learning_rate=rate, batches=text)
+    objective.fit(student.network, share=share, learning_rate=rate, batches=text, scored=objective.answers)
     return {"first_ce" if name == "soft" else "cos": term for name, term in objective.report().items()}
 
 

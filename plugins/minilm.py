@@ -20,7 +20,7 @@ from compress_search.encoders import layers
 
 from .distillation.layer_maps import source_layers
 from .distillation.matching import Match, Matching
-from .distillation.objective import Objective, reader, target_space
+from .distillation.objective import Objective, has_targets, idle_targets, reader, target_space
 from .distillation.soft_targets import SoftTerm
 from .distillation.students import cut_student, student_subject, unfit, widths
 
@@ -113,7 +113,10 @@ class MiniLM(Method):
         return unfit(subject)
 
     def effective(self, subject: Subject, params: Params) -> Params:
-        """Relation heads that divide both widths, and whether there is an assistant."""
+        """Relation heads that divide both widths, and whether there is an assistant.
+
+        Where logits and labels have no weight relations are learnt to the end.
+        """
         found, width = dict(params), float(params["width"])
         if "relation_heads" in found:
             narrow = round(subject.hidden * width)
@@ -123,7 +126,8 @@ class MiniLM(Method):
         if found["assistant"] == "auto":
             small = int(found["layers"]) <= subject.layers / 2 and width <= 0.5
             found["assistant"] = "always" if small else "never"
-        return found
+        idle = idle_targets(subject, found) | (set() if has_targets(found) else {"relation_fraction"})
+        return {name: value for name, value in found.items() if name not in idle}
 
     def after(self, subject: Subject, params: Params) -> Subject:
         """Fewer layers and, by ``width``, narrower ones with as many heads."""
@@ -138,7 +142,7 @@ class MiniLM(Method):
         depth, width = candidate.subject.layers, float(params["width"])
         sources = source_layers(str(params["init"]), int(params["layers"]), depth)
         student = cut_student(candidate, sources, width)
-        network, part = student.network, float(params["relation_fraction"])
+        network, part = student.network, float(params.get("relation_fraction", 1.0))
         hops = [network]
         if params["assistant"] == "always":
             hops.insert(0, cut_student(candidate, range(depth), width).network)
@@ -153,7 +157,8 @@ class MiniLM(Method):
             float(params["logit_weight"]),
             float(params["hard_weight"]),
         )
-        later.fit(network, learning_rate=float(params["learning_rate"]), share=1 - part)
+        if later.learns:
+            later.fit(network, learning_rate=float(params["learning_rate"]), share=1 - part)
         return student.replace(notes={**student.notes, "minilm": terms | later.report()})
 
     def evaluate(self, candidate: Candidate, context: Context) -> Mapping[str, float]:

@@ -15,7 +15,7 @@ from compress_search import losses
 from compress_search.losses import FEATURE_LOSSES, feature_loss
 
 B, A, S, D = 3, 4, 6, 8
-NAMES = [*FEATURE_LOSSES, "kd_ce", "kd_ce:4", "kd_mse", "kd_mse:4", "relation_kl:2"]
+NAMES = [*FEATURE_LOSSES, "kd_ce", "kd_ce:4", "kd_kl", "kd_kl:4", "kd_mse", "kd_mse:4", "relation_kl:2"]
 ENTROPIC = {"attention_ce", "attention_ce_mean", "kd_ce", "kd_ce:4"}
 """Cross-entropies: their least value is the teacher's entropy."""
 OF_TOKENS = [name for name in NAMES if "logits" not in feature_loss(name).kinds]

@@ -50,6 +50,10 @@ def _kd_ce(temperature: float) -> FeatureLoss:
     return _of_logits(lambda student, teacher, mask: z.soft_cross_entropy(student, teacher, temperature, mask))
 
 
+def _kd_kl(temperature: float) -> FeatureLoss:
+    return _of_logits(lambda student, teacher, mask: z.kl(student, teacher, temperature, mask))
+
+
 def _kd_mse(temperature: float) -> FeatureLoss:
     return _of_logits(lambda student, teacher, mask: z.mse_logits(student, teacher, mask) / temperature**2)
 
@@ -80,6 +84,7 @@ FEATURE_LOSSES: Mapping[str, FeatureLoss] = {
 }
 PARAMETRIC: Mapping[str, tuple[str, float | None, Callable[[float], FeatureLoss]]] = {
     "kd_ce": ("temperature", 1.0, _kd_ce),
+    "kd_kl": ("temperature", 1.0, _kd_kl),
     "kd_mse": ("temperature", 1.0, _kd_mse),
     "relation_kl": ("heads", None, _relation_kl),
 }

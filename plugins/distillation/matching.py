@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from compress_search import ParameterGroup, TrialError
 from compress_search.encoders import embeddings, feature_shape, layers
-from compress_search.losses import FeatureLoss, feature_loss
+from compress_search.losses import FeatureLoss, TokenScope, feature_loss, valid_tokens
 
 KINDS = {
     "hidden": "hidden",
@@ -85,6 +85,7 @@ class Match(BaseModel):
 
     ``teacher_layer`` and ``student_layer`` are two each for losses of pairs of layers. The weight is multiplied by
     1 − u under ``linear_decay`` and by u under ``linear_growth``, u being the part of the phase that is done.
+    ``token_scope``: of the logits of token tasks those with a label count, or all that are no padding.
     """
 
     model_config = _FORM
@@ -97,6 +98,7 @@ class Match(BaseModel):
     mask: bool = True
     phase: Literal[1, 2, "all"] = "all"
     schedule: Literal["const", "linear_decay", "linear_growth"] = "const"
+    token_scope: TokenScope = "labelled"
 
     @model_validator(mode="after")
     def _agrees(self) -> Match:
@@ -114,6 +116,8 @@ class Match(BaseModel):
                 raise ValueError(f"{name}: {self.feature} has no layers, got {value}")
         if self.proj and self.kind not in ("hidden", "pooled"):
             raise ValueError(f"proj: only hidden, embedding and pooled can be projected, not {self.feature}")
+        if self.token_scope == "attended" and self.kind != "logits":
+            raise ValueError(f"token_scope: only logits have one, of {self.feature} all but padding counts")
         return self
 
     @property
@@ -303,7 +307,12 @@ class Matching:
         return [ParameterGroup(list(self.projections[key].parameters()), rate) for key, rate in rates.items()]
 
     def term(
-        self, number: int, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], mask: Tensor
+        self,
+        number: int,
+        student: Mapping[str, Tensor],
+        teacher: Mapping[str, Tensor],
+        mask: Tensor,
+        labels: Tensor | None = None,
     ) -> Tensor:
         """One match's loss, unweighted.
 
@@ -312,12 +321,13 @@ class Matching:
             student: features by name.
             teacher: features by name.
             mask: (B, S), 1 = no padding.
+            labels: of token tasks, (B, S), where there are some; of other tasks they are not looked at.
         """
         match = self.matches[number]
         ours, theirs = [student[name] for name in match.student], [teacher[name] for name in match.teacher]
         if match.proj:
             ours = [self.projections[_key(number, match)](tensor) for tensor in ours]
-        mask = mask if match.mask else torch.ones_like(mask)
+        mask = _counted(match, mask, labels)
         if match.function.pair:
             return match.function((ours[0], ours[1]), (theirs[0], theirs[1]), mask)
         return match.function(ours[0], theirs[0], mask)
@@ -337,6 +347,15 @@ class Matching:
         """The weighted sum over the chosen matches, all by default; arguments as of :meth:`term`."""
         numbers = range(len(self.matches)) if chosen is None else chosen
         return self.loss({n: self.term(n, student, teacher, mask) for n in numbers}, progress)
+
+
+def _counted(match: Match, mask: Tensor, labels: Tensor | None) -> Tensor:
+    """Which positions count in a match, (B, S)."""
+    if not match.mask:
+        return torch.ones_like(mask)
+    if match.kind != "logits" or labels is None or labels.ndim == 1:
+        return mask
+    return valid_tokens(labels, mask, match.token_scope)
 
 
 def _key(number: int, match: Match) -> str:

@@ -149,6 +149,42 @@ class TestWrittenMatches:
             applied(candidate, context, matches="- {student_layer: 2}", layers=1)
         assert context.fits == []
 
+    PHASED = "- {teacher_layer: 4, student_layer: 2, phase: 1}\n- {teacher_layer: 2, student_layer: 1, phase: 2}"
+
+    @pytest.mark.parametrize("width", [1.0, 0.5])
+    @pytest.mark.parametrize("phases", ["auto", "two_phase"])
+    def test_their_phases_are_kept_to_at_any_width(self, phases, width):
+        candidate, matches = tiny_candidate(), self.PHASED
+        if width < 1:
+            matches = matches.replace("phase", "proj: linear, phase")
+        context = tiny_context(candidate, steps=10)
+        result = applied(candidate, context, matches=matches, phases=phases, width=width, layers=2)
+        assert context.fits == [5, 5]
+        assert set(METHOD.evaluate(result, context)) == {"hidden", "soft", "hard"}
+
+    def test_without_phases_of_their_own_they_go_by_the_width(self):
+        assert params_for(BERT, matches="- {}")["phases"] == "joint"
+        assert params_for(BERT, matches="- {proj: linear}", width=0.5)["phases"] == "two_phase"
+
+    def test_phases_are_not_silently_joined(self):
+        candidate = tiny_candidate()
+        context = tiny_context(candidate, dry=True)
+        with pytest.raises(
+            TrialError, match="match 1 is of phase 1, and phases is joint: expected auto or two_phase"
+        ):
+            applied(candidate, context, matches=self.PHASED, phases="joint", layers=2)
+        assert context.fits == []
+
+    @pytest.mark.parametrize("phase", [1, 2])
+    def test_a_phase_without_a_term_is_none(self, phase):
+        candidate = tiny_candidate()
+        context = tiny_context(candidate, steps=10)
+        nothing = {"hard_weight": 0.0, "logit_weight": 0.0, "layers": 2}
+        params = params_for(candidate.subject, matches=f"- {{phase: {phase}}}", **nothing)
+        assert "matching_fraction" not in params
+        METHOD.apply(candidate, params, context)
+        assert context.fits == [10]
+
     def test_text_is_any_text_that_its_check_lets_pass(self):
         dim = METHOD.search_space(BERT)["matches"]
         assert narrow(dim, self.TEXT).default == self.TEXT

@@ -126,6 +126,7 @@ class TestForm:
             ("- {proj: conv}", "match 1.proj.kind: Input should be 'linear'"),
             ("- {proj: [linear, 16]}", "match 1.proj: Input should be"),
             ("- {phase: 3}", "match 1.phase"),
+            ("- {token_scope: attended}", "token_scope: only logits have one, of hidden all but padding counts"),
             ("- {loss: 'relation_kl:0', feature: q}", "expected relation_kl:<heads>"),
         ],
     )
