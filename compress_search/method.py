@@ -196,6 +196,17 @@ class Method(ABC):
         """Whether with these effective parameters the step leaves all as it is; a recipe does not hold it then."""
         return False
 
+    def faults(self, subject: Subject, params: Params) -> Mapping[str, str]:
+        """What is wrong with these effective parameters on such a model, by dimension; no recipe holds such a step.
+
+        Pure, and nothing with the defaults unless the study itself is at fault, which is then refused.
+        """
+        return {}
+
+    def missing(self, teacher: Subject) -> Mapping[str, str]:
+        """What dimensions would need that the space lacks for this teacher, for studies that name them."""
+        return {}
+
     def after(self, subject: Subject, params: Params) -> Subject:
         """What the step will leave: shapes in closed form and traits."""
         return subject

@@ -7,12 +7,13 @@ suggested values into a legal recipe. Knows nothing of trials that ran, of stora
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import combinations, islice
 from typing import Any
 
-from optuna.distributions import distribution_to_json
+from optuna.distributions import CategoricalDistribution, IntDistribution, distribution_to_json
 from optuna.trial import BaseTrial
 
 from compress_search.candidate import Subject
@@ -25,6 +26,8 @@ from compress_search.study import Study
 
 NONE = "none"
 MAX_STARTING_POINTS = 6
+MOST_VARIED, MOST_TRIED = 3, 20_000
+"""Dimensions that are varied at a time in the search for defaults without a fault, and how many sets of them."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ class Plan:
         return self._walk(choose, at_default), point
 
     def _walk(self, choose: Callable[[Slot], str], parameters: Callable[[str], Params]) -> Recipe:
-        """Visit the slots in stage order; a chosen step that cannot follow is left out."""
+        """Visit the slots in stage order; a chosen step that cannot follow, or has a fault, is left out."""
         subject, steps = self.teacher, []
         for slot in self.slots:
             candidates = [name for name in slot.options if name != NONE]
@@ -149,33 +152,37 @@ class Plan:
             if name == NONE or self._hook(name, "unsupported", subject):
                 continue
             params = self._hook(name, "effective", subject, parameters(name))
-            if self._hook(name, "changes_nothing", subject, params):
+            if self._hook(name, "faults", subject, params) or self._hook(name, "changes_nothing", subject, params):
                 continue
             subject = self._hook(name, "after", subject, params)
             steps.append(Step.of(name, params))
         return Recipe(tuple(steps))
 
     def _hook(self, name: str, hook: str, *arguments: Any) -> Any:
-        """What a method's pure hook says; one that raises breaks the contract, whatever the recipe."""
-        try:
-            return getattr(self.methods[name], hook)(*arguments)
-        except Exception as error:
-            raise PluginError(
-                f"{hook} must not raise, and raised {type(error).__name__}: {error}", entry_point=name
-            ) from error
+        return _asked(name, self.methods[name], hook, *arguments)
+
+
+def _asked(name: str, method: Method, hook: str, *arguments: Any) -> Any:
+    """What a method's pure hook says; one that raises breaks the contract, whatever the recipe."""
+    try:
+        return getattr(method, hook)(*arguments)
+    except Exception as error:
+        raise PluginError(
+            f"{hook} must not raise, and raised {type(error).__name__}: {error}", entry_point=name
+        ) from error
 
 
 def make_plan(study: Study, registry: Registry, teacher: Subject) -> Plan:
     """The plan of a study.
 
     Raises:
-        StudyError: an unknown method or dimension, a value outside a method's space, a method that can never
-            apply to this teacher, or two forced methods of one exclusive stage.
+        StudyError: an unknown method or dimension, a value outside a method's space, values that cannot go
+            together, a method that can never apply to this teacher, or two forced methods of one exclusive stage.
         PluginError: a method the study names cannot be loaded.
     """
     wanted = _wanted(study, registry)
     spaces = {
-        name: _narrowed(study, name, registry[name].search_space(teacher), narrowing)
+        name: _narrowed(study, name, registry[name], teacher, narrowing)
         for name, narrowing in sorted(wanted.items(), key=lambda item: (registry[item[0]].stage, item[0]))
     }
     plan = Plan(study, registry, teacher, spaces, _slots(study, registry, list(spaces), wanted))
@@ -193,20 +200,72 @@ def _wanted(study: Study, registry: Registry) -> dict[str, Mapping[str, Any]]:
     return dict(study.methods)
 
 
-def _narrowed(study: Study, method: str, space: Mapping[str, Dim], to: Mapping[str, Any]) -> dict[str, Dim]:
+def _narrowed(study: Study, name: str, method: Method, teacher: Subject, to: Mapping[str, Any]) -> dict[str, Dim]:
     """The method's space under the study's words; one learning rate for all unless a method has its own."""
+    space = method.search_space(teacher)
     narrowed = dict(space)
-    wishes = {name: (f"methods.{method}.{name}", value) for name, value in to.items() if name != "use"}
+    wishes = {dim: (f"methods.{name}.{dim}", value) for dim, value in to.items() if dim != "use"}
     if "learning_rate" in space:
         wishes.setdefault("learning_rate", ("training.learning_rate", study.training.learning_rate))
-    for name, (key, value) in wishes.items():
-        if name not in space:
-            raise study.error(key, f"unknown dimension{_hint(name, space)}")
+    for dim, (key, value) in wishes.items():
+        if dim not in space:
+            need = method.missing(teacher).get(dim)
+            raise study.error(key, f"needs {need}" if need else f"unknown dimension{_hint(dim, space)}")
         try:
-            narrowed[name] = narrow(space[name], value)
+            narrowed[dim] = narrow(space[dim], value)
         except ValueError as error:
             raise study.error(key, str(error)) from error
-    return fix_experts(narrowed)
+    return _faultless(study, name, method, teacher, fix_experts(narrowed))
+
+
+def _faultless(study: Study, name: str, method: Method, teacher: Subject, space: dict[str, Dim]) -> dict[str, Dim]:
+    """The space with defaults that can be applied to the teacher: as few others as possible where they cannot be.
+
+    Raises:
+        StudyError: a study that names its methods leaves none.
+    """
+
+    def ask(hook: str, *arguments: Any) -> Any:
+        return _asked(name, method, hook, teacher, *arguments)
+
+    def faults(space: Mapping[str, Dim]) -> Mapping[str, str]:
+        return dict(ask("faults", ask("effective", defaults(space))))
+
+    if ask("unsupported"):  # what comes before it decides
+        return space
+
+    found = faults(space)
+    if not found:
+        return space
+    if close := next((near for near in islice(_neighbours(space), MOST_TRIED) if not faults(near)), None):
+        return close
+    if study.methods == "all":
+        return space
+    dim, fault = next(iter(found.items()))
+    raise study.error(f"methods.{name}.{dim}", fault)
+
+
+def _neighbours(space: Mapping[str, Dim]) -> Iterator[dict[str, Dim]]:
+    """The space with other defaults of a few dimensions, of as few as possible first; real numbers stay."""
+    others = [
+        (name, replace(dim, default=value))
+        for name, dim in space.items()
+        for value in _values(dim)
+        if value != dim.default
+    ]
+    for count in range(1, MOST_VARIED + 1):
+        for changes in combinations(others, count):
+            if len(dict(changes)) == count:
+                yield {**space, **dict(changes)}
+
+
+def _values(dim: Dim) -> Sequence[Value]:
+    distribution = dim.distribution
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices  # type: ignore[return-value]  # what a Dim was made of
+    if isinstance(distribution, IntDistribution):
+        return range(distribution.low, distribution.high + 1, distribution.step)
+    return ()
 
 
 def _slots(

@@ -93,7 +93,7 @@ def settle(recipe: Recipe, methods: Mapping[str, Method], teacher: Subject) -> t
     """The recipe in order with effective parameters, and the subject it leaves; steps that change nothing go.
 
     Raises:
-        TrialError: a method twice, two steps of an exclusive stage, or a step that cannot follow.
+        TrialError: a method twice, two steps of an exclusive stage, or a step that cannot follow or has a fault.
     """
     subject, steps = teacher, []
     for step in in_stage_order(recipe, methods):
@@ -101,6 +101,8 @@ def settle(recipe: Recipe, methods: Mapping[str, Method], teacher: Subject) -> t
         if reason := method.unsupported(subject):
             raise TrialError(reason, method=step.method, params=step.params)
         params = method.effective(subject, step.params)
+        for name, fault in method.faults(subject, params).items():
+            raise TrialError(f"{name}: {fault}", method=step.method, params=params)
         if method.changes_nothing(subject, params):
             continue
         subject = method.after(subject, params)

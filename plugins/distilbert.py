@@ -24,9 +24,9 @@ from compress_search.encoders import backbone, embeddings, layers, read_features
 from compress_search.losses import cos
 
 from .distillation.layer_maps import source_layers, written_layers
-from .distillation.masked_text import hide, language_kl, prediction_loss
+from .distillation.masked_text import MASKED_LM, hide, language_kl, prediction_loss, unlike_teacher
 from .distillation.matching import Match, Matching
-from .distillation.objective import Objective
+from .distillation.objective import UNLABELLED, Objective
 from .distillation.soft_targets import SoftTerm
 from .distillation.students import cut_student, student_subject, unfit
 
@@ -109,6 +109,16 @@ class DistilBert(Method):
         idle |= set() if second else {"second_alpha"}
         return {name: value for name, value in found.items() if name not in idle} | {"second_distillation": second}
 
+    def faults(self, subject: Subject, params: Params) -> Mapping[str, str]:
+        """A language model of other shapes, from whose layers no student can start."""
+        unlike = unlike_teacher(subject) if params.get("general") else None
+        return {"general": f"true, and {unlike}; name another, or set it to false"} if unlike else {}
+
+    def missing(self, teacher: Subject) -> Mapping[str, str]:
+        """Text without labels, and a masked language model."""
+        language = {} if "masked-lm" in teacher.traits else dict.fromkeys(_language_space(), MASKED_LM)
+        return language if "unlabelled" in teacher.traits else {**language, "unlabelled_text": UNLABELLED}
+
     def after(self, subject: Subject, params: Params) -> Subject:
         """Fewer layers, and perhaps a single token type."""
         student = student_subject(subject, len(sources(params, subject.layers)), 1.0)
@@ -175,7 +185,7 @@ def language_model(candidate: Candidate, context: Context) -> nn.Module:
     """
     model = context.masked_lm()
     if model is None:
-        raise TrialError("this needs a masked language model: name one in the study, under teacher.masked_lm")
+        raise TrialError(f"this needs {MASKED_LM}")
     if candidate.tokenizer.mask_token_id is None:
         raise TrialError("the tokenizer has no mask token, so that nothing can be hidden from the language model")
     ours, theirs = (_shapes(network) for network in (candidate.network, model))

@@ -45,6 +45,11 @@ class Distill(Method):
         """Nothing can be transferred by text that is not there."""
         return params if "unlabelled" in subject.traits else {**params, "transfer": 0.0}
 
+    def missing(self, teacher: Subject) -> Mapping[str, str]:
+        """A CRF to learn from."""
+        crf = "a teacher with a CRF: have one trained by teacher.fine_tune.crf, for a token task"
+        return {} if "crf" in teacher.traits else {"crf_target": crf}
+
     def after(self, subject: Subject, params: Params) -> Subject:
         """The same shapes, recovered."""
         return subject.without("lossy")

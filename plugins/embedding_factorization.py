@@ -130,7 +130,8 @@ class EmbeddingFactorization(Method):
         weights = None
         if params["embedding_init"] == "weighted_svd" and not context.dry:
             batches = context.calibration(int(params["calib_examples"]))
-            weights = token_counts(batches, subject.vocabulary)
+            # of the table itself: a subject's vocabulary may be an upper bound
+            weights = token_counts(batches, embeddings(network).word_embeddings.num_embeddings)
         factorize_words(network, subject.word_rank, weights)
         if self.trains(params):
             _recover(network, candidate, params, context)

@@ -25,8 +25,9 @@ from typing import Any
 from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subject, TrialError
 
 from .distillation.layer_maps import STRATEGIES, anchors, layer_pairs, source_layers
-from .distillation.matching import Match, Matching, check_depths, parse_matches
+from .distillation.matching import Match, Matching, Shapes, check_depths, check_matches, parse_matches
 from .distillation.objective import (
+    UNLABELLED,
     Choice,
     Objective,
     aligned,
@@ -171,6 +172,21 @@ class LayerMatch(Method):
         if found.get("matches", BY_STRATEGY) == BY_STRATEGY:
             idle |= {"matches"} | _settle(found, narrow)
         return {name: value for name, value in found.items() if name not in idle}
+
+    def faults(self, subject: Subject, params: Params) -> Mapping[str, str]:
+        """Written matches that a student of these shapes and its teacher cannot be compared by."""
+        if "matches" not in params:
+            return {}
+        try:
+            ours, theirs = map(Shapes.described, (self.after(subject, params), subject))
+            check_matches(_matches(params, subject.layers), ours, theirs)
+        except TrialError as error:
+            return {"matches": error.message}
+        return {}
+
+    def missing(self, teacher: Subject) -> Mapping[str, str]:
+        """Text without labels."""
+        return {} if "unlabelled" in teacher.traits else {"unlabelled_text": UNLABELLED}
 
     def after(self, subject: Subject, params: Params) -> Subject:
         """Fewer layers and, by ``width``, narrower ones with as many heads."""

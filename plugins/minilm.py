@@ -20,7 +20,7 @@ from compress_search.encoders import layers
 
 from .distillation.layer_maps import source_layers
 from .distillation.matching import Match, Matching
-from .distillation.objective import Objective, has_targets, idle_targets, reader, target_space
+from .distillation.objective import UNLABELLED, Objective, has_targets, idle_targets, reader, target_space
 from .distillation.soft_targets import SoftTerm
 from .distillation.students import cut_student, student_subject, unfit, widths
 
@@ -128,6 +128,10 @@ class MiniLM(Method):
             found["assistant"] = "always" if small else "never"
         idle = idle_targets(subject, found) | (set() if has_targets(found) else {"relation_fraction"})
         return {name: value for name, value in found.items() if name not in idle}
+
+    def missing(self, teacher: Subject) -> Mapping[str, str]:
+        """Text without labels."""
+        return {} if "unlabelled" in teacher.traits else {"unlabelled_text": UNLABELLED}
 
     def after(self, subject: Subject, params: Params) -> Subject:
         """Fewer layers and, by ``width``, narrower ones with as many heads."""

@@ -22,10 +22,11 @@ from torch import nn
 from compress_search import Batch, Candidate, Context, Dim, Method, Params, Stage, Subject, TrialError
 from compress_search.encoders import layers
 
-from .distillation.augmentation import augmented, augmenter
+from .distillation.augmentation import WORDPIECE, augmented, augmenter, words_stay
 from .distillation.layer_maps import layer_pairs, written_layers
-from .distillation.matching import Match, Matching, check_matches
-from .distillation.objective import Objective, Teacher, reader
+from .distillation.masked_text import unlike_teacher
+from .distillation.matching import Match, Matching, Shapes, check_matches
+from .distillation.objective import UNLABELLED, Objective, Teacher, reader
 from .distillation.soft_targets import SoftTerm
 from .distillation.students import cut_student, student_subject, unfit, widths
 
@@ -34,6 +35,8 @@ MAPS = {"uniform": "uniform", "top": "last", "bottom": "first"}
 PROJECTION_RATE = 1e-3
 BATCH = 32
 """Texts in a step on unlabelled text."""
+MATCHED = ("layers", "hidden", "heads", "vocabulary")
+"""Shapes in which a language model that is matched in the teacher's place has to be like it."""
 TARGETS = {"scores": "attention_scores", "probabilities": "attention_probs"}
 
 
@@ -142,6 +145,18 @@ class TinyBert(Method):
             found.setdefault("projection_learning_rate", PROJECTION_RATE)
         return found
 
+    def faults(self, subject: Subject, params: Params) -> Mapping[str, str]:
+        """What of the study's language model or tags is not there, or not as it would have to be."""
+        general = float(params.get("general_fraction", 0.0)) and unlike_teacher(subject, MATCHED)
+        words = params.get("augment") and words_stay(subject)
+        found = {"general_fraction": f"{params.get('general_fraction')}: {general}"} if general else {}
+        return found | ({"augment": f"true, and {words}"} if words else {})
+
+    def missing(self, teacher: Subject) -> Mapping[str, str]:
+        """Text without labels, and a tokenizer by which words can be replaced."""
+        spelt = dict.fromkeys(() if _spells_words(teacher) else ("augment", "variants"), WORDPIECE)
+        return spelt if "unlabelled" in teacher.traits else {**spelt, "general_fraction": UNLABELLED}
+
     def after(self, subject: Subject, params: Params) -> Subject:
         """Fewer layers and, by ``width``, narrower ones with as many heads."""
         return student_subject(subject, len(pairs(params, subject.layers)), float(params["width"]))
@@ -173,7 +188,7 @@ def _spells_words(teacher: Subject) -> bool:
 
 def _augmentation_space(teacher: Subject) -> dict[str, Dim]:
     """``augment``: other words in the examples; ``variants`` of each for one that stays as it is."""
-    there = "masked-lm" in teacher.traits
+    there = words_stay(teacher) is None
     return {
         "augment": Dim.flag(there, expert=not there),
         "variants": Dim.integer(1, 30, 10, when={"augment": (True,)}, expert=True),
@@ -228,7 +243,7 @@ def _general_teacher(matching: Matching, student: nn.Module, context: Context) -
     depths = len(layers(model)), len(layers(context.teacher))
     if depths[0] != depths[1]:
         raise TrialError(f"the language model has {depths[0]} layers: expected the teacher's {depths[1]}")
-    check_matches(matching.matches, student, model)
+    check_matches(matching.matches, Shapes.read(student), Shapes.read(model))
     return reader(model)
 
 

@@ -111,6 +111,13 @@ def language_model(**changes: Any) -> Prepare:
     return prepare
 
 
+def tagged(folder: Path) -> None:
+    """Words that all have a tag, a teacher of these tags, and a masked language model ``lm``."""
+    tiny.tiny_data(folder / "data", "pos")
+    tiny.tiny_teacher(folder / "teacher", "pos")
+    language_model()(folder)
+
+
 def from_scratch(vocabulary: int | str, **keys: Any) -> dict[str, Any]:
     """A teacher that is to be trained from nothing."""
     architecture = {"layers": 2, "hidden": 32, "heads": 4, "vocabulary": vocabulary}
@@ -284,6 +291,77 @@ CASES = {
     ),
     "a method with nothing to follow": Case(
         "methods.distill", "cannot be used in this study: there is nothing to recover", {"methods": {"distill": {}}}
+    ),
+    "text without labels that is not there": Case(
+        "methods.minilm.unlabelled_text",
+        "needs text without labels: name some under data.unlabeled",
+        {"methods": {"minilm": {"unlabelled_text": True}}},
+    ),
+    "a phase on text that is not there": Case(
+        "methods.tinybert.general_fraction",
+        "needs text without labels: name some under data.unlabeled",
+        {"methods": {"tinybert": {"general_fraction": 0.3}}},
+    ),
+    "a language model that is not there": Case(
+        "methods.distilbert.general",
+        "needs a masked language model: name one under teacher.masked_lm",
+        {"methods": {"distilbert": {"general": True}}},
+    ),
+    "a CRF that is not there": Case(
+        "methods.distill.crf_target",
+        "needs a teacher with a CRF: have one trained by teacher.fine_tune.crf",
+        {"methods": {"theseus": {}, "distill": {"crf_target": "viterbi"}}},
+    ),
+    "other words without a language model": Case(
+        "methods.tinybert.augment",
+        "true, and augmentation needs a masked language model: name one under teacher.masked_lm",
+        {"methods": {"tinybert": {"augment": True}}},
+    ),
+    "other words where every word has a tag": Case(
+        "methods.tinybert.augment",
+        "true, and augmentation replaces words outside entities, and no tag is O",
+        {
+            "methods": {"tinybert": {"augment": True}},
+            "teacher.masked_lm": "lm",
+            "task": "token-classification",
+        },
+        tagged,
+    ),
+    "a language model of another width": Case(
+        "methods.distilbert.general",
+        "the masked language model is unlike the teacher: embedding_size 16 and not 32, hidden 16 and not 32",
+        {"methods": {"distilbert": {}}, "teacher.masked_lm": "lm"},
+        language_model(hidden_size=16),
+    ),
+    "a language model of another depth in the teacher's place": Case(
+        "methods.tinybert.general_fraction",
+        "0.5: the masked language model is unlike the teacher: layers 3 and not 2",
+        {
+            "methods": {"tinybert": {"general_fraction": 0.5}},
+            "teacher.masked_lm": "lm",
+            "data.unlabeled": "data/test.jsonl",
+        },
+        language_model(layers=3),
+    ),
+    "a match with a layer that no student has": Case(
+        "methods.layer_match.matches",
+        "match 1: student_layer 2 does not exist: hidden of its 1 layers counts from 0 to 1",
+        {"methods": {"layer_match": {"matches": "- {teacher_layer: 2, student_layer: 2}"}}},
+    ),
+    "a match of two widths": Case(
+        "methods.layer_match.matches",
+        "match 1: hidden_mse cannot compare widths 16 and 32: add proj: linear, or use nst",
+        {"methods": {"layer_match": {"width": [0.5, 0.25], "matches": "- {teacher_layer: 2, student_layer: 1}"}}},
+    ),
+    "relation heads that divide no width": Case(
+        "methods.layer_match.matches",
+        "match 1: relation_kl:5 needs a width that 5 divides, got 32",
+        {"methods": {"layer_match": {"matches": "- {feature: q, loss: 'relation_kl:5'}"}}},
+    ),
+    "heads that cannot be matched": Case(
+        "methods.layer_match.matches",
+        "match 1: mse cannot compare heads of size 4 and 8: use relation_kl:<heads>",
+        {"methods": {"layer_match": {"width": 0.5, "matches": "- {feature: k, loss: mse}"}}},
     ),
     "unknown objective": Case("objectives.0", "unknown objective", {"objectives": ["acuracy", "latency_ms"]}),
     "contradictory constraints": Case(

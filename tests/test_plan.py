@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress_search.candidate import Candidate, Subject
-from compress_search.errors import PluginError, StudyError
+from compress_search.errors import PluginError, StudyError, TrialError
 from compress_search.method import Context, Method, Stage
 from compress_search.plan import Plan, make_plan
 from compress_search.recipe import Recipe, settle
@@ -201,6 +201,65 @@ def plan_for_all(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     path = tiny_study(tmp_path_factory.mktemp("study"), methods="all")
     return make_plan(load_study(path), Methods(METHODS), TEACHER)  # type: ignore[arg-type]
+
+
+class Matched(Student):
+    """Cannot keep so few layers that the wanted one is not among them."""
+
+    def search_space(self, teacher: Subject) -> Mapping[str, Dim]:
+        return {**super().search_space(teacher), "wanted": Dim.integer(1, teacher.layers, 1)}
+
+    def faults(self, subject: Subject, params: Params) -> Mapping[str, str]:
+        keep, wanted = params["keep"], params["wanted"]
+        return {"wanted": f"{wanted} of {keep}"} if wanted > keep else {}  # type: ignore[operator]
+
+    def missing(self, teacher: Subject) -> Mapping[str, str]:
+        return {"hints": "hints: name some"}
+
+
+@pytest.fixture
+def matched(tiny_study: Callable[..., Path]) -> Callable[..., Plan]:
+    def make(**narrowing: Any) -> Plan:
+        study = load_study(tiny_study(methods={"matched": narrowing, "recover": {}}))
+        return make_plan(study, Methods({"matched": Matched(), "recover": Recover()}), TEACHER)  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.mark.parametrize("narrowing", [{"wanted": 4, "keep": 2}, {"wanted": [3, 4], "keep": {"low": 1, "high": 2}}])
+def test_values_that_cannot_go_together_are_refused(matched: Callable[..., Plan], narrowing: Any) -> None:
+    with pytest.raises(
+        StudyError, match=rf"study\.yaml:\d+: methods\.matched\.wanted: {3 if 'low' in str(narrowing) else 4} of 2"
+    ):
+        matched(**narrowing)
+
+
+def test_values_that_cannot_go_together_are_left_out_of_recipes(matched: Callable[..., Plan]) -> None:
+    made = matched(wanted=3, keep={"low": 1, "high": 4}, use=True)
+    kept = {
+        keep: made.propose(optuna.trial.FixedTrial({"matched.keep": keep, "recovery": "none"}))
+        for keep in (1, 2, 3)
+    }
+    assert kept[1] == kept[2] == Recipe()
+    assert kept[3].methods == ("matched",)
+
+
+def test_defaults_without_a_fault_are_found(matched: Callable[..., Plan]) -> None:
+    made = matched(wanted=3)
+    assert made.spaces["matched"]["keep"].default == 3
+    assert made.at_defaults({"matched"})[0].steps[0].params["keep"] == 3
+    assert matched(wanted=2).spaces["matched"]["keep"].default == 2
+
+
+def test_a_fault_is_named_where_a_recipe_is_settled() -> None:
+    recipe = Recipe.from_list([{"method": "matched", "params": {"keep": 1, "wanted": 2}}])
+    with pytest.raises(TrialError, match="wanted: 2 of 1"):
+        settle(recipe, {"matched": Matched()}, TEACHER)
+
+
+def test_a_dimension_that_is_missing_says_what_it_needs(matched: Callable[..., Plan]) -> None:
+    with pytest.raises(StudyError, match=r"methods\.matched\.hints: needs hints: name some"):
+        matched(hints=True)
 
 
 class Raising(Prune):

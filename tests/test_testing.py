@@ -131,6 +131,21 @@ class Escaping(Identity):
         return {"ratio": 2.0}
 
 
+class Choosy(Identity):
+    def faults(self, subject: Subject, params: Params) -> Mapping[str, str]:
+        return {"ratio": "expected another"}
+
+
+class FaultsOfNothing(Identity):
+    def faults(self, subject: Subject, params: Params) -> Mapping[str, str]:
+        return {} if params["ratio"] == 0.5 else {"ration": "expected another"}
+
+
+class MissesWhatIsThere(Identity):
+    def missing(self, teacher: Subject) -> Mapping[str, str]:
+        return {"ratio": "another teacher"}
+
+
 class Fails(Identity):
     def apply(self, candidate: Candidate, params: Params, context: Context) -> Candidate:
         raise TrialError("not today")
@@ -283,6 +298,9 @@ BROKEN: dict[type[Method], str] = {
     NeverActive: "conditions_name_dimensions",
     Shrinking: "effective_is_idempotent",
     Escaping: "effective_is_idempotent",
+    Choosy: "faults_name_dimensions",
+    FaultsOfNothing: "faults_name_dimensions",
+    MissesWhatIsThere: "missing_dimensions_are_missing",
     Fails: "drawn_parameters_apply",
     AssumesEvenLayers: "drawn_parameters_apply",
     Diverges: "drawn_parameters_apply",

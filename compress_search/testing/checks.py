@@ -106,6 +106,30 @@ def effective_is_idempotent(rehearsal: Rehearsal) -> None:
 
 
 @check
+def faults_name_dimensions(rehearsal: Rehearsal) -> None:
+    """``faults`` finds none with the defaults, and gives reasons by dimension, the same ones each time."""
+    method = rehearsal.method
+    for subject, space in _spaces(rehearsal):
+        for number, params in enumerate(rehearsal.drawn(space)):
+            settled = method.effective(subject, params)
+            first, second = (dict(method.faults(subject, settled)) for _ in range(2))
+            require(first == second, f"faults is not repeatable: {first}, then {second}")
+            require(bool(number) or not first, f"the defaults have faults: {first} ({_name(subject)})")
+            for name, fault in first.items():
+                require(name in space, f"faults names {name!r}, which is no dimension")
+                require(isinstance(fault, str) and bool(fault), f"faults gives {fault!r} as a reason for {name}")
+
+
+@check
+def missing_dimensions_are_missing(rehearsal: Rehearsal) -> None:
+    """``missing`` says what dimensions need that are not in the space, and no others."""
+    for subject, space in _spaces(rehearsal):
+        for name, need in rehearsal.method.missing(subject).items():
+            require(name not in space, f"missing names {name!r}, which is there ({_name(subject)})")
+            require(isinstance(need, str) and bool(need), f"missing gives {need!r} as what {name} needs")
+
+
+@check
 def drawn_parameters_apply(rehearsal: Rehearsal) -> None:
     """Defaults and random parameters give a network with finite outputs of the teacher's shape."""
     for application in rehearsal.applications:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -30,6 +31,8 @@ MODELS = (
     ("bert", "token-classification"),
     ("distilbert", "text-classification"),
 )
+DRAWS = 50
+"""Random parameters that are drawn at most for such as have no fault."""
 SUBJECTS = (
     Subject("bert", "text-classification", 12, 12, 64, 768, 3072, 30522, 512, 2, 2),
     Subject("bert", "token-classification", 6, 12, 32, 384, 1536, 30522, 512, 2, 9, pooler=False),
@@ -186,15 +189,21 @@ class Rehearsal:
         found = []
         for model in self.models:
             space = self.method.search_space(model.subject)
-            for params in self.drawn(space):
-                found.append((model, self.method.effective(model.subject, params)))
+            for kind in self.kinds(space):
+                settled = (self.method.effective(model.subject, kind()) for _ in range(DRAWS))
+                faultless = (params for params in settled if not self.method.faults(model.subject, params))
+                found += [(model, params) for params in islice(faultless, 1)]
         return found
 
     @staticmethod
-    def drawn(space: Space) -> list[dict[str, Value]]:
-        """The defaults, random parameters, and random ones with expert dimensions free."""
+    def kinds(space: Space) -> list[Callable[[], dict[str, Value]]]:
+        """What gives the defaults, random parameters, and random ones with expert dimensions free."""
         rng = random.Random(0)
-        return [defaults(space), draw(fix_experts(space), rng), draw(space, rng)]
+        return [partial(defaults, space), partial(draw, fix_experts(space), rng), partial(draw, space, rng)]
+
+    def drawn(self, space: Space) -> list[dict[str, Value]]:
+        """One of each kind."""
+        return [kind() for kind in self.kinds(space)]
 
     @cached_property
     def applications(self) -> list[Application]:

@@ -20,9 +20,11 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from compress_search import Batch, Candidate, Context, TrialError
+from compress_search import Batch, Candidate, Context, Subject, TrialError
 from compress_search.encoders import Pieces, embeddings, inputs
 from compress_search.losses import IGNORED
+
+from .masked_text import MASKED_LM
 
 CHOICES, PROBABILITY = 15, 0.4
 """The paper's K, words to choose from, and p_t, the probability of a word to be replaced."""
@@ -33,6 +35,11 @@ SAMPLE = 1000
 TEXTS = 8
 """Texts that the language model reads at a time: its logits are over a vocabulary."""
 CONTINUATION = "##"
+WORDPIECE = "a WordPiece tokenizer, whose pieces tell where words begin"
+"""What a dimension needs that is only there with such a tokenizer."""
+
+NO_MODEL = f"augmentation needs {MASKED_LM}"
+NO_TAG = "augmentation replaces words outside entities, and no tag is O"
 
 
 @dataclass(frozen=True)
@@ -201,6 +208,13 @@ def answered(batch: Batch, logits: Tensor) -> Batch:
     return {**batch, "labels": answers}
 
 
+def words_stay(subject: Subject) -> str | None:
+    """Why no words of a study's examples can be replaced; None where they can."""
+    if "masked-lm" not in subject.traits:
+        return NO_MODEL
+    return NO_TAG if "all-tagged" in subject.traits else None
+
+
 def augmenter(candidate: Candidate, context: Context, variants: int) -> Augmenter:
     """What replaces words of the study's training texts, by its masked language model.
 
@@ -214,16 +228,14 @@ def augmenter(candidate: Candidate, context: Context, variants: int) -> Augmente
     """
     model, tokenizer, network = context.masked_lm(), candidate.tokenizer, cast(Any, candidate.network)
     if model is None:
-        raise TrialError(
-            "augmentation needs a masked language model: name one in the study, under teacher.masked_lm"
-        )
+        raise TrialError(NO_MODEL)
     if tokenizer.mask_token_id is None:
         raise TrialError("augmentation needs a mask token, and the tokenizer has none")
     outside = None
     if candidate.subject.task == "token-classification":
         outside = network.config.label2id.get("O")
         if outside is None:
-            raise TrialError("augmentation replaces words outside entities, and no tag is O")
+            raise TrialError(NO_TAG)
     table = cast(Tensor, cast(Any, embeddings(context.teacher)).word_embeddings.weight).detach().float().cpu()
     common = common_words(context.calibration(SAMPLE), len(tokenizer))
     return Augmenter(

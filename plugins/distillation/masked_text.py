@@ -14,13 +14,25 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from compress_search import Batch
+from compress_search import Batch, Subject
 from compress_search.losses import IGNORED, kl
 
+UNLIKE = "masked-lm:"
+"""What the engine's traits begin with that name a shape of the language model which is not the teacher's."""
 MASKED, REPLACED = 0.8, 0.1
 """Of the hidden tokens the parts that the mask stands for, and that another token does; the rest stay in sight."""
+MASKED_LM = "a masked language model: name one under teacher.masked_lm"
+"""What a dimension needs that is only there with such a model."""
 ROWS = 512
 """Rows of logits over a vocabulary that are compared at a time."""
+
+
+def unlike_teacher(subject: Subject, shapes: Collection[str] = ()) -> str | None:
+    """In which of these shapes, or of all, the study's language model is unlike the teacher; None in none."""
+    found = sorted(trait.removeprefix(UNLIKE) for trait in subject.traits if trait.startswith(UNLIKE))
+    wrong = [each.split("=") for each in found if not shapes or each.split("=")[0] in shapes]
+    values = ", ".join(f"{name} {value} and not {getattr(subject, name)}" for name, value in wrong)
+    return f"the masked language model is unlike the teacher: {values}" if wrong else None
 
 
 def hide(

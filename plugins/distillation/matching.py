@@ -10,9 +10,9 @@ attention counts layers from 0.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property, partial
 from typing import Annotated, Any, Literal, cast
 
 import torch
@@ -29,7 +29,7 @@ from pydantic import (
 )
 from torch import Tensor, nn
 
-from compress_search import ParameterGroup, TrialError
+from compress_search import ParameterGroup, Subject, TrialError
 from compress_search.encoders import embeddings, feature_shape, layers
 from compress_search.losses import FeatureLoss, TokenScope, feature_loss, valid_tokens
 
@@ -149,6 +149,7 @@ class Match(BaseModel):
         return self.weight * {"const": 1.0, "linear_decay": 1 - progress, "linear_growth": progress}[self.schedule]
 
 
+@cache
 def parse_matches(text: str) -> tuple[Match, ...]:
     """Matches from a YAML or JSON list.
 
@@ -188,20 +189,47 @@ def check_depths(matches: Sequence[Match], teacher: int | None = None, student: 
                     )
 
 
-def check_matches(matches: Sequence[Match], student: nn.Module, teacher: nn.Module) -> None:
-    """Refuse matches that two networks cannot be compared by.
+@dataclass(frozen=True)
+class Shapes:
+    """What matches have to know of a model; ``of`` gives a feature's shape as :func:`feature_shape` does."""
+
+    layers: int
+    vocabulary: int
+    of: Callable[[str], tuple[int, ...]]
+
+    @classmethod
+    def read(cls, network: nn.Module) -> Shapes:
+        """Those of a network."""
+        words = cast(Any, embeddings(network).word_embeddings).num_embeddings
+        return cls(len(layers(network)), words, partial(feature_shape, network))
+
+    @classmethod
+    def described(cls, subject: Subject) -> Shapes:
+        """Those of a network whose layers are all alike, before there is one."""
+
+        def of(name: str) -> tuple[int, ...]:
+            if name == "pooled" and not subject.pooler:
+                raise TrialError("pooled cannot be read: the network classifies tokens, it has no sentence to pool")
+            wide = name == "pooled" or name.startswith("hidden")
+            return (subject.hidden,) if wide else (round(subject.heads), subject.head_dim)
+
+        return cls(subject.layers, subject.vocabulary, of)
+
+
+def check_matches(matches: Sequence[Match], student: Shapes, teacher: Shapes) -> None:
+    """Refuse matches that two models cannot be compared by.
 
     Raises:
         TrialError: other vocabularies, a layer that does not exist, heads or widths that differ where they may not,
             or a projection of other widths; the text names what would do.
     """
-    sizes = [cast(Any, embeddings(network).word_embeddings).num_embeddings for network in (student, teacher)]
-    if sizes[0] != sizes[1]:
+    if student.vocabulary != teacher.vocabulary:
         raise TrialError(
-            f"student and teacher read vocabularies of {sizes[0]} and {sizes[1]} pieces: expected the same one"
+            f"student and teacher read vocabularies of {student.vocabulary} and {teacher.vocabulary} pieces: "
+            "expected the same one"
         )
     try:
-        check_depths(matches, len(layers(teacher)), len(layers(student)))
+        check_depths(matches, teacher.layers, student.layers)
     except ValueError as error:
         raise TrialError(str(error)) from None
     for number, match in enumerate(matches, start=1):
@@ -209,11 +237,11 @@ def check_matches(matches: Sequence[Match], student: nn.Module, teacher: nn.Modu
             _check_shapes(f"match {number}", match, student, teacher, ours, theirs)
 
 
-def _check_shapes(place: str, match: Match, student: nn.Module, teacher: nn.Module, ours: str, theirs: str) -> None:
+def _check_shapes(place: str, match: Match, student: Shapes, teacher: Shapes, ours: str, theirs: str) -> None:
     if match.kind == "logits":
         return
     if match.kind in ("hidden", "pooled"):
-        mine, other = feature_shape(student, ours)[0], feature_shape(teacher, theirs)[0]
+        mine, other = student.of(ours)[0], teacher.of(theirs)[0]
         if match.proj and match.proj.widths and match.proj.widths != [mine, other]:
             raise TrialError(f"{place}: proj maps {match.proj.widths}, and the widths are [{mine}, {other}]")
         if mine != other and not match.proj and not match.function.any_width:
@@ -222,8 +250,8 @@ def _check_shapes(place: str, match: Match, student: nn.Module, teacher: nn.Modu
             )
         return
     (heads, size), (more, bigger) = (
-        feature_shape(net, name.replace(match.kind, _SOURCE.get(match.kind, match.kind)))
-        for net, name in ((student, ours), (teacher, theirs))
+        model.of(name.replace(match.kind, _SOURCE.get(match.kind, match.kind)))
+        for model, name in ((student, ours), (teacher, theirs))
     )
     if heads != more and not match.function.any_heads:
         raise TrialError(f"{place}: {match.loss} cannot compare {heads} heads with {more}: use {MORE_HEADS}")
@@ -271,7 +299,7 @@ class Matching:
         Raises:
             TrialError: see :func:`check_matches`.
         """
-        check_matches(matches, student, teacher)
+        check_matches(matches, Shapes.read(student), Shapes.read(teacher))
         generator = torch.Generator().manual_seed(seed)
         made: dict[str, nn.Module] = {}
         for number, match in enumerate(matches):

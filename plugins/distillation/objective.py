@@ -27,6 +27,8 @@ Teacher = Callable[[Batch, Collection[str]], Features]
 Choice = Callable[[Matching, Features, Features, Tensor], Mapping[int, float]]
 """(matching, student's features, teacher's, mask) -> the matches that count in this step, and how much each."""
 
+UNLABELLED = "text without labels: name some under data.unlabeled"
+"""What a dimension needs that is only there with such text."""
 RECORDED = 20
 """Training steps over which the terms that are reported are averaged."""
 

@@ -345,7 +345,7 @@ class TestLanguage:
         candidate = literate()
         context = tiny_context(candidate)
         context.masked_lm = lambda: None
-        with pytest.raises(TrialError, match=r"name one in the study, under teacher\.masked_lm"):
+        with pytest.raises(TrialError, match=r"name one under teacher\.masked_lm"):
             applied(candidate, context)
         assert context.fits == []
 
