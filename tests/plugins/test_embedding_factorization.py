@@ -278,6 +278,16 @@ def test_frequencies_come_from_the_calibration_examples() -> None:
     assert errors[1] < errors[0]
 
 
+def test_a_table_of_fewer_rows_than_are_known_of_is_weighed_by_its_own() -> None:
+    candidate = tiny_candidate()
+    rows = candidate.subject.vocabulary
+    bound = candidate.replace(subject=candidate.subject.having("data-sized", vocabulary=rows + 10))
+    chosen = parameters(bound.subject, embedding_init="weighted_svd", recover="none", calib_examples=512)
+    words = embeddings(METHOD.apply(bound, chosen, tiny_context(candidate)).network).word_embeddings
+    exact = embeddings(METHOD.apply(candidate, chosen, tiny_context(candidate)).network).word_embeddings
+    torch.testing.assert_close(words(torch.arange(rows)), exact(torch.arange(rows)))
+
+
 # Files and company
 
 
