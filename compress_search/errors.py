@@ -15,9 +15,7 @@ CompressSearchError                 exit 1: anything this package raises on purp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 
 class CompressSearchError(Exception):
@@ -56,11 +54,11 @@ class PluginError(CompressSearchError):
 
 
 class TrialError(CompressSearchError):
-    """A step cannot be applied with these parameters: a fault of the recipe, never retried."""
+    """A step cannot be applied with its parameters, which the recipe tells: a fault of that, never retried."""
 
-    def __init__(self, message: str, *, method: str | None = None, params: Mapping[str, Any] | None = None) -> None:
-        self.message, self.method, self.params = message, method, dict(params or {})
-        super().__init__(f"{method} {self.params}: {message}" if method else message)
+    def __init__(self, message: str, *, method: str | None = None) -> None:
+        self.message, self.method = message, method
+        super().__init__(f"{method}: {message}" if method else message)
 
 
 class NotFinite(TrialError):

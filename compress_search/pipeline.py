@@ -281,14 +281,14 @@ def run_recipe(
         context = StepContext(materials, budget, portion, derive_seed(seed, index), scratch, dry)
         _seed_everything(context.seed)
         if reason := method.unsupported(candidate.subject):
-            raise TrialError(reason, method=step.method, params=step.params)
+            raise TrialError(reason, method=step.method)
         try:
             candidate = method.apply(candidate, step.params, context)
         except TrialError as error:
             if error.method:
                 raise
             # which step failed is known here, and not where a helper raised
-            raise type(error)(error.message, method=step.method, params=step.params) from error
+            raise type(error)(error.message, method=step.method) from error
         candidate.network.eval()
         materials = materials.read_by(candidate.tokenizer)
     bake(candidate.network)

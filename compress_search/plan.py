@@ -242,7 +242,7 @@ def _faultless(study: Study, name: str, method: Method, teacher: Subject, space:
     if study.methods == "all":
         return space
     dim, fault = next(iter(found.items()))
-    raise study.error(f"methods.{name}.{dim}", fault)
+    raise study.error(f"{study.method_key(name)}.{dim}", fault)
 
 
 def _neighbours(space: Mapping[str, Dim]) -> Iterator[dict[str, Dim]]:

@@ -99,10 +99,10 @@ def settle(recipe: Recipe, methods: Mapping[str, Method], teacher: Subject) -> t
     for step in in_stage_order(recipe, methods):
         method = methods[step.method]
         if reason := method.unsupported(subject):
-            raise TrialError(reason, method=step.method, params=step.params)
+            raise TrialError(reason, method=step.method)
         params = method.effective(subject, step.params)
         for name, fault in method.faults(subject, params).items():
-            raise TrialError(f"{name}: {fault}", method=step.method, params=params)
+            raise TrialError(f"{name}: {fault}", method=step.method)
         if method.changes_nothing(subject, params):
             continue
         subject = method.after(subject, params)
@@ -124,7 +124,6 @@ def in_stage_order(recipe: Recipe, methods: Mapping[str, Method]) -> list[Step]:
             raise TrialError(
                 f"a recipe holds one {stage.name.lower()} step of this kind, and has {taken[place]!r} already",
                 method=step.method,
-                params=step.params,
             )
         taken[place] = step.method
     return sorted(recipe.steps, key=lambda step: (methods[step.method].stage, step.method))

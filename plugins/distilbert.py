@@ -110,9 +110,10 @@ class DistilBert(Method):
         return {name: value for name, value in found.items() if name not in idle} | {"second_distillation": second}
 
     def faults(self, subject: Subject, params: Params) -> Mapping[str, str]:
-        """A language model of other shapes, from whose layers no student can start."""
+        """A language model of other shapes, from whose layers no student can start; or no weight above 0."""
         unlike = unlike_teacher(subject) if params.get("general") else None
-        return {"general": f"true, and {unlike}; name another, or set it to false"} if unlike else {}
+        found = {"general": f"true, and {unlike}; name another, or set it to false"} if unlike else {}
+        return found | ({} if _weights(params) else {"ce_weight": NO_WEIGHT})
 
     def missing(self, teacher: Subject) -> Mapping[str, str]:
         """Text without labels, and a masked language model."""
@@ -130,7 +131,8 @@ class DistilBert(Method):
 
     def apply(self, candidate: Candidate, params: Params, context: Context) -> Candidate:
         """Copy layers, then train in general, then on the task."""
-        check_weights(params)
+        if not _weights(params):
+            raise TrialError(NO_WEIGHT)
         model = language_model(candidate, context) if params.get("general") else None
         start = candidate if model is None else started_from(candidate, model)
         student = cut_student(start, sources(params, candidate.subject.layers), 1.0)
@@ -163,15 +165,13 @@ def _language_space() -> dict[str, Dim]:
     }
 
 
-def check_weights(params: Params) -> None:
-    """Refuse a first phase without a loss.
+NO_WEIGHT = "every weight of the first phase is 0: expected one above, or nothing is learnt in it"
 
-    Raises:
-        TrialError: every weight of it is 0.
-    """
-    weights = ["ce_weight", "cos_weight", *(["mlm_weight"] if params.get("general") else [])]
-    if not any(params[name] for name in weights):
-        raise TrialError(f"{', '.join(weights)} are all 0: expected one above 0, or nothing is learnt at first")
+
+def _weights(params: Params) -> list[str]:
+    """The weights above 0 of the first phase's losses."""
+    names = ["ce_weight", "cos_weight", *(["mlm_weight"] if params.get("general") else [])]
+    return [name for name in names if params[name]]
 
 
 # --- the first phase, with a language model -------------------------------------------------------------------

@@ -327,6 +327,17 @@ CASES = {
         },
         tagged,
     ),
+    "a phase that weighs nothing": Case(
+        "methods.distilbert.ce_weight",
+        "every weight of the first phase is 0: expected one above",
+        {"methods": {"distilbert": {"ce_weight": 0, "cos_weight": [0]}}},
+    ),
+    "a default that cannot be": Case(
+        "methods.1.general",
+        "true, and the masked language model is unlike the teacher: layers 3 and not 2",
+        {"methods": ["theseus", "distilbert"], "teacher.masked_lm": "lm"},
+        language_model(layers=3),
+    ),
     "a language model of another width": Case(
         "methods.distilbert.general",
         "the masked language model is unlike the teacher: embedding_size 16 and not 32, hidden 16 and not 32",

@@ -75,7 +75,7 @@ def entries(size: int = 40, seed: int = 0) -> list[Entry]:
         state = rng.choices(["complete", "stopped", "failed", "infeasible", "duplicate"], [6, 2, 1, 1, 0.5])[0]
         trial = entry(number, round(accuracy, 4), round(latency, 3), state=state)
         if state == "failed":
-            error = "oom: distill {'epochs': 3}: out of memory" if number % 2 else "nan: the loss is not finite"
+            error = "oom: distill: out of memory" if number % 2 else "nan: the loss is not finite"
             trial = trial.model_copy(update={"metrics": {}, "intervals": {}, "error": error})
         made.append(trial)
     made.append(entry(size, 0.874, 7.9, test={"accuracy": 0.871}, marks=["noisy"]))

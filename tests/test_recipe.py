@@ -160,6 +160,7 @@ def test_what_cannot_be_is_refused_with_its_method(names: tuple[str, ...], messa
     with pytest.raises(TrialError, match=message) as refused:
         settle(recipe, METHODS, TEACHER)
     assert refused.value.method == names[-1]
+    assert str(refused.value).startswith(f"{names[-1]}: ")
 
 
 def test_a_step_reads_well() -> None:

@@ -5,7 +5,6 @@ Knows nothing of terminals or markup.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 
@@ -74,12 +73,11 @@ def headliners(report: Report) -> list[Entry]:
 
 
 def failures(report: Report) -> list[tuple[str, list[int]]]:
-    """(reason, numbers) of the failed trials, most frequent first; parameters are no part of a reason."""
+    """(reason, numbers) of the failed trials, most frequent first."""
     groups: dict[str, list[int]] = {}
     for entry in report.trials:
         if entry.state == "failed":
-            reason = re.sub(r" \{[^{}]*\}", "", entry.error or "unknown")
-            groups.setdefault(reason, []).append(entry.number)
+            groups.setdefault(entry.error or "unknown", []).append(entry.number)
     return sorted(groups.items(), key=lambda item: (-len(item[1]), item[1]))
 
 
