@@ -232,7 +232,15 @@ class TestFaults:
     def test_no_weights(self, tiny_study, tmp_path, loaded):
         path = tiny_study()
         (tmp_path / "teacher" / "model.safetensors").unlink()
-        assert "cannot load the weights" in str(complaint(path, loaded))
+        assert "no weights beside config.json" in str(complaint(path, loaded))
+
+    def test_weights_in_several_files(self, tiny_study, tmp_path, loaded):
+        path = tiny_study()
+        (tmp_path / "teacher" / "model.safetensors").unlink()
+        tiny.tiny_network().save_pretrained(tmp_path / "teacher", max_shard_size="20KB")
+        assert len(list((tmp_path / "teacher").glob("model-*.safetensors"))) > 1
+        tensors = loaded(path)[0].state_dict()
+        assert all(torch.equal(tensors[name], other) for name, other in tiny.tiny_network().state_dict().items())
 
     def test_weights_that_are_no_numbers(self, tiny_study, tmp_path, loaded):
         path = tiny_study()

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from compress_search import training
 from compress_search.data import read, tokenize
@@ -52,7 +53,7 @@ class TestSubject:
 
     def test_it_reads_no_weights_and_leaves_no_trace(self, tiny_study, tmp_path):
         path = tiny_study()
-        (tmp_path / "teacher" / "model.safetensors").write_bytes(b"")
+        save_file({}, tmp_path / "teacher" / "model.safetensors")
         before = sorted(tmp_path.rglob("*"))
         study = load_study(path)
         teacher_subject(study, read(study)[1])

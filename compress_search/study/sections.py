@@ -202,7 +202,11 @@ class SearchConfig(Section):
         default="moasha", description="stop trials that many others dominate at the same point of their training"
     )
     seed: int = Field(default=0, ge=0, lt=2**32, description="seed of all randomness")
-    concurrency: int = Field(default=1, ge=1, description="trials at the same time")
+    concurrency: int = Field(
+        default=1,
+        ge=1,
+        description="trials at the same time; on one machine, times `cluster.cpus_per_trial`, at most its cores",
+    )
     retries: int = Field(default=2, ge=0, description="further attempts at a trial whose worker died")
     trial_minutes: float | None = Field(default=None, gt=0, description="wall-clock limit of one attempt")
 
