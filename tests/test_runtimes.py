@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from compress_search import Candidate, ExportError, TrialError
 from compress_search.encoders import FAMILIES, load, prune_heads, prune_neurons
 from compress_search.runtimes import Artifact, default_engine, engines, load_runner, lower, size_mb
+from compress_search.runtimes.deployed import load_deployed
 from compress_search.runtimes.engines import padded_width
 from compress_search.runtimes.probe import toolchain
 from compress_search.tasks import Task
@@ -65,6 +66,19 @@ def test_every_engine_agrees_with_the_network(family: str, task: str, engine: st
         logits = run(feed)
         assert logits.dtype == np.float32
         np.testing.assert_allclose(logits, reference(candidate, feed), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "torch"])
+def test_a_network_that_attends_to_nothing_runs_and_can_be_deployed(engine: str, tmp_path: Path) -> None:
+    candidate = tiny_candidate("bert").replace(runtime={"engine": engine})
+    prune_heads(candidate.network, {layer: [] for layer in range(candidate.subject.layers)})
+    lower(candidate, tmp_path / "artifact", CLASSIFICATION)
+    feed = feed_of(candidate, 3)
+    expected = reference(candidate, feed)
+    np.testing.assert_allclose(load_runner(tmp_path / "artifact", 1)(feed), expected, atol=1e-4, rtol=0)
+    form, folder = ("onnx", ".") if engine == "onnxruntime" else ("manifest", "weights")
+    run = load_deployed(tmp_path / "artifact" / folder, form, CLASSIFICATION, threads=1)
+    np.testing.assert_allclose(run(feed), expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "torch"])

@@ -176,7 +176,7 @@ def load_runner(directory: Path, threads: int, device: str = "cpu") -> Runner:
     threads = artifact.runtime.get("threads", threads)
     run: Runner
     if artifact.engine == ONNX:
-        run = OnnxRunner(directory / _MODEL, artifact.inputs, threads, device)
+        run = OnnxRunner(directory / _MODEL, threads, device)
     else:
         run = load_torch(directory / _WEIGHTS, artifact.inputs, artifact.runtime, threads, device)
     return Bucketed(run, artifact.buckets, artifact.pad) if artifact.buckets else run

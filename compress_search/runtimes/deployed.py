@@ -53,7 +53,7 @@ def load_deployed(directory: Path, form: Form, task: Task, threads: int) -> Runn
     threads = settings.get("threads") or threads
     run: Runner
     if form == "onnx":
-        run = _onnx_runner(directory / ONNX_MODEL, threads)
+        run = OnnxRunner(directory / ONNX_MODEL, threads, "cpu")
     else:
         network = _pretrained(directory, task) if form == "transformers" else load_network(directory)
         run = TorchRunner(network, inputs(network), threads, "cpu")
@@ -77,10 +77,3 @@ def _pretrained(directory: Path, task: Task) -> nn.Module:
 
     auto_class = AutoModelForTokenClassification if task.tokens else AutoModelForSequenceClassification
     return cast(nn.Module, auto_class.from_pretrained(directory))
-
-
-def _onnx_runner(model: Path, threads: int) -> Runner:
-    import onnx
-
-    graph = onnx.load(str(model), load_external_data=False).graph
-    return OnnxRunner(model, [node.name for node in graph.input], threads, "cpu")

@@ -40,9 +40,12 @@ class Runner(Protocol):
 
 
 class OnnxRunner:
-    """An ONNX Runtime session with every graph optimisation."""
+    """An ONNX Runtime session with every graph optimisation, fed with the inputs that the file has.
 
-    def __init__(self, model: Path, inputs: Sequence[str], threads: int, device: str) -> None:
+    The exporter leaves out those that nothing depends on, as the mask of a network that lost all its heads.
+    """
+
+    def __init__(self, model: Path, threads: int, device: str) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -54,7 +57,7 @@ class OnnxRunner:
         if not model.is_file():
             raise ExportError(f"{model}: no such file")
         self.session = onnxruntime.InferenceSession(str(model), options, providers=providers)
-        self.inputs = tuple(inputs)
+        self.inputs = tuple(node.name for node in self.session.get_inputs())
 
     def __call__(self, batch: Inputs) -> NDArray[np.float32]:
         """Logits of one batch."""

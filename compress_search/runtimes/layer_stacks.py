@@ -59,10 +59,7 @@ def runner(network: nn.Module, file: Path, threads: int, device: str) -> Run:
     """The network in the engine that candidates run in by default; ONNX Runtime reads it from ``file``."""
     if device == "cpu":
         export(network, file)
-        engine = OnnxRunner(file, inputs(network), threads, device)
-        # where no head is left nothing reads the mask, and the exporter leaves it out
-        engine.inputs = tuple(argument.name for argument in engine.session.get_inputs())
-        return engine
+        return OnnxRunner(file, threads, device)
     set_attention(network, "sdpa")
     network.to(device)
 
