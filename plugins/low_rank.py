@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from compress_search import Batch, Candidate, Context, Dim, Loss, Method, Params, Stage, Subject
+from compress_search import Batch, Candidate, Context, Dim, Loss, Method, Params, Stage, Subject, TrialError
 from compress_search.encoders import LowRankLinear, layers, parts
 
 from .distillation.soft_targets import soft_target_loss
@@ -42,6 +42,9 @@ WORTHWHILE = 0.9
 RIDGE = 1e-6
 """Added to the second moments of inputs, relative to their mean, so that unseen directions can be inverted."""
 
+MULTIPLES = (1, 4, 8, 16, 32)
+USUAL_RATIO, USUAL_MULTIPLE = 0.4, 16
+
 NEED_EXAMPLES = ("activation_aware", "fisher_weighted")
 
 
@@ -62,12 +65,12 @@ class LowRank(Method):
         targets = tuple(TARGETS)
         return {
             "targets": Dim.choice(targets, "ffn", usual=("ffn", "attention", "all")),
-            "rank_ratio": Dim.real(0.1, 0.9, 0.4, when={"rank_mode": ("ratio",)}),
+            "rank_ratio": Dim.real(0.1, 0.9, USUAL_RATIO, when={"rank_mode": ("ratio",)}),
             "rank_mode": Dim.choice(("ratio", "energy"), "ratio", expert=True),
             "energy": Dim.real(0.8, 0.99, 0.9, when={"rank_mode": ("energy",)}, expert=True),
             "decomposition": Dim.choice(("svd", *NEED_EXAMPLES), "activation_aware", expert=True),
             "examples": Dim.integer(32, 2048, 256, when={"decomposition": NEED_EXAMPLES}, expert=True),
-            "rank_multiple": Dim.choice((1, 4, 8, 16, 32), 16, expert=True),
+            "rank_multiple": Dim.choice(MULTIPLES, usual_multiple(teacher), expert=True),
             "recover": Dim.choice(("none", "kd"), "none", expert=True),
             "learning_rate": Dim.real(1e-6, 1e-2, 5e-5, log=True, when={"recover": ("kd",)}, expert=True),
         }
@@ -81,12 +84,16 @@ class LowRank(Method):
         return "its matrices are products of two already" if "low-rank" in subject.traits else None
 
     def effective(self, subject: Subject, params: Params) -> Params:
-        """The ratio that the first target's rank really is of its break-even."""
-        if params["rank_mode"] != "ratio":
+        """The ratio that the first target's rank really is of its break-even; as asked where all stay whole."""
+        if params["rank_mode"] != "ratio" or self.faults(subject, params):
             return params
         out, within = shapes(subject)[TARGETS[str(params["targets"])][0]]
         ratio = rank_of(out, within, params) * (out + within) / max(1.0, out * within)
         return {**params, "rank_ratio": min(max(ratio, 0.1), 0.9)}
+
+    def faults(self, subject: Subject, params: Params) -> Mapping[str, str]:
+        """Ranks at which every target would stay whole."""
+        return useless(subject, params)
 
     def after(self, subject: Subject, params: Params) -> Subject:
         """The ranks in closed form; an upper bound where the spectra decide, so that layers can differ."""
@@ -104,6 +111,8 @@ class LowRank(Method):
     def apply(self, candidate: Candidate, params: Params, context: Context) -> Candidate:
         """Factor every target, a shared one once for all its places, and recover if asked to."""
         candidate, params = candidate.copy(), self.effective(candidate.subject, params)
+        for name, fault in self.faults(candidate.subject, params).items():
+            raise TrialError(f"{name}: {fault}")
         network = candidate.network.to(context.device)
         for linear, factors in list(decomposed(network, params, context)):
             replace(network, linear, LowRankLinear(*factors, linear.bias))
@@ -143,6 +152,40 @@ def useful_rank(out: float, within: float, params: Params) -> int:
     return rank if rank < limit else 0
 
 
+def useless(subject: Subject, params: Params) -> dict[str, str]:
+    """The dimension for which no target has a useful rank, with what would do; nothing where one has."""
+    targets = [shapes(subject)[part] for part in _targets(params)]
+    if any(useful_rank(*shape, params) for shape in targets):
+        return {}
+    multiple, widest = int(params["rank_multiple"]), max(targets, key=lambda shape: break_even(*shape))
+    limit = WORTHWHILE * break_even(*widest)
+    gains = f"a rank gains something below {limit:.4g}"
+    if multiple >= limit:
+        fitting = [str(other) for other in MULTIPLES if other < limit]
+        expected = f"one of {', '.join(fitting)}" if fitting else "other targets"
+        return {"rank_multiple": f"{multiple}, and {gains}: expected {expected}"}
+    rank, most = rank_of(*widest, params), max(largest_ratio(*shape, multiple) for shape in targets)
+    return {
+        "rank_ratio": f"{float(params['rank_ratio']):.3g} is rank {rank}, and {gains}: expected at most {most:g}"
+    }
+
+
+def largest_ratio(out: float, within: float, multiple: int) -> float:
+    """The largest ratio, to two decimals, whose rank to the nearest multiple is useful."""
+    even = break_even(out, within)
+    if not even:
+        return 0.0
+    units = math.ceil(WORTHWHILE * even / multiple) - 1
+    return math.floor(100 * (units + 0.5) * multiple / even - 1e-6) / 100
+
+
+def usual_multiple(teacher: Subject) -> int:
+    """The usual multiple, or a smaller one for feed-forward maps too small for it."""
+    usual = {"rank_mode": "ratio", "rank_ratio": USUAL_RATIO, "targets": "ffn"}
+    fitting = [m for m in MULTIPLES if m <= USUAL_MULTIPLE and not useless(teacher, {**usual, "rank_multiple": m})]
+    return max(fitting, default=MULTIPLES[0])
+
+
 def energy_rank(spectrum: Tensor, energy: float, multiple: int) -> int:
     """The smallest multiple at which the largest σ² make up the part ``energy`` of their sum; σ (n,) falling."""
     kept = spectrum.square().cumsum(0)
@@ -156,6 +199,8 @@ def energy_rank(spectrum: Tensor, energy: float, multiple: int) -> int:
 def decomposed(network: nn.Module, params: Params, context: Context) -> Iterator[tuple[nn.Linear, Factors]]:
     """The distinct maps that are to be factored, with their factors; of the right shapes only in a dry run."""
     linears = targets_of(network, params)
+    if not linears:  # the mean of the layers' shapes has a useful rank, and none of them has
+        return
     importances: Sequence[Tensor | None] = [None] * len(linears)
     examples = int(params.get("examples", 0))
     if not context.dry and params["decomposition"] == "activation_aware":

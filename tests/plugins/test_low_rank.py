@@ -12,10 +12,12 @@ import torch
 from compress_search_plugins.distillation.soft_targets import soft_target_loss
 from compress_search_plugins.low_rank import (
     PARTS,
+    WORTHWHILE,
     LowRank,
     break_even,
     decompose,
     energy_rank,
+    largest_ratio,
     row_weights,
     second_moments,
     useful_rank,
@@ -24,7 +26,7 @@ from compress_search_plugins.quantization import Quantization
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress_search import Candidate, Subject
+from compress_search import Candidate, Subject, TrialError
 from compress_search.encoders import (
     LowRankLinear,
     bake,
@@ -218,12 +220,76 @@ def test_effective_ratios_give_the_same_ranks_again_and_never_more_parameters(ra
     }
     once = METHOD.effective(subject, asked)
     assert METHOD.effective(subject, once) == once
+    assert (METHOD.after(subject, once) == subject) == bool(METHOD.faults(subject, once)), "or it does nothing"
     assert 0.1 <= float(once["rank_ratio"]) <= 0.9
     after = METHOD.after(subject, once)
     assert after.parameters <= subject.parameters
     if after != subject:
         assert after.parameters < subject.parameters
         assert {"low-rank", "lossy"} <= after.traits
+
+
+@pytest.mark.parametrize(
+    ("chosen", "name", "fault"),
+    [
+        (
+            {"rank_ratio": 0.89},
+            "rank_ratio",
+            "0.89 is rank 176, and a rank gains something below 172.8: expected at most 0.87",
+        ),
+        ({"rank_ratio": 0.87}, None, None),
+        ({"rank_ratio": 0.9, "targets": "all"}, None, None),
+    ],
+)
+def test_a_rank_at_which_nothing_is_gained_is_a_fault_that_names_the_largest(chosen, name, fault) -> None:
+    params = settings_of(SIX, **{"targets": "attention", **chosen})
+    assert METHOD.faults(SIX, params) == ({name: fault} if name else {})
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    out=st.integers(1, 400),
+    within=st.integers(1, 400),
+    multiple=st.sampled_from([1, 4, 8, 16, 32]),
+    over=st.floats(0.0101, 0.5),
+)
+def test_the_largest_ratio_is_useful_and_more_is_not(out: int, within: int, multiple: int, over: float) -> None:
+    largest = largest_ratio(out, within, multiple)
+    params = {"rank_mode": "ratio", "rank_multiple": multiple}
+    if multiple < WORTHWHILE * break_even(out, within):
+        assert useful_rank(out, within, {**params, "rank_ratio": largest})
+    assert not useful_rank(out, within, {**params, "rank_ratio": largest + over})
+
+
+@pytest.mark.parametrize("recover", ["none", "kd"])
+@pytest.mark.parametrize("decomposition", ["svd", "activation_aware", "fisher_weighted"])
+def test_a_rank_that_no_map_has_is_refused_before_any_training(decomposition: str, recover: str) -> None:
+    model = tiny_candidate(layers=2)
+    context = tiny_context(model)
+    params = settings_of(model.subject, targets="attention", decomposition=decomposition, recover=recover)
+    with pytest.raises(
+        TrialError, match=r"rank_multiple: 16, and a rank gains .* below 14\.4: expected one of 1, 4, 8"
+    ):
+        METHOD.apply(model, params, context)
+    assert context.fits == []
+
+
+def test_layers_that_are_all_smaller_than_their_mean_promises_stay_whole() -> None:
+    model = tiny_candidate(layers=2, intermediate=32)
+    promised = model.replace(subject=model.subject.having(intermediate=128))
+    params = settings_of(promised.subject, decomposition="fisher_weighted", rank_multiple=16, rank_ratio=0.9)
+    assert useful_rank(128, 32, params)
+    assert not useful_rank(32, 32, params)
+    result = METHOD.apply(promised, params, tiny_context(model))
+    assert torch.equal(outputs(result), outputs(model))
+
+
+def test_multiples_are_smaller_where_maps_are() -> None:
+    found = [METHOD.search_space(subject)["rank_multiple"].default for subject in (BASE, SIX)]
+    assert found == [16, 16]
+    small = SIX.having(hidden=32, intermediate=16)
+    assert METHOD.search_space(small)["rank_multiple"].default == 8
+    assert not METHOD.faults(small, settings_of(small))
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert", "roberta"])
