@@ -24,7 +24,7 @@ from typing import Any
 
 from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subject, TrialError
 
-from .distillation.layer_maps import STRATEGIES, anchors, layer_pairs, source_layers
+from .distillation.layer_maps import STRATEGIES, anchors, attention_pairs, layer_pairs, source_layers
 from .distillation.matching import Match, Matching, Shapes, check_depths, check_matches, parse_matches
 from .distillation.objective import (
     UNLABELLED,
@@ -38,7 +38,7 @@ from .distillation.objective import (
     transported,
 )
 from .distillation.soft_targets import SoftTerm
-from .distillation.students import cut_student, student_subject, unfit, widths
+from .distillation.students import NARROW, cut_student, depths, same_shape, student_subject, unfit, widths
 
 FEATURES = ("hidden", "attention", "hidden+attention", "embedding+hidden+attention")
 ALIGNED = "learned_align"
@@ -78,7 +78,8 @@ def strategic(params: Params, student: int, teacher: int) -> tuple[Match, ...]:
     if "attention" in wanted:
         loss, weight = params["attention_loss"], float(params["attention_weight"])
         common = {"feature": "attention_scores", "loss": loss, "weight": weight}
-        made += [{**common, "student_layer": s - 1, "teacher_layer": t - 1} for s, t in pairs]
+        attended = _attention_pairs(str(params["strategy"]), student, teacher)
+        made += [{**common, "student_layer": s, "teacher_layer": t} for s, t in attended]
     phase = 1 if params["phases"] == "two_phase" else "all"
     return tuple(Match.model_validate({**match, "phase": phase}) for match in made)
 
@@ -87,6 +88,12 @@ def _pairs(strategy: str, student: int, teacher: int) -> list[tuple[int, int]]:
     if strategy == EARTH_MOVER:
         return list(product(range(1, student + 1), range(1, teacher + 1)))
     return layer_pairs("uniform" if strategy == ALIGNED else strategy, student, teacher)
+
+
+def _attention_pairs(strategy: str, student: int, teacher: int) -> list[tuple[int, int]]:
+    if strategy == EARTH_MOVER:
+        return list(product(range(student), range(teacher)))
+    return attention_pairs("uniform" if strategy == ALIGNED else strategy, student, teacher)
 
 
 def _hidden_pairs(
@@ -123,13 +130,12 @@ class LayerMatch(Method):
 
         Under ``emd`` that sum is a mean over layers, for the masses of all layers sum to 1.
         """
-        depths = list(range(1, teacher.layers)) or [1]
         strategy: dict[str, Sequence[str]] = {"matches": (BY_STRATEGY,)}
         usual = (*STRATEGIES, ALIGNED)
         projected = strategy | {"projection": ("auto", "linear", "relu", "tanh", "identity")}
         text = {"unlabelled_text": Dim.flag(False, when={"phases": ("auto", "two_phase")}, expert=True)}
         return {
-            "layers": Dim.choice(depths, max(1, teacher.layers // 2)),
+            "layers": Dim.choice(depths(teacher), max(1, teacher.layers // 2)),
             "width": Dim.choice(widths(teacher), 1.0),
             "init": Dim.choice(("spread", "first", "last"), "spread", expert=True),
             "matches": Dim.text(partial(written, teacher_layers=teacher.layers), BY_STRATEGY),
@@ -174,9 +180,13 @@ class LayerMatch(Method):
         return {name: value for name, value in found.items() if name not in idle}
 
     def faults(self, subject: Subject, params: Params) -> Mapping[str, str]:
-        """Written matches that a student of these shapes and its teacher cannot be compared by."""
+        """A student of its teacher's own shape, or what it cannot be compared with its teacher by."""
+        depth, width = int(params["layers"]), float(params["width"])
+        if fault := same_shape(subject, depth, width):
+            return {"layers": fault}
         if "matches" not in params:
-            return {}
+            states = "hidden" in str(params["features"])
+            return {"projection": NARROW} if states and width < 1 and params["projection"] == "none" else {}
         try:
             ours, theirs = map(Shapes.described, (self.after(subject, params), subject))
             check_matches(_matches(params, subject.layers), ours, theirs)
@@ -233,13 +243,13 @@ def _settle(params: dict[str, Any], narrow: bool) -> set[str]:
     """Put in what a strategy's dimensions come to; the names of those that then say nothing."""
     wanted = str(params["features"]).split("+")
     idle = set() if "attention" in wanted else {"attention_weight", "attention_loss"}
+    if params["strategy"] == "mirror_theseus" and "attention" not in wanted:
+        params["strategy"] = "uniform"  # the two differ in attention alone
     if "hidden" not in wanted:
         params["projection"] = "none"
         idle |= {"hidden_weight", "hidden_loss"}
-    elif params["projection"] == "auto" or (params["projection"] == "none" and narrow):
+    elif params["projection"] == "auto":
         equal = "identity" if params["strategy"] == ALIGNED else "none"
-        if narrow and params["projection"] == "none":  # asked for where it cannot be
-            params.update(shared_projection=True, projection_learning_rate=PROJECTION_LEARNING_RATE)
         params["projection"] = "linear" if narrow else equal
     if params["strategy"] == EARTH_MOVER or (params["strategy"] == ALIGNED and "hidden" in wanted):
         params["layer_dropout"] = 0.0  # which matches count is decided at every step as it is

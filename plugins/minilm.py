@@ -22,7 +22,7 @@ from .distillation.layer_maps import source_layers
 from .distillation.matching import Match, Matching
 from .distillation.objective import UNLABELLED, Objective, has_targets, idle_targets, reader, target_space
 from .distillation.soft_targets import SoftTerm
-from .distillation.students import cut_student, student_subject, unfit, widths
+from .distillation.students import cut_student, depths, same_shape, student_subject, unfit, widths
 
 RELATIONS = ("qk+vv", "qq+kk+vv", "qq", "kk", "vv", "qk")
 RELATION_HEADS = (12, 24, 48, 64)
@@ -85,12 +85,11 @@ class MiniLM(Method):
 
     def search_space(self, teacher: Subject) -> Mapping[str, Dim]:
         """``width`` is the part of the teacher's that is *kept*; ``teacher_layer`` counts from 1."""
-        depths = list(range(1, teacher.layers)) or [1]
         second = {"version": ("v2",)}
         heads = relation_heads(teacher.hidden, teacher.hidden, round(teacher.heads))
         text = {"unlabelled_text": Dim.flag(False, expert=True)} if "unlabelled" in teacher.traits else {}
         return {
-            "layers": Dim.choice(depths, max(1, teacher.layers // 2)),
+            "layers": Dim.choice(depths(teacher), max(1, teacher.layers // 2)),
             "width": Dim.choice(widths(teacher), 1.0),
             "init": Dim.choice(("spread", "first", "last"), "spread", expert=True),
             "version": Dim.choice(("v1", "v2"), "v2"),
@@ -128,6 +127,11 @@ class MiniLM(Method):
             found["assistant"] = "always" if small else "never"
         idle = idle_targets(subject, found) | (set() if has_targets(found) else {"relation_fraction"})
         return {name: value for name, value in found.items() if name not in idle}
+
+    def faults(self, subject: Subject, params: Params) -> Mapping[str, str]:
+        """A student of its teacher's own shape."""
+        fault = same_shape(subject, int(params["layers"]), float(params["width"]))
+        return {"layers": fault} if fault else {}
 
     def missing(self, teacher: Subject) -> Mapping[str, str]:
         """Text without labels."""

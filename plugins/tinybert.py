@@ -28,7 +28,7 @@ from .distillation.masked_text import unlike_teacher
 from .distillation.matching import Match, Matching, Shapes, check_matches
 from .distillation.objective import UNLABELLED, Objective, Teacher, reader
 from .distillation.soft_targets import SoftTerm
-from .distillation.students import cut_student, student_subject, unfit, widths
+from .distillation.students import NARROW, cut_student, depths, same_shape, student_subject, unfit, widths
 
 MAPS = {"uniform": "uniform", "top": "last", "bottom": "first"}
 """The paper's names of maps -> ours."""
@@ -104,12 +104,11 @@ class TinyBert(Method):
 
     def search_space(self, teacher: Subject) -> Mapping[str, Dim]:
         """``width`` is the part of the teacher's that is *kept*; ``custom_map`` lists its layers, from 1."""
-        depths = list(range(1, teacher.layers)) or [1]
         named = {"custom_map": ("",)}
         projected = {"projection": ("shared", "per_layer")}
         space = {
             "custom_map": Dim.text(partial(written_layers, lowest=1, highest=teacher.layers)),
-            "layers": Dim.choice(depths, max(1, teacher.layers // 2), when=named),
+            "layers": Dim.choice(depths(teacher), max(1, teacher.layers // 2), when=named),
             "width": Dim.choice(widths(teacher), 1.0),
             "layer_map": Dim.choice(tuple(MAPS), "uniform", when=named),
             "start": Dim.choice(("teacher", "random"), "teacher", expert=True),
@@ -136,17 +135,19 @@ class TinyBert(Method):
         return unfit(subject)
 
     def effective(self, subject: Subject, params: Params) -> Params:
-        """Another width has to be projected; an empty map says nothing."""
+        """An empty map says nothing."""
         found = dict(params)
         if not found.get("custom_map"):
             found.pop("custom_map", None)
-        if found["projection"] == "none" and float(found["width"]) < 1:
-            found["projection"] = "shared"
-            found.setdefault("projection_learning_rate", PROJECTION_RATE)
         return found
 
     def faults(self, subject: Subject, params: Params) -> Mapping[str, str]:
-        """What of the study's language model or tags is not there, or not as it would have to be."""
+        """A student of its teacher's own shape or without a projection that it needs; what the study lacks."""
+        depth, width = len(pairs(params, subject.layers)), float(params["width"])
+        if fault := same_shape(subject, depth, width):
+            return {"custom_map" if "custom_map" in params else "layers": fault}
+        if params["projection"] == "none" and width < 1:
+            return {"projection": NARROW}
         general = float(params.get("general_fraction", 0.0)) and unlike_teacher(subject, MATCHED)
         words = params.get("augment") and words_stay(subject)
         found = {"general_fraction": f"{params.get('general_fraction')}: {general}"} if general else {}

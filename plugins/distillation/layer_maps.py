@@ -11,14 +11,15 @@ import math
 import torch
 from torch import Tensor
 
-STRATEGIES = ("uniform", "skip", "last", "first")
+STRATEGIES = ("uniform", "skip", "last", "first", "mirror_theseus")
 
 
 def layer_pairs(strategy: str, student: int, teacher: int) -> list[tuple[int, int]]:
     """(student's, teacher's) hidden states that go together, 1-based, for ``student`` ≤ ``teacher`` layers.
 
     ``uniform``: m with g(m) = m·L/M, rounded half up, the last with the last (TinyBERT); ``skip``: the same without
-    the last, unless there is but one (BERT-PKD); ``last``: the teacher's top layers; ``first``: its bottom ones.
+    the last, unless there is but one (BERT-PKD); ``last``: the teacher's top layers; ``first``: its bottom ones;
+    ``mirror_theseus``: as ``uniform``, the ends of the blocks that the student's layers stand for.
     """
     if strategy == "first":
         return [(m, m) for m in range(1, student + 1)]
@@ -26,6 +27,19 @@ def layer_pairs(strategy: str, student: int, teacher: int) -> list[tuple[int, in
         return [(m, teacher - student + m) for m in range(1, student + 1)]
     pairs = [(m, (2 * m * teacher + student) // (2 * student)) for m in range(1, student + 1)]
     return pairs[:-1] or pairs if strategy == "skip" else pairs
+
+
+def attention_pairs(strategy: str, student: int, teacher: int) -> list[tuple[int, int]]:
+    """(student's, teacher's) layers whose attention goes together, 0-based; arguments as of :func:`layer_pairs`.
+
+    The layers whose outputs do, but for ``mirror_theseus``: there a layer of the student stands for a block of the
+    teacher's as a successor does for its predecessors (BERT-of-Theseus), so that it attends as the first layer of
+    the block, which reads what it reads, and says what the last one says.
+    """
+    pairs = [(ours - 1, theirs - 1) for ours, theirs in layer_pairs(strategy, student, teacher)]
+    if strategy != "mirror_theseus":
+        return pairs
+    return [(ours, theirs + 1) for (ours, _), theirs in zip(pairs, [-1, *(end for _, end in pairs)], strict=False)]
 
 
 def source_layers(init: str, student: int, teacher: int) -> list[int]:

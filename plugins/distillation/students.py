@@ -28,6 +28,8 @@ from compress_search.encoders import (
 )
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
+NARROW = "none, and the student's states are narrower than its teacher's: expected one, or width 1"
+"""What is wrong with such a projection."""
 
 
 def widths(teacher: Subject) -> list[float]:
@@ -36,6 +38,19 @@ def widths(teacher: Subject) -> list[float]:
     # where tables of another width are projected, a student of just that width would have no projection to cut
     untied = teacher.embedding_size not in (0, teacher.hidden)
     return [part for part in even if not (untied and teacher.hidden * part == teacher.embedding_size)]
+
+
+def depths(teacher: Subject) -> list[int]:
+    """How many layers a student can have; all of them only where it can be narrower (:func:`same_shape`)."""
+    most = teacher.layers if len(widths(teacher)) > 1 else teacher.layers - 1
+    return list(range(1, most + 1)) or [1]
+
+
+def same_shape(teacher: Subject, depth: int, width: float) -> str | None:
+    """What is wrong with a student as deep and as wide as its teacher; None where it is smaller."""
+    if depth < teacher.layers or width < 1:
+        return None
+    return f"{depth} at the teacher's width is the teacher's own shape: expected fewer layers, or a width below 1"
 
 
 def unfit(subject: Subject) -> str | None:

@@ -48,6 +48,30 @@ class TestStrategies:
             *(("attention_scores", m - 1, 3 * m - 1, "attention_mse", 1.0) for m in (1, 2, 3, 4)),
         ]
 
+    @pytest.mark.parametrize(
+        ("depth", "starts", "ends"),
+        [
+            (6, [0, 2, 4, 6, 8, 10], [2, 4, 6, 8, 10, 12]),
+            (5, [0, 2, 5, 7, 10], [2, 5, 7, 10, 12]),
+            (12, list(range(12)), list(range(1, 13))),
+            (1, [0], [12]),
+        ],
+    )
+    def test_mirrored_theseus_attends_as_a_blocks_first_layer_and_says_what_its_last_does(
+        self, depth, starts, ends
+    ):
+        params = params_for(BERT, strategy="mirror_theseus", layers=depth, width=0.5)
+        found = strategic(params, depth, 12)
+        pairs = {
+            feature: [(m.student_layer, m.teacher_layer) for m in found if m.feature == feature]
+            for feature in ("hidden", "attention_scores")
+        }
+        assert pairs == {"hidden": list(enumerate(ends, 1)), "attention_scores": list(enumerate(starts))}
+
+    def test_mirrored_theseus_without_attention_is_the_uniform_map(self):
+        params = [params_for(BERT, strategy=name, features="hidden") for name in ("mirror_theseus", "uniform")]
+        assert params[0] == params[1]
+
     @pytest.mark.parametrize("features", FEATURES)
     def test_features_are_those_asked_for(self, features):
         matches = strategic(params_for(BERT, features=features), 6, 12)

@@ -351,7 +351,7 @@ class TestText:
         candidate = tiny_candidate()
         context = tiny_context(candidate)
         context.masked_lm = lambda: None
-        with pytest.raises(TrialError, match="augmentation needs a masked language model: name one in the study"):
+        with pytest.raises(TrialError, match="augmentation needs a masked language model: name one under"):
             applied(candidate, context, augment=True, variants=10)
         assert context.fits == []
 
