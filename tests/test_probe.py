@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from compress_search.runtimes import probe
 from compress_search.runtimes.probe import Kernel
@@ -30,7 +31,15 @@ def test_the_probe_covers_kernels_and_engines_and_is_short(cache: Path) -> None:
     found = {kernel.name: kernel for kernel in probe._measure("cpu")}
     assert time.perf_counter() - start < 2
     integers = {"int8", "int8-exact", "weight-only", "weight-only-2"}
-    assert found.keys() == integers | {"bf16", "fp16", "compile"}
+    nowhere = {"ternary", "binary", "sparse"}
+    assert found.keys() == integers | nowhere | {"bf16", "fp16", "compile"}
+    for name in nowhere:
+        kernel = found.pop(name)
+        assert not kernel.real
+        assert "no kernel" in kernel.note
+    assert found.pop("fp16") == Kernel(
+        "fp16", False, None, "no kernel on a CPU: networks take longer than in float32"
+    ), "however fast one product is"
     assert found.pop("int8-exact").ratio is None, "it is exact or not, and no faster for that"
     compiling = found.pop("compile")
     assert compiling.real == (probe.toolchain() is None)
@@ -96,6 +105,31 @@ def test_slow_kernels_are_not_real(name: str, slowdown: float, real: bool, monke
     monkeypatch.setattr(probe, "_seconds", lambda run: seconds[run()])
     verdict = probe._verdict(name, lambda: (lambda: "ours", lambda: "theirs"))
     assert (verdict.real, verdict.ratio) == (real, slowdown)
+
+
+def test_torch_is_timed_on_one_thread_and_has_its_own_again_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(2)
+    seen = []
+    try:
+        probe._verdict("bf16", lambda: (lambda: seen.append(torch.get_num_threads()), lambda: None))
+        assert set(seen) == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.51])
+def test_compiling_is_real_where_it_runs_whatever_an_example_gains(
+    ratio: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "toolchain", lambda device="cpu": None)
+    monkeypatch.setattr(probe, "_compiled_pair", lambda device: (lambda: None, lambda: None))
+    monkeypatch.setattr(probe, "_ratio", lambda ours, theirs: ratio)
+    found = probe.compiled_kernel()
+    assert (found.real, found.ratio) == (True, ratio), "a study offers it"
+    assert found.note == f"{ratio:.2f} of eager torch's time on an example; what it gains depends on the network"
+    monkeypatch.setattr(probe, "_compiled_pair", lambda device: 1 / 0)
+    assert not probe.compiled_kernel().real
 
 
 def test_integer_kernels_are_not_offered_on_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:

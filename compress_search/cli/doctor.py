@@ -18,10 +18,11 @@ def doctor(path: Path | None, as_json: bool, quick: bool) -> None:
     """Show versions, devices, real kernels, and what is broken.
 
     A kernel is real where a short timing finds it worth using: it takes at most 1.05 times as long as what it
-    stands in for (float32 in the same engine; for compile, eager torch), and weight-only ones, which save memory,
-    at most 1.5 times. Not timed are int8-exact (sums of 8-bit products come out exact), onnx-cuda (ONNX Runtime
-    has its CUDA provider) and, with --quick, compile (there is what it needs). Ends with 1 if something that every
-    study needs is broken.
+    stands in for (float32 in the same engine), and weight-only ones, which save memory, at most 1.5 times. Others
+    are real where they are there: int8-exact (sums of 8-bit products come out exact), onnx-cuda (ONNX Runtime has
+    its CUDA provider) and compile (there is what it needs; the time is an example's, against eager torch). Studies
+    whose objectives depend on time are offered what is real. Ends with 1 if something that every study needs is
+    broken.
 
     \b
     Examples:

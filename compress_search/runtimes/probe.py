@@ -1,18 +1,19 @@
 """Which reduced-precision kernels are real on this machine: run, and hardly slower than what they stand in for.
 
 Processor flags promise kernels that a build may not contain, and list none for kernels that are slow, so each
-is timed on one small matrix product against float32 in the same engine. Owns the probe and its cache on disk,
-so that every process of a study gets the same answer. Knows nothing of methods or networks.
+is timed on one small matrix product against float32 in the same engine, on one thread. Owns the probe and its
+cache on disk, so that every process of a study gets the same answer. Knows nothing of methods or networks.
 
 Two verdicts are about an engine and not about numbers: ``compile`` (there is what torch.compile needs) and
-``onnx-cuda`` (ONNX Runtime's CUDA provider is there). What compiling gains takes a compilation of some ten seconds
-to tell, so that only :func:`compiled_kernel` measures it.
+``onnx-cuda`` (ONNX Runtime's CUDA provider is there). What compiling gains depends on the network, so that a study
+measures it on its own; :func:`compiled_kernel` takes some ten seconds to tell it of an example.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import shlex
@@ -20,8 +21,9 @@ import shutil
 import statistics
 import sysconfig
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from compress_search.runtimes.engines import CUDA_PROVIDER
+from compress_search.runtimes.engines import CUDA_PROVIDER, use_threads
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +40,16 @@ TOKENS, WIDTH = 64, 768
 """The probe multiplies (TOKENS, WIDTH) by (WIDTH, WIDTH): one projection of a base model on a short text."""
 
 _ROUNDS, _WARMUP = 15, 3
-_LIMITS = {"int8": 1.05, "weight-only": 1.5, "weight-only-2": 1.5, "bf16": 1.05, "fp16": 1.05, "compile": 1.05}
+_LIMITS = {"int8": 1.05, "weight-only": 1.5, "weight-only-2": 1.5, "bf16": 1.05, "fp16": 1.05}
+_VERSION = 2
+"""Goes up when the same kernels can get other verdicts, so that those written down before are not read."""
+
+_NOWHERE = {
+    "ternary": "decoded to float32 when the file is loaded: smaller, never faster",
+    "binary": "decoded to float32 when the file is loaded: smaller, never faster",
+    "sparse": "zeros are filled in when the file is loaded: smaller, never faster",
+}
+"""What no engine here computes with, and why."""
 
 Run = Callable[[], Any]
 
@@ -80,7 +91,7 @@ def keep_kernels(device: str = "cpu") -> None:
 
 
 def _measure(device: str) -> tuple[Kernel, ...]:
-    found = [_verdict("bf16", lambda: _torch_pair(device)), _verdict("fp16", lambda: _half_pair(device))]
+    found = [_verdict("bf16", lambda: _torch_pair(device)), _half(device)]
     if device == "cpu":
         found += [_verdict("int8", lambda: _onnx_pair(_int8_graph)), _exactness()]
         found += [_verdict("weight-only", lambda: _onnx_pair(_weight_only_graph))]
@@ -91,7 +102,8 @@ def _measure(device: str) -> tuple[Kernel, ...]:
         found.append(_provider())
     missing = toolchain(device)
     note = missing or "it can; what it gains depends on the network, and doctor measures an example"
-    return (*found, Kernel("compile", missing is None, None, note))
+    nowhere = (Kernel(name, False, None, f"no kernel: {why}") for name, why in _NOWHERE.items())
+    return (*found, Kernel("compile", missing is None, None, note), *nowhere)
 
 
 def toolchain(device: str = "cpu") -> str | None:
@@ -118,10 +130,17 @@ def _provider() -> Kernel:
 
 
 def compiled_kernel(device: str = "cpu") -> Kernel:
-    """torch.compile on a feed-forward block against eager torch; compiles for some ten seconds."""
+    """torch.compile on a feed-forward block against eager torch; compiles for some ten seconds.
+
+    Real is what runs, as in :func:`describe_kernels`: a study offers it, and measures its own networks.
+    """
     if missing := toolchain(device):
         return Kernel("compile", False, None, missing)
-    return _verdict("compile", lambda: _compiled_pair(device))
+    found = _verdict("compile", lambda: _compiled_pair(device))
+    if found.ratio is None:
+        return found
+    note = f"{found.ratio:.2f} of eager torch's time on an example; what it gains depends on the network"
+    return replace(found, note=note)
 
 
 def _compiled_pair(device: str) -> tuple[Run, Run]:
@@ -149,16 +168,25 @@ def _compiled_pair(device: str) -> tuple[Run, Run]:
 
 def _verdict(name: str, pair: Callable[[], tuple[Run, Run]]) -> Kernel:
     try:
-        ratio = _ratio(*pair())
+        with _one_thread():
+            ratio = _ratio(*pair())
     except Exception as error:  # whatever an engine raises for what it cannot do: that is the question asked
         return Kernel(name, False, None, f"does not run: {str(error).splitlines()[0][:120]}")
-    real = ratio <= _LIMITS[name]
-    return Kernel(name, real, round(ratio, 3), _note(name, ratio))
+    limit = _LIMITS.get(name, math.inf)  # an engine is real where it runs
+    return Kernel(name, ratio <= limit, round(ratio, 3), f"{ratio:.2f} of float32's time, real up to {limit:.2f}")
 
 
-def _note(name: str, ratio: float) -> str:
-    against = "eager torch's" if name == "compile" else "float32's"
-    return f"{ratio:.2f} of {against} time, real up to {_LIMITS[name]:.2f}"
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch on one thread, as the probe's ONNX sessions are: with more, a busy core decides what is faster."""
+    import torch
+
+    before = torch.get_num_threads()
+    use_threads(1)
+    try:
+        yield
+    finally:
+        use_threads(before)
 
 
 def _ratio(kernel: Run, reference: Run) -> float:
@@ -185,10 +213,13 @@ def _torch_pair(device: str) -> tuple[Run, Run]:
     return _products(device, torch.bfloat16)
 
 
-def _half_pair(device: str) -> tuple[Run, Run]:
+def _half(device: str) -> Kernel:
+    """Float16, never real on a CPU: a product may be as fast as float32's, and networks take twice as long."""
     import torch
 
-    return _products(device, torch.float16)
+    if device == "cpu":
+        return Kernel("fp16", False, None, "no kernel on a CPU: networks take longer than in float32")
+    return _verdict("fp16", lambda: _products(device, torch.float16))
 
 
 def _products(device: str, dtype: torch.dtype) -> tuple[Run, Run]:
@@ -287,7 +318,7 @@ def _store(device: str) -> Path:
 
     from compress_search.cache import cache_folder
 
-    facts = [device, _processor(), version("torch"), version("onnxruntime"), TOKENS, WIDTH, _LIMITS]
+    facts = [device, _processor(), version("torch"), version("onnxruntime"), TOKENS, WIDTH, _LIMITS, _VERSION]
     facts.append(toolchain(device))
     if device != "cpu":
         import torch
