@@ -4,7 +4,7 @@ Owns the strategies. The removal is surgery of the engine's; training that makes
 layers (LayerDrop) is the engine's too.
 
 Sources: Sajjad et al. 2023, On the Effect of Dropping Layers of Pre-trained Transformer Models (strategies by
-place); Fan et al. 2020, Reducing Transformer Depth on Demand with Structured Dropout (every other layer).
+place); Fan et al. 2020, Reducing Transformer Depth on Demand with Structured Dropout (layer_drop).
 """
 
 from __future__ import annotations
@@ -17,20 +17,25 @@ from torch import Tensor, nn
 from compress_search import Batch
 from compress_search.encoders import layers, read_features
 
-STRATEGIES = ("top", "bottom", "alternate", "symmetric", "importance")
+STRATEGIES = ("top", "bottom", "alternate", "symmetric", "importance", "layer_drop")
 
 
 def kept_layers(depth: int, drop: int, strategy: str) -> list[int]:
     """Which layers (0-based) stay when ``drop`` of ``depth`` go.
 
     ``top`` and ``bottom``: the last or first ones go; ``alternate``: every second one, down from the last but
-    one, then the highest of the rest; ``symmetric``: the middle ones.
+    one, then the highest of the rest; ``symmetric``: the middle ones; ``layer_drop``: of layers counted from 1 every
+    ⌊1/p⌋-th one for p = drop/depth, as LayerDrop prunes; where these are more than ``drop`` the lowest of them stay.
     """
     if strategy == "bottom":
         return list(range(drop, depth))
     if strategy == "symmetric":
         start = (depth - drop + 1) // 2
         return [layer for layer in range(depth) if not start <= layer < start + drop]
+    if strategy == "layer_drop" and drop:
+        nth = depth // drop
+        gone = range(nth - 1, depth, nth)[-drop:]
+        return [layer for layer in range(depth) if layer not in gone]
     if strategy == "alternate":
         order = [*range(depth - 2, -1, -2), *range(depth - 1, -1, -2)]
         return sorted(order[drop:])

@@ -292,6 +292,12 @@ def test_layer_strategies() -> None:
     assert kept_layers(12, 4, "top") == [0, 1, 2, 3, 4, 5, 6, 7]
     assert kept_layers(12, 4, "bottom") == [4, 5, 6, 7, 8, 9, 10, 11]
     assert kept_layers(12, 4, "alternate") == [0, 1, 2, 3, 5, 7, 9, 11]
+    # LayerDrop: d ≡ 0 (mod ⌊1/p⌋), d from 1, for p = 1/2, 1/3, 1/4 and 1/12
+    assert kept_layers(12, 6, "layer_drop") == [0, 2, 4, 6, 8, 10]
+    assert kept_layers(12, 4, "layer_drop") == [0, 1, 3, 4, 6, 7, 9, 10]
+    assert kept_layers(12, 3, "layer_drop") == [0, 1, 2, 4, 5, 6, 8, 9, 10]
+    assert kept_layers(12, 1, "layer_drop") == list(range(11))
+    assert kept_layers(12, 5, "layer_drop") == [0, 1, 2, 4, 6, 8, 10]  # of the six even ones the lowest stays
     assert kept_layers(12, 6, "symmetric") == [0, 1, 2, 9, 10, 11]
     assert kept_layers(5, 2, "symmetric") == [0, 1, 4]
 

@@ -381,7 +381,7 @@ def test_the_seed_decides_everything(criterion: str) -> None:
 
 def test_layerdrop_trains_first_and_every_other_layer_then_goes_without_further_training() -> None:
     candidate = tiny_candidate()
-    ratios = {"head_ratio": 0.0, "ffn_ratio": 0.0, "layer_ratio": 0.5, "layer_strategy": "alternate"}
+    ratios = {"head_ratio": 0.0, "ffn_ratio": 0.0, "layer_ratio": 0.5, "layer_strategy": "layer_drop"}
     params = parameters(candidate.subject, **ratios, layerdrop_train=0.5, recover="none")
     context = tiny_context(candidate)
     calls = recorded(context)
