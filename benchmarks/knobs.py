@@ -26,7 +26,7 @@ from compress_search.measure import Latency
 from compress_search.runtimes import lower, size_mb
 
 LENGTH = 64
-LAYERS = {"head_ratio": 0.0, "ffn_ratio": 0.0, "layer_ratio": 0.0, "schedule": "one_shot", "recover": "none"}
+LAYERS = {"head_ratio": 0.0, "ffn_ratio": 0.0, "layer_ratio": 0.0, "recover": "none"}
 INT8: Methods = {"quantization": {}}
 HALF_LAYERS: Methods = {"structured_pruning": {**LAYERS, "layer_ratio": 0.5}}
 HALF_FFN: Methods = {"structured_pruning": {**LAYERS, "ffn_ratio": 0.5}}

@@ -21,7 +21,7 @@ from compress_search.errors import PluginError
 from compress_search.method import Method, Stage
 from compress_search.recipe import Recipe, Step, digest
 from compress_search.registry import Registry
-from compress_search.space import Dim, Params, Value, defaults, fix_experts, narrow, suggest
+from compress_search.space import Dim, Params, Value, defaults, fix_experts, narrow, suggest, unmet
 from compress_search.study import Study
 
 NONE = "none"
@@ -176,8 +176,9 @@ def make_plan(study: Study, registry: Registry, teacher: Subject) -> Plan:
     """The plan of a study.
 
     Raises:
-        StudyError: an unknown method or dimension, a value outside a method's space, values that cannot go
-            together, a method that can never apply to this teacher, or two forced methods of one exclusive stage.
+        StudyError: an unknown method or dimension, a value outside a method's space or without any effect, values
+            that cannot go together, a method that can never apply to this teacher, or two forced methods of one
+            exclusive stage.
         PluginError: a method the study names cannot be loaded.
     """
     wanted = _wanted(study, registry)
@@ -215,7 +216,11 @@ def _narrowed(study: Study, name: str, method: Method, teacher: Subject, to: Map
             narrowed[dim] = narrow(space[dim], value)
         except ValueError as error:
             raise study.error(key, str(error)) from error
-    return _faultless(study, name, method, teacher, fix_experts(narrowed))
+    narrowed = fix_experts(narrowed)
+    for dim in to:
+        if dim != "use" and (need := unmet(narrowed, dim)):
+            raise study.error(f"methods.{name}.{dim}", f"has no effect: it needs {need}")
+    return _faultless(study, name, method, teacher, narrowed)
 
 
 def _faultless(study: Study, name: str, method: Method, teacher: Subject, space: dict[str, Dim]) -> dict[str, Dim]:

@@ -143,6 +143,20 @@ def active(dim: Dim, params: Params) -> bool:
     return all(name in params and params[name] in allowed for name, allowed in dim.when.items())
 
 
+def unmet(space: Space, name: str) -> str | None:
+    """What a dimension waits for that no value in the space fulfils, as ``other: one or another``; None if nothing.
+
+    A dimension it depends on may itself wait for a third; that is named then.
+    """
+    for other, allowed in space[name].when.items():
+        if deeper := unmet(space, other):
+            return deeper
+        if not any(space[other].contains(value) for value in allowed):
+            words = [str(value).lower() if isinstance(value, bool) else str(value) for value in allowed]
+            return f"{other}: {' or '.join(words)}"
+    return None
+
+
 def in_order(space: Space) -> list[tuple[str, Dim]]:
     """Dimensions with every condition's subject before its dependants; ties keep the declared order.
 

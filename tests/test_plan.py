@@ -257,6 +257,17 @@ def test_a_fault_is_named_where_a_recipe_is_settled() -> None:
         settle(recipe, {"matched": Matched()}, TEACHER)
 
 
+@pytest.mark.parametrize("steps", [3, [2, 3], {"low": 2, "high": 5}])
+def test_values_that_nothing_can_make_count_are_refused_with_what_they_need(
+    plan: Callable[..., Plan], steps: Any
+) -> None:
+    for others in ({"how": "plain"}, {"how": ["plain"], "use": True}):
+        with pytest.raises(StudyError, match=r"methods\.prune\.steps: has no effect: it needs how: steps$"):
+            plan({"prune": {"steps": steps, **others}})
+    plan({"prune": {"steps": steps}})
+    plan({"prune": {"steps": steps, "how": "steps"}})
+
+
 def test_a_dimension_that_is_missing_says_what_it_needs(matched: Callable[..., Plan]) -> None:
     with pytest.raises(StudyError, match=r"methods\.matched\.hints: needs hints: name some"):
         matched(hints=True)

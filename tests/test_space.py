@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compress_search.space import Dim, active, defaults, fix_experts, in_order, narrow, suggest
+from compress_search.space import Dim, active, defaults, fix_experts, in_order, narrow, suggest, unmet
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -190,6 +190,19 @@ def test_only_the_usual_options_are_searched_unless_others_are_named() -> None:
     assert fix_experts(named)["bits"].distribution.choices == (32, 4)  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="3 is outside the space: expected one of 32, 8, 4"):
         narrow(space["bits"], 3)
+
+
+def test_the_condition_that_nothing_fulfils_is_named_and_of_several_the_first_one() -> None:
+    space = {
+        "mode": Dim.choice(("plain", "slow", "deep"), "plain"),
+        "train": Dim.flag(False, when={"mode": ("slow", "deep")}),
+        "rate": Dim.real(0.0, 1.0, 0.5, when={"train": (True,)}),
+    }
+    assert [unmet(space, name) for name in space] == [None, None, None]
+    untrained = {**space, "train": narrow(space["train"], False)}
+    assert [unmet(untrained, name) for name in space] == [None, None, "train: true"]
+    plain = {**space, "mode": narrow(space["mode"], "plain")}
+    assert [unmet(plain, name) for name in space] == [None, "mode: slow or deep", "mode: slow or deep"]
 
 
 def test_defaults_leave_out_what_is_inactive() -> None:
