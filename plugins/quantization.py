@@ -30,6 +30,7 @@ from .precision.number_formats import (
     format_of,
     offered,
     settled,
+    without_kernel,
 )
 from .precision.onnx_codebooks import encode_weights
 from .precision.onnx_quantizers import (
@@ -70,8 +71,12 @@ class Quantization(Method):
         return None if offered(subject) else "no kernel for fewer bits is as fast as float32 on this machine"
 
     def effective(self, subject: Subject, params: Params) -> Params:
-        """Without what the format has no use for, and with sizes that it has."""
+        """Without what the format has no use for."""
         return settled(params)
+
+    def faults(self, subject: Subject, params: Params) -> Mapping[str, str]:
+        """Group sizes and arithmetic that no kernel has at these bits."""
+        return without_kernel(params)
 
     def after(self, subject: Subject, params: Params) -> Subject:
         """The mean stored bits, scales and what stays in float32 included; which engine is left."""
@@ -101,7 +106,9 @@ class Quantization(Method):
             if not space[name].contains(value):
                 return f"{name} is {value!r}: expected {space[name].describe()}"
         chosen = format_of(params)
-        return None if chosen in offered(subject) else f"{chosen.name} has no kernel that is real on this machine"
+        if chosen not in offered(subject):
+            return f"{chosen.name} has no kernel that is real on this machine"
+        return next((f"{name}: {fault}" for name, fault in self.faults(subject, params).items()), None)
 
 
 # --- the space -------------------------------------------------------------------------------------------------

@@ -104,16 +104,27 @@ def format_of(params: Params) -> Format:
 
 
 def settled(params: Params) -> dict[str, Any]:
-    """Only what the format has a use for, and what is a choice of other formats moved to the nearest of its own."""
+    """Only what the format has a use for."""
     format = format_of(params)
     kept = {name: value for name, value in params.items() if name in _used(format, params)}
-    if format.blocks and (size := kept.get("group_size")) in BLOCKS:
-        kept["group_size"] = min(max(int(size), format.blocks[0]), format.blocks[-1])
-    if kept.get("accuracy_level") in LEVELS and kept["accuracy_level"] not in format.levels:
-        kept["accuracy_level"] = format.levels[0]
     if format.bits == 32 and kept.get("embedding_bits") == 32:
         kept["embedding_bits"] = 16  # else nothing would be quantized at all
     return kept
+
+
+def without_kernel(params: Params) -> dict[str, str]:
+    """The parameters that the kernels of the chosen format do not take, each with those that they do."""
+    format = format_of(params)
+    taken = {"group_size": format.blocks, "accuracy_level": format.levels}
+    return {
+        name: f"{params[name]} has no kernel at {format.bits} bits: expected {_one_of(values)}"
+        for name, values in taken.items()
+        if values and params.get(name, values[0]) not in values
+    }
+
+
+def _one_of(values: tuple[int, ...]) -> str:
+    return f"one of {', '.join(map(str, values))}" if len(values) > 1 else str(values[0])
 
 
 def _used(format: Format, params: Params) -> set[str]:

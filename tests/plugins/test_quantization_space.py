@@ -9,14 +9,14 @@ import numpy as np
 import optuna
 import pytest
 from compress_search_plugins.precision.number_formats import BLOCKS, FORMATS, format_of
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from compress_search import Candidate, Params, TrialError
 from compress_search.runtimes import Artifact, load_runner, lower
 from compress_search.space import Dim, defaults, fix_experts, narrow, suggest
 from compress_search.testing import tiny_context
-from tests.quantized import CLASSIFICATION, CODEBOOKS, INT8, METHOD, distinct, feed_of, params
+from tests.quantized import CLASSIFICATION, CODEBOOKS, INT8, METHOD, PACKED, distinct, feed_of, params
 
 SUBJECT = distinct(layers=2).subject
 
@@ -148,10 +148,28 @@ def test_what_no_study_can_ask_for_is_refused(chosen: Params, message: str) -> N
         METHOD.apply(distinct(layers=1), chosen, tiny_context(distinct(layers=1)))
 
 
-@pytest.mark.parametrize(("asked", "used"), [(16, 32), (64, 64), (256, 128)])
-def test_two_bits_take_the_nearest_group_that_has_a_kernel(asked: int, used: int) -> None:
-    effective = METHOD.effective(SUBJECT, params("weight_only 2", group_size=asked, accuracy_level=0))
-    assert (effective["group_size"], effective["accuracy_level"]) == (used, 4)
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"group_size": 16}, "group_size: 16 has no kernel at 2 bits: expected one of 32, 64, 128"),
+        ({"group_size": 256}, "group_size: 256 has no kernel at 2 bits: expected one of 32, 64, 128"),
+        ({"accuracy_level": 0}, "accuracy_level: 0 has no kernel at 2 bits: expected 4"),
+    ],
+)
+def test_two_bits_in_groups_without_a_kernel_are_refused_and_not_replaced(changes: Params, fault: str) -> None:
+    asked = {**params("weight_only 2", **changes)}
+    effective = METHOD.effective(SUBJECT, asked)
+    assert effective == asked
+    assert [f"{name}: {what}" for name, what in METHOD.faults(SUBJECT, effective).items()] == [fault]
+    with pytest.raises(TrialError, match=fault):
+        METHOD.apply(distinct(layers=1), asked, tiny_context(distinct(layers=1)))
+
+
+@pytest.mark.parametrize("name", [*PACKED, *INT8, *CODEBOOKS])
+def test_other_formats_take_every_group_or_have_none(name: str) -> None:
+    sizes = (32, 64, 128) if name == "weight_only 2" else BLOCKS
+    for size in sizes:
+        assert METHOD.faults(SUBJECT, METHOD.effective(SUBJECT, params(name, group_size=size))) == {}
 
 
 @pytest.mark.parametrize(
@@ -196,6 +214,7 @@ def test_every_point_of_the_space_applies_and_runs(seed: int, tmp_path_factory: 
     chosen = suggest(trial, "quantization", METHOD.search_space(candidate.subject))
     effective = METHOD.effective(candidate.subject, chosen)
     assert METHOD.effective(candidate.subject, effective) == effective
+    assume(not METHOD.faults(candidate.subject, effective))
     context = tiny_context(candidate, steps=2)
     result = METHOD.apply(candidate, effective, context)
     assert result.subject == METHOD.after(candidate.subject, effective)
