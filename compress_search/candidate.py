@@ -50,12 +50,12 @@ class Subject:
     ``tokenizers`` library calls it, or ``ByteLevelBPE``), ``"kernel:<name>"`` for each kernel that a probe found
     to be real on this machine (``kernel:int8``, ``kernel:bf16``, ``kernel:weight-only``), ``"unlabelled"`` (the
     study names text without labels), ``"masked-lm"`` (it names a masked language model), ``"masked-lm:<shape>"``
-    (of that a shape, such as ``layers=3``, which is not the teacher's), ``"all-tagged"`` (no tag is O) and
-    ``"pairs"`` (examples are two texts). Steps add their own, such as ``"lossy"`` (training could win back
-    accuracy), ``"non-uniform"``, ``"shared"``, ``"low-rank"`` (matrices that are products of two), ``"sparse"``
-    (zeros that must stay: nothing may rebuild the matrices), ``"recurrent"`` (no transformer layers: nothing to
-    cut, share or replace), ``"crf"`` (tags are a CRF's best path), ``"data-sized"`` (the vocabulary is an upper
-    bound), ``"onnx-only"`` and ``"torch-only"``.
+    (of that a shape, such as ``layers=3``, which is not the teacher's), ``"all-tagged"`` (no tag is O),
+    ``"pairs"`` (examples are two texts) and ``"came-trained"`` (nothing is known of its start). Steps add theirs,
+    such as ``"lossy"`` (training could win back accuracy), ``"non-uniform"``, ``"shared"``, ``"low-rank"``
+    (matrices that are products of two), ``"sparse"`` (zeros that must stay: nothing may rebuild the matrices),
+    ``"recurrent"`` (no transformer layers: nothing to cut, share or replace), ``"crf"`` (tags are a CRF's best
+    path), ``"data-sized"`` (the vocabulary is an upper bound), ``"onnx-only"`` and ``"torch-only"``.
     """
 
     family: str

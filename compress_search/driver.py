@@ -140,6 +140,7 @@ def _with_engine_traits(study: Study, raw: Raw, task: Task, teacher: Subject) ->
     device = device_of(study)
     traits = {f"kernel:{name}" for name in kernels(device)} | ({"timed"} if study.timed else set())
     traits |= {"sized"} if study.sized else set()
+    traits |= set() if study.teacher.fine_tune else {"came-trained"}
     traits |= {"unlabelled"} if study.data.unlabeled else set()
     traits |= {"masked-lm"} if study.teacher.masked_lm else set()
     traits |= {"all-tagged"} if task.tokens and "O" not in task.labels else set()

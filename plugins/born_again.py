@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from compress_search import Batch, Candidate, Context, Dim, Method, Params, Stage, Subject
 
 from .distillation.soft_targets import SoftTerm, annealed_loss, logits_of, mix_space, soft_space
-from .distillation.starts import started_anew
+from .distillation.starts import beginning, started_anew, startless
 
 
 class BornAgain(Method):
@@ -36,6 +36,10 @@ class BornAgain(Method):
             "learning_rate": Dim.real(1e-6, 1e-2, 5e-5, log=True, expert=True),
         }
 
+    def unsupported(self, subject: Subject) -> str | None:
+        """From a trained network on nothing is born again: the control would be no control."""
+        return startless(subject)
+
     def effective(self, subject: Subject, params: Params) -> Params:
         """The first generation has one network to learn from: nothing to average."""
         return {**params, "average": bool(params["average"]) and params["generations"] != 1}
@@ -49,7 +53,7 @@ class BornAgain(Method):
         ancestors: list[nn.Module] = []
         generations = int(params["generations"])
         for _ in range(generations):
-            student = started_anew(candidate, context.untrained())
+            student = started_anew(candidate, beginning(context))
             elders = ancestors[:] if params["average"] else ancestors[-1:]
             _train(student, candidate.subject.task, elders, params, context)
             ancestors.append(student.requires_grad_(False))

@@ -13,7 +13,7 @@ from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subj
 from compress_search.encoders import keep_layers
 
 from .distillation.soft_targets import SoftTerm, soft_target_loss
-from .distillation.starts import started_anew
+from .distillation.starts import beginning, started_anew, startless
 
 
 class PlainStudent(Method):
@@ -40,6 +40,11 @@ class PlainStudent(Method):
         """No more layers than there are."""
         return {**params, "layers": min(int(params["layers"]), subject.layers)}
 
+    def faults(self, subject: Subject, params: Params) -> Mapping[str, str]:
+        """An untrained start that nobody knows."""
+        fault = startless(subject) if params["start"] == "untrained" else None
+        return {"start": f"untrained, and {fault}"} if fault else {}
+
     def after(self, subject: Subject, params: Params) -> Subject:
         """So many layers."""
         return subject.having("lossy", layers=int(params["layers"]))
@@ -50,7 +55,7 @@ class PlainStudent(Method):
 
     def apply(self, candidate: Candidate, params: Params, context: Context) -> Candidate:
         """Cut, then train everything on the whole share of the budget."""
-        start = context.untrained() if params["start"] == "untrained" else None
+        start = beginning(context) if params["start"] == "untrained" else None
         network = started_anew(candidate, start)
         keep_layers(network, range(int(params["layers"])))
         alpha = float(params["alpha"])

@@ -124,6 +124,7 @@ class Ground:
             methods="all",
             objectives=["accuracy", "latency_ms", "size_mb"],
             training={"epochs": 3, "batch_size": 16},
+            teacher={"fine_tune": {"epochs": 1, "learning_rate": 1e-3}},  # so that its start is known
         )
         tiny.tiny_teacher(folder / "teacher", layers=4)
         self.folder = folder

@@ -7,7 +7,28 @@ from __future__ import annotations
 
 from torch import nn
 
-from compress_search import Candidate
+from compress_search import Candidate, Context, Subject, TrialError
+
+CAME_TRAINED = (
+    "the teacher came trained, so that nothing is known of its start: have it trained by teacher.fine_tune"
+)
+
+
+def startless(subject: Subject) -> str | None:
+    """Why nothing can start where the teacher did; None where it can."""
+    return CAME_TRAINED if "came-trained" in subject.traits else None
+
+
+def beginning(context: Context) -> nn.Module:
+    """The network that the teacher was before it was trained on the task.
+
+    Raises:
+        TrialError: it came trained.
+    """
+    start = context.untrained()
+    if start is None:
+        raise TrialError(CAME_TRAINED)
+    return start
 
 
 def started_anew(candidate: Candidate, start: nn.Module | None) -> nn.Module:

@@ -24,8 +24,8 @@ def kept_layers(depth: int, drop: int, strategy: str) -> list[int]:
     """Which layers (0-based) stay when ``drop`` of ``depth`` go.
 
     ``top`` and ``bottom``: the last or first ones go; ``alternate``: every second one, down from the last but
-    one, then the highest of the rest; ``symmetric``: the middle ones; ``layer_drop``: of layers counted from 1 every
-    ⌊1/p⌋-th one for p = drop/depth, as LayerDrop prunes; where these are more than ``drop`` the lowest of them stay.
+    one, then the highest of the rest; ``symmetric``: the middle ones; ``layer_drop``: of layers counted from 1
+    every ⌊1/p⌋-th one, p being drop/depth, as LayerDrop prunes; where these are too many the lowest of them stay.
     """
     if strategy == "bottom":
         return list(range(drop, depth))

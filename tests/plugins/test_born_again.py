@@ -11,9 +11,11 @@ from compress_search_plugins.distillation.soft_targets import logits_of
 from compress_search_plugins.distillation.starts import started_anew
 from torch import nn
 
-from compress_search import Candidate
+from compress_search import Candidate, StudyError, TrialError
+from compress_search.driver import prepare
 from compress_search.encoders import prune_neurons
 from compress_search.space import active, defaults
+from compress_search.study import load_study
 from compress_search.testing import TinyContext, tiny_batches, tiny_candidate, tiny_context
 
 TASKS = ("text-classification", "text-regression", "token-classification")
@@ -130,3 +132,20 @@ def test_a_generation_comes_near_its_teacher() -> None:
         truth = logits_of(context.teacher, batch)
         before, after = ((logits_of(network, batch) - truth).square().mean() for network in (start, result.network))
     assert after < 0.5 * before
+
+
+def test_where_the_teacher_came_trained_nothing_is_born_again(tiny_study) -> None:
+    with pytest.raises(StudyError, match="born_again: cannot be used in this study: the teacher came trained, so"):
+        prepare(load_study(tiny_study(methods={"born_again": {}})))
+    trained = {"fine_tune": {"epochs": 1, "learning_rate": 1e-3, "batch_size": 8}}
+    plan = prepare(load_study(tiny_study(methods={"born_again": {"use": True}}, teacher=trained))).plan
+    assert [step.method for step in plan.at_defaults({"born_again"})[0].steps] == ["born_again"]
+
+
+def test_an_engine_that_lends_no_start_is_told_so_before_any_training() -> None:
+    candidate = tiny_candidate(layers=2)
+    context = tiny_context(candidate)
+    context.untrained = lambda: None  # type: ignore[method-assign]
+    with pytest.raises(TrialError, match="the teacher came trained"):
+        BornAgain().apply(candidate, parameters(candidate), context)
+    assert context.fits == []

@@ -8,10 +8,12 @@ import pytest
 import torch
 from compress_search_plugins.plain_student import PlainStudent
 
-from compress_search import Candidate
+from compress_search import Candidate, StudyError, TrialError
+from compress_search.driver import prepare
 from compress_search.encoders import layers, subject_of
 from compress_search.losses import kl
 from compress_search.space import defaults
+from compress_search.study import load_study
 from compress_search.testing import tiny_batches, tiny_candidate, tiny_context
 from compress_search.training import forward
 
@@ -62,3 +64,20 @@ def test_what_is_no_plain_network_is_refused(trait: str, reason: str) -> None:
     subject = tiny_candidate(layers=2).subject
     assert PlainStudent().unsupported(subject) is None
     assert reason in (PlainStudent().unsupported(subject.having(trait)) or "")
+
+
+def test_a_control_from_an_untrained_start_is_refused_where_nobody_knows_that(tiny_study) -> None:
+    path = tiny_study(methods={"plain_student": {"start": "untrained"}})
+    with pytest.raises(StudyError, match=r"plain_student\.start: untrained, and the teacher came trained"):
+        prepare(load_study(path))
+    plan = prepare(load_study(tiny_study(methods={"plain_student": {"use": True}}))).plan
+    assert plan.at_defaults({"plain_student"})[0].steps[0].params["start"] == "trained"
+
+
+def test_nor_does_it_start_as_the_trained_one_in_its_place() -> None:
+    candidate = tiny_candidate(layers=2)
+    context = tiny_context(candidate)
+    context.untrained = lambda: None  # type: ignore[method-assign]
+    with pytest.raises(TrialError, match="the teacher came trained"):
+        PlainStudent().apply(candidate, parameters(candidate, start="untrained"), context)
+    assert context.fits == []
