@@ -226,6 +226,8 @@ def _narrowed(study: Study, name: str, method: Method, teacher: Subject, to: Map
 def _faultless(study: Study, name: str, method: Method, teacher: Subject, space: dict[str, Dim]) -> dict[str, Dim]:
     """The space with defaults that can be applied to the teacher: as few others as possible where they cannot be.
 
+    A fault of a value that the study fixed is not mended by others under which the value means nothing.
+
     Raises:
         StudyError: a study that names its methods leaves none.
     """
@@ -233,16 +235,22 @@ def _faultless(study: Study, name: str, method: Method, teacher: Subject, space:
     def ask(hook: str, *arguments: Any) -> Any:
         return _asked(name, method, hook, teacher, *arguments)
 
-    def faults(space: Mapping[str, Dim]) -> Mapping[str, str]:
-        return dict(ask("faults", ask("effective", defaults(space))))
+    def settled(space: Mapping[str, Dim]) -> Params:
+        return ask("effective", defaults(space))  # type: ignore[no-any-return]
+
+    def mends(near: Mapping[str, Dim]) -> bool:
+        params = settled(near)
+        return not ask("faults", params) and fixed <= params.keys()
 
     if ask("unsupported"):  # what comes before it decides
         return space
 
-    found = faults(space)
+    found = dict(ask("faults", settled(space)))
     if not found:
         return space
-    if close := next((near for near in islice(_neighbours(space), MOST_TRIED) if not faults(near)), None):
+    named = () if study.methods == "all" else study.methods[name]
+    fixed = {dim for dim in found if dim in named and space[dim].fixed}
+    if close := next(filter(mends, islice(_neighbours(space), MOST_TRIED)), None):
         return close
     if study.methods == "all":
         return space

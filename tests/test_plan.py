@@ -251,6 +251,30 @@ def test_defaults_without_a_fault_are_found(matched: Callable[..., Plan]) -> Non
     assert matched(wanted=2).spaces["matched"]["keep"].default == 2
 
 
+class Idle(Matched):
+    """Needs no layer to be kept where it is told not to match."""
+
+    def search_space(self, teacher: Subject) -> Mapping[str, Dim]:
+        return {**super().search_space(teacher), "match": Dim.flag(True)}
+
+    def effective(self, subject: Subject, params: Params) -> Params:
+        return params if params["match"] else {name: value for name, value in params.items() if name != "wanted"}
+
+    def faults(self, subject: Subject, params: Params) -> Mapping[str, str]:
+        return super().faults(subject, params) if params["match"] else {}
+
+
+def test_a_fixed_value_is_refused_where_only_idle_it_would_be_no_fault(tiny_study: Callable[..., Path]) -> None:
+    def made(**narrowing: Any) -> Plan:
+        study = load_study(tiny_study(methods={"matched": {"keep": 2, **narrowing}, "recover": {}}))
+        return make_plan(study, Methods({"matched": Idle(), "recover": Recover()}), TEACHER)  # type: ignore[arg-type]
+
+    with pytest.raises(StudyError, match=r"methods\.matched\.wanted: 4 of 2"):
+        made(wanted=4)
+    assert made(wanted=[3, 4]).spaces["matched"]["match"].default is False
+    made(wanted=2)
+
+
 def test_a_fault_is_named_where_a_recipe_is_settled() -> None:
     recipe = Recipe.from_list([{"method": "matched", "params": {"keep": 1, "wanted": 2}}])
     with pytest.raises(TrialError, match="wanted: 2 of 1"):
