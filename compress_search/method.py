@@ -204,7 +204,10 @@ class Method(ABC):
         return {}
 
     def missing(self, teacher: Subject) -> Mapping[str, str]:
-        """What dimensions would need that the space lacks for this teacher, for studies that name them."""
+        """What dimensions would need that the space lacks for this teacher, for studies that name them.
+
+        Choices that a dimension of the space lacks are written ``dimension: choice``.
+        """
         return {}
 
     def after(self, subject: Subject, params: Params) -> Subject:

@@ -215,12 +215,21 @@ def _narrowed(study: Study, name: str, method: Method, teacher: Subject, to: Map
         try:
             narrowed[dim] = narrow(space[dim], value)
         except ValueError as error:
-            raise study.error(key, str(error)) from error
+            needs = _needs(method.missing(teacher), dim, value)
+            raise study.error(key, "; ".join([str(error), *needs])) from error
     narrowed = fix_experts(narrowed)
     for dim in to:
         if dim != "use" and (need := unmet(narrowed, dim)):
             raise study.error(f"methods.{name}.{dim}", f"has no effect: it needs {need}")
     return _faultless(study, name, method, teacher, narrowed)
+
+
+def _needs(missing: Mapping[str, str], dim: str, value: Any) -> list[str]:
+    """What the first choice of a study would need that the space lacks, where its method says so."""
+    values = value if isinstance(value, list) else [value]
+    return [f"{choice} needs {missing[f'{dim}: {choice}']}" for choice in values if f"{dim}: {choice}" in missing][
+        :1
+    ]
 
 
 def _faultless(study: Study, name: str, method: Method, teacher: Subject, space: dict[str, Dim]) -> dict[str, Dim]:

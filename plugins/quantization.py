@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from compress_search import Batch, Candidate, Context, Dim, Method, Params, Stage, Subject, TrialError
 
@@ -63,6 +64,15 @@ class Quantization(Method):
             if users := [format for format in formats if name in format.uses]:
                 found[name] = replace(dim, when=_when(users, formats))
         return found
+
+    def missing(self, teacher: Subject) -> Mapping[str, str]:
+        """Kernels, where time counts: for what there would be if it did not."""
+        need = "a kernel that is real here, as time counts: see compress-search doctor"
+        found, whole = self.search_space(teacher), self.search_space(teacher.without("timed"))
+        return {
+            **dict.fromkeys(whole.keys() - found.keys(), need),
+            **{f"{name}: {choice}": need for name in found for choice in lacking(found[name], whole[name])},
+        }
 
     def unsupported(self, subject: Subject) -> str | None:
         """Whether any kernel for fewer bits is real here."""
@@ -134,6 +144,11 @@ def _integers_are_best(formats: tuple[Format, ...], teacher: Subject) -> bool:
 
 def _has_integer_kernel(formats: tuple[Format, ...]) -> bool:
     return any(format.kernel == "int8" for format in formats)
+
+
+def lacking(dim: Dim, whole: Dim) -> list[Any]:
+    """The choices of another dimension that this one has not."""
+    return [choice for choice in getattr(whole.distribution, "choices", ()) if not dim.contains(choice)]
 
 
 def _selectors(formats: tuple[Format, ...]) -> dict[str, Dim]:

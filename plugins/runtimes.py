@@ -26,6 +26,12 @@ ONNX, TORCH, COMPILE = "onnxruntime", "torch", "compile"
 SHORTEST = 8
 """Tokens that inputs can be cut to at least."""
 
+NEEDS = {
+    COMPILE: "what torch.compile lacks here: see compress-search doctor",
+    ONNX: "ONNX Runtime's CUDA provider: see compress-search doctor",
+}
+UNCUT = "a task on whole texts: a cut would leave words of this one without a label"
+
 _TORCH_ONLY = ("attention", "freezing", "max_autotune")
 
 
@@ -58,6 +64,15 @@ class Runtimes(Method):
             if teacher.device == "cpu":
                 space["freezing"] = Dim.flag(True, when=compiled, expert=True)
         return space
+
+    def missing(self, teacher: Subject) -> Mapping[str, str]:
+        """Whole texts for a cut, cores for threads, and what an engine runs with."""
+        found = {f"engine: {name}": need for name, need in NEEDS.items() if name not in _engines(teacher)}
+        if teacher.task == "token-classification":
+            found |= dict.fromkeys(("coverage", "max_length"), UNCUT)
+        if len(_threads(teacher)) == 1:
+            found["threads"] = f"more cores than the {teacher.cpus} of a trial: see cluster.cpus_per_trial"
+        return found
 
     def unsupported(self, subject: Subject) -> str | None:
         """Whether an engine is there for what the precision step leaves."""

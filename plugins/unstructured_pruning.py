@@ -176,7 +176,7 @@ class UnstructuredPruning(Method):
         (``one_shot``); or what moves towards zero as it trains. ``initial_warmup`` and ``final_warmup`` are the
         parts of the training before the first weight goes and after the last one did.
         """
-        patterns = [name for name, pattern in PATTERNS.items() if _fits(teacher, pattern)]
+        patterns = [name for name, pattern in PATTERNS.items() if not misfit(teacher, pattern)]
         trained = {"method": tuple(name for name in METHODS if name != "one_shot")}
         scored = {"method": SCORED}
         ranked = {"method": ("magnitude", "one_shot", "movement"), "pattern": COUNTED}
@@ -206,6 +206,17 @@ class UnstructuredPruning(Method):
             if _factored(subject)
             else None
         )
+
+    def missing(self, teacher: Subject) -> Mapping[str, str]:
+        """Widths that the patterns divide."""
+        return {
+            f"pattern: {name}": fault for name, pattern in PATTERNS.items() if (fault := misfit(teacher, pattern))
+        }
+
+    def faults(self, subject: Subject, params: Params) -> Mapping[str, str]:
+        """Patterns that an earlier step leaves no widths for; where layers differ the network tells."""
+        fault = "non-uniform" not in subject.traits and misfit(subject, PATTERNS[str(params["pattern"])])
+        return {"pattern": f"{params['pattern']} needs {fault}"} if fault else {}
 
     def after(self, subject: Subject, params: Params) -> Subject:
         """The same shapes with fewer weights."""
@@ -270,8 +281,10 @@ def _penalised(loss: Loss, sparsifier: Sparsifier) -> Loss:
     return penalised
 
 
-def _fits(subject: Subject, pattern: Pattern) -> bool:
-    return all(pattern.fits((outputs, inputs)) for outputs, inputs, _ in matrices_of(subject))
+def misfit(subject: Subject, pattern: Pattern) -> str | None:
+    """What a pattern needs that the first matrix does not have which it does not divide; None where all fit."""
+    odd = next(((a, b) for a, b, _ in matrices_of(subject) if not pattern.fits((a, b))), None)
+    return f"{pattern.needs}, and there are matrices of {odd[0]:g} x {odd[1]:g}" if odd else None
 
 
 def _factored(subject: Subject) -> bool:

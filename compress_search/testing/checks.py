@@ -122,11 +122,17 @@ def faults_name_dimensions(rehearsal: Rehearsal) -> None:
 
 @check
 def missing_dimensions_are_missing(rehearsal: Rehearsal) -> None:
-    """``missing`` says what dimensions need that are not in the space, and no others."""
+    """``missing`` says what dimensions, and choices of others, need that are not in the space, and no others."""
     for subject, space in _spaces(rehearsal):
         for name, need in rehearsal.method.missing(subject).items():
-            require(name not in space, f"missing names {name!r}, which is there ({_name(subject)})")
+            require(not _there(space, name), f"missing names {name!r}, which is there ({_name(subject)})")
             require(isinstance(need, str) and bool(need), f"missing gives {need!r} as what {name} needs")
+
+
+def _there(space: Space, name: str) -> bool:
+    """Whether a dimension, or with ``dimension: choice`` this choice of it, is in the space."""
+    dim, _, choice = name.partition(": ")
+    return dim in space and (not choice or choice in map(str, getattr(space[dim].distribution, "choices", ())))
 
 
 @check

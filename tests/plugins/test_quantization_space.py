@@ -67,6 +67,14 @@ def test_only_real_kernels_are_offered_where_time_counts(
     assert ("codebook" in space) == ("weight-only-2" in kernels)
 
 
+def test_what_time_takes_away_needs_a_kernel() -> None:
+    needs = METHOD.missing(timed("int8", "bf16"))
+    assert {"group_size", "codebook", "weight_bits: 4", "weight_bits: 1", "float_type: fp16"} <= needs.keys()
+    assert needs.keys() & {"weight_bits: 16", "float_type: bf16", "scheme", "scheme: dynamic_int8"} == set()
+    assert set(needs.values()) == {"a kernel that is real here, as time counts: see compress-search doctor"}
+    assert METHOD.missing(SUBJECT) == {}
+
+
 def test_a_timed_study_searches_integer_schemes_and_embeddings() -> None:
     space = fix_experts(METHOD.search_space(timed("int8", "int8-exact", "weight-only", "bf16")))
     assert {name for name, dim in space.items() if not dim.fixed} == {"scheme", "embedding_bits"}

@@ -64,6 +64,8 @@ def test_the_default_is_the_engine_that_runs_without_the_step(device: str, trait
 
 def test_threads_go_up_to_the_cores_of_a_trial() -> None:
     assert "threads" not in METHOD.search_space(CPU), "there is nothing to choose on one core"
+    assert METHOD.missing(CPU)["threads"] == "more cores than the 1 of a trial: see cluster.cpus_per_trial"
+    assert "threads" not in METHOD.missing(CPU.having(cpus=2))
     space = METHOD.search_space(CPU.having(cpus=6, threads=3))
     assert space["threads"].distribution.choices == (1, 2, 3, 4, 6)
     assert space["threads"].default == 3
@@ -72,6 +74,10 @@ def test_threads_go_up_to_the_cores_of_a_trial() -> None:
 def test_a_token_task_is_offered_no_cut() -> None:
     names = METHOD.search_space(tiny_candidate("bert", "token-classification").subject)
     assert {"coverage", "max_length"} & names.keys() == set()
+    needs = METHOD.missing(CPU.having(task="token-classification"))
+    assert needs["coverage"] == needs["max_length"]
+    assert "a cut would leave words of this one without a label" in needs["coverage"]
+    assert METHOD.missing(CPU).keys() & {"coverage", "max_length"} == set()
 
 
 def test_precision_that_needs_onnx_runtime_is_refused_where_there_is_no_provider() -> None:

@@ -298,6 +298,11 @@ def test_patterns_are_those_that_the_widths_divide_into():
     assert METHOD.search_space(BASE)["pattern"].distribution.choices == tuple(PATTERNS)
     odd = BASE.having(intermediate=3068)
     assert METHOD.search_space(odd)["pattern"].distribution.choices == ("unstructured", "2:4")
+    assert METHOD.missing(odd).keys() == {"pattern: 4:8", "pattern: block_32x32"}
+    assert METHOD.missing(odd)["pattern: 4:8"] == "inputs that 8 divides, and there are matrices of 768 x 3068"
+    fault = {"pattern": "4:8 needs inputs that 8 divides, and there are matrices of 768 x 3068"}
+    assert METHOD.faults(odd, chosen(BASE, pattern="4:8")) == fault, "after an earlier step"
+    assert METHOD.missing(BASE) == METHOD.faults(odd.having("non-uniform"), chosen(BASE, pattern="4:8")) == {}
 
 
 @pytest.mark.parametrize(("pattern", "kept", "number"), [("2:4", 50, 4), ("4:8", 52, 8), ("block_32x32", 48, 32)])
