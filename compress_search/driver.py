@@ -190,22 +190,16 @@ def run(
     store = open_store(study, patience=PATIENCE)
     known = stored_subject(study, store)
     prepared = prepare(study, known)
-    study, contents = prepared.study, prepared.contents()
+    study, plan, contents = prepared.study, prepared.plan, prepared.contents()
     if known is None:  # a finished study is shown wherever it is
         require_resources(study, executor)
     else:  # before anything is written; once it is locked, the search looks again
-        refuse_change(prepared.plan, store.study(study.name).identity, identity(prepared.plan, contents))
+        refuse_change(plan, store.study(study.name).identity, identity(plan, contents))
     make_output(study)
     store.create()
     keep_kernels(device_of(study))
     with store.lock(study.name):
-        search = Search.open(
-            prepared.plan,
-            store,
-            environment=fingerprint(),
-            contents=contents,
-            baselines=baselines(prepared.plan),
-        )
+        search = Search.open(plan, store, environment=fingerprint(), contents=contents, baselines=baselines(plan))
         freeze_constant(store, prepared)
         search.reconcile(partial(read_result, study.output))
         clear_scratch(study.output)
