@@ -25,10 +25,11 @@ from compress_search import cli, driver, hub
 from compress_search.runtimes import probe
 from compress_search.storage import Store
 from compress_search.study import load_study
-from tests import sample_report, tiny
+from tests import bad_values, sample_report, tiny
 from tests.bad_studies import CASES, DEAF, Case
 
 Files = dict[str, bytes]
+ALL_CASES = {**CASES, **bad_values.CASES}
 
 # ---- the world, and whether it changed ---------------------------------------------------------------------------
 
@@ -129,7 +130,7 @@ def deaf() -> Iterator[int]:
 
 
 @pytest.mark.parametrize("command", [("run", "--executor", "local"), ("plan",)], ids=lambda command: command[0])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", ALL_CASES.values(), ids=ALL_CASES)
 def test_a_bad_study_is_one_line_and_nothing_is_created(
     case: Case, command: tuple[str, ...], folder: Path, deaf: int
 ) -> None:
