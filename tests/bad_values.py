@@ -116,8 +116,8 @@ CASES = {
     "a tokenizer that cannot be pruned": case(
         "vocabulary_pruning",
         "",
-        "cannot be used in this study: its tokenizer is Unigram's (SentencePiece), which weighs all pieces of a word "
-        "against each other: expected WordPiece or byte-level BPE",
+        "cannot be used in this study: its tokenizer is Unigram's (SentencePiece), which weighs all pieces of a "
+        "word against each other: expected WordPiece or byte-level BPE",
         with_pieces_of_unigram,
         keep=0.5,
     ),
