@@ -131,7 +131,7 @@ class EmbeddingFactorization(Method):
         if params["embedding_init"] == "weighted_svd" and not context.dry:
             batches = context.calibration(int(params["calib_examples"]))
             # of the table itself: a subject's vocabulary may be an upper bound
-            weights = token_counts(batches, embeddings(network).word_embeddings.num_embeddings)
+            weights = token_counts(batches, _words(network).num_embeddings)
         factorize_words(network, subject.word_rank, weights)
         if self.trains(params):
             _recover(network, candidate, params, context)
@@ -140,11 +140,16 @@ class EmbeddingFactorization(Method):
 
 def factorize_words(network: nn.Module, rank: int, weights: Tensor | None = None) -> None:
     """Put a :class:`FactoredEmbedding` in place of a network's word table; ``weights`` as for :func:`factorize`."""
-    block = embeddings(network)
-    words = block.word_embeddings
-    assert isinstance(words, nn.Embedding)
+    words = _words(network)
     rows, projection = factorize(words.weight.detach(), rank, weights)
-    block.word_embeddings = FactoredEmbedding(rows, projection, words.padding_idx)
+    embeddings(network).word_embeddings = FactoredEmbedding(rows, projection, words.padding_idx)
+
+
+def _words(network: nn.Module) -> nn.Embedding:
+    """A word table that is whole."""
+    words = embeddings(network).word_embeddings
+    assert isinstance(words, nn.Embedding)
+    return words
 
 
 def _recover(network: nn.Module, candidate: Candidate, params: Params, context: Context) -> None:

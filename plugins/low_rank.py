@@ -181,7 +181,7 @@ def largest_ratio(out: float, within: float, multiple: int) -> float:
 
 def usual_multiple(teacher: Subject) -> int:
     """The usual multiple, or a smaller one for feed-forward maps too small for it."""
-    usual = {"rank_mode": "ratio", "rank_ratio": USUAL_RATIO, "targets": "ffn"}
+    usual: Params = {"rank_mode": "ratio", "rank_ratio": USUAL_RATIO, "targets": "ffn"}
     fitting = [m for m in MULTIPLES if m <= USUAL_MULTIPLE and not useless(teacher, {**usual, "rank_multiple": m})]
     return max(fitting, default=MULTIPLES[0])
 
