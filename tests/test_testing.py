@@ -146,6 +146,14 @@ class MissesWhatIsThere(Identity):
         return {"ratio": "another teacher"}
 
 
+class MissesAChoiceThatIsThere(Identity):
+    def search_space(self, teacher: Subject) -> Mapping[str, Dim]:
+        return {**super().search_space(teacher), "how": Dim.choice(("fast", "well"), "fast")}
+
+    def missing(self, teacher: Subject) -> Mapping[str, str]:
+        return {"how: cheaply": "a smaller teacher", "how: well": "a better teacher"}
+
+
 class Fails(Identity):
     def apply(self, candidate: Candidate, params: Params, context: Context) -> Candidate:
         raise TrialError("not today")
@@ -301,6 +309,7 @@ BROKEN: dict[type[Method], str] = {
     Choosy: "faults_name_dimensions",
     FaultsOfNothing: "faults_name_dimensions",
     MissesWhatIsThere: "missing_dimensions_are_missing",
+    MissesAChoiceThatIsThere: "missing_dimensions_are_missing",
     Fails: "drawn_parameters_apply",
     AssumesEvenLayers: "drawn_parameters_apply",
     Diverges: "drawn_parameters_apply",
