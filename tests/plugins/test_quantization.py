@@ -230,11 +230,11 @@ def test_more_bits_err_less(quantize: Quantize) -> None:
     candidate = distinct(layers=2, hidden=64, intermediate=128)
     feed = feed_of(candidate, size=64)
 
-    def error(name: str) -> float:
-        chosen = params(name, embedding_bits=32, accuracy_level=0)
+    def error(name: str, accuracy_level: int = 0) -> float:
+        chosen = params(name, embedding_bits=32, accuracy_level=accuracy_level)
         return float(np.abs(load_runner(quantize(candidate, chosen), 1)(feed) - reference(candidate, feed)).mean())
 
-    two, four, eight = (error(f"weight_only {bits}") for bits in (2, 4, 8))
+    two, four, eight = error("weight_only 2", accuracy_level=4), error("weight_only 4"), error("weight_only 8")
     assert eight < four / 4
     assert four < two
 
