@@ -23,12 +23,15 @@ class PlainStudent(Method):
 
     def search_space(self, teacher: Subject) -> Mapping[str, Dim]:
         """``layers`` of the teacher's are kept, from the bottom, which suits a truncated network best."""
-        return {
+        space = {
             "layers": Dim.integer(1, max(teacher.layers, 1), max(teacher.layers // 2, 1)),
             "start": Dim.choice(("untrained", "trained"), "trained", expert=True),
             "alpha": Dim.real(0.0, 1.0, 0.0, expert=True),
             "learning_rate": Dim.real(1e-6, 1e-2, 5e-5, log=True, expert=True),
         }
+        if teacher.task != "text-regression":
+            space["temperature"] = Dim.real(1.0, 10.0, 2.0, expert=True)
+        return space
 
     def unsupported(self, subject: Subject) -> str | None:
         """A control is a plain network: layers all alike, each with weights of its own."""
@@ -37,8 +40,9 @@ class PlainStudent(Method):
         return "its layers differ in shape" if "non-uniform" in subject.traits else None
 
     def effective(self, subject: Subject, params: Params) -> Params:
-        """No more layers than there are."""
-        return {**params, "layers": min(int(params["layers"]), subject.layers)}
+        """No more layers than there are, and no temperature of logits that nobody looks at."""
+        found = {**params, "layers": min(int(params["layers"]), subject.layers)}
+        return {name: value for name, value in found.items() if name != "temperature" or params["alpha"]}
 
     def faults(self, subject: Subject, params: Params) -> Mapping[str, str]:
         """An untrained start that nobody knows."""
@@ -59,6 +63,6 @@ class PlainStudent(Method):
         network = started_anew(candidate, start)
         keep_layers(network, range(int(params["layers"])))
         alpha = float(params["alpha"])
-        loss = soft_target_loss(context, SoftTerm(candidate.subject.task), alpha=lambda: alpha)
+        loss = soft_target_loss(context, SoftTerm.of(candidate.subject.task, params), alpha=lambda: alpha)
         context.fit(network, loss=loss, learning_rate=float(params["learning_rate"]))
         return candidate.replace(network=network, subject=self.after(candidate.subject, params))

@@ -78,12 +78,14 @@ def replacing_rate(progress: float, schedule: str, base: float, full_at: float) 
     return 1 - rate if schedule == "anti_linear" else rate
 
 
-def draw_gates(mixing: str, rate: float, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def draw_gates(
+    mixing: str, rate: float, shape: tuple[int, ...], generator: torch.Generator, *, redraw_empty: bool = True
+) -> Tensor:
     """Gates in [0, 1], 1 = replaced, of shape (blocks,) or (blocks, B), on the CPU.
 
-    ``bernoulli``: independent, 1 with probability ``rate``, drawn under the condition that not all are 0, for
-    then a step would have no gradient at all; ``uniform``: uniform with mean ``rate`` on the widest interval
-    there is; ``deterministic``: the rate itself.
+    ``bernoulli``: independent, 1 with probability ``rate``, with ``redraw_empty`` under the condition that not all
+    are 0, for then a step would have no gradient at all; ``uniform``: uniform with mean ``rate`` on the widest
+    interval there is; ``deterministic``: the rate itself.
     """
     if mixing == "deterministic":
         return torch.full(shape, rate)
@@ -91,6 +93,8 @@ def draw_gates(mixing: str, rate: float, shape: tuple[int, ...], generator: torc
         low, high = max(0.0, 2 * rate - 1), min(1.0, 2 * rate)
         return low + (high - low) * torch.rand(shape, generator=generator)
     gates = (torch.rand(shape, generator=generator) < rate).float().flatten()
+    if not redraw_empty:
+        return gates.view(shape)
     # the first 1 is at i with probability ∝ (1 − rate)^i; what follows it is free
     weights = torch.full((gates.numel(),), 1 - rate, dtype=torch.float64) ** torch.arange(gates.numel())
     first = int(torch.multinomial(weights, 1, generator=generator))
@@ -222,6 +226,7 @@ class Theseus(Method):
             "successor_init": Dim.choice(INITS, "first_k", expert=True),
             "mixing": Dim.choice(MIXINGS, "bernoulli", expert=True),
             "sample_granularity": Dim.choice(("batch", "example"), "batch", when=random, expert=True),
+            "redraw_empty": Dim.flag(True, when={"mixing": ("bernoulli",)}, expert=True),
             # a deterministic mixture only ends as the successor if it is a ramp, so it is always linear
             "schedule": Dim.choice(("linear", "constant"), "linear", when=random),
             "base_rate": Dim.real(0.1, 0.9, 0.3),
@@ -291,9 +296,12 @@ def _replace(hybrid: nn.Module, gates: Gates, generator: torch.Generator, params
 
     def loss(network: nn.Module, batch: Batch) -> Tensor:
         shape = (blocks, len(batch["input_ids"])) if per_example else (blocks,)
-        gates.values = draw_gates(mixing, rate, shape, generator)
-        return context.task_loss(network, batch)
+        gates.values = draw_gates(mixing, rate, shape, generator, redraw_empty=redraw)
+        value = context.task_loss(network, batch)
+        # where every gate is shut the step passes without a gradient
+        return value if value.requires_grad else value + 0.0 * parameters[0].sum()
 
+    redraw = bool(params.get("redraw_empty", True))
     learning = successors(hybrid) + (head(hybrid) if params["train_head_in_stage1"] else [])
     parameters = [parameter for module in learning for parameter in module.parameters()]
     kept = {id(parameter) for parameter in parameters}

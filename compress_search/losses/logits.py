@@ -51,7 +51,14 @@ def soft_cross_entropy(
     return -_mean_over_rows(tau**2 * target * F.log_softmax(student / tau, dim=-1))
 
 
-def kl(student: Tensor, teacher: Tensor, temperature: Temperature = 1.0, mask: Tensor | None = None) -> Tensor:
+def kl(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: Temperature = 1.0,
+    mask: Tensor | None = None,
+    *,
+    squared: bool = True,
+) -> Tensor:
     """τ²·KL(softmax(teacher/τ) ‖ softmax(student/τ)), summed over classes, mean over rows.
 
     The factor τ² keeps the gradient's size, which would fall as 1/τ², so that a weight beside another loss means
@@ -62,6 +69,7 @@ def kl(student: Tensor, teacher: Tensor, temperature: Temperature = 1.0, mask: T
         teacher: logits, (…, C).
         temperature: τ > 0; one for all, or one for each row, (…), then squared row by row too.
         mask: which rows count, (…); all by default.
+        squared: whether there is the factor τ², which TextBrewer's losses lack.
 
     Source: Hinton et al. 2015, Distilling the Knowledge in a Neural Network, section 2.
     """
@@ -69,7 +77,8 @@ def kl(student: Tensor, teacher: Tensor, temperature: Temperature = 1.0, mask: T
     tau = _per_row(temperature, mask)
     log_student = F.log_softmax(student / tau, dim=-1)
     log_teacher = F.log_softmax(teacher / tau, dim=-1)
-    return _mean_over_rows(tau**2 * log_teacher.exp() * (log_teacher - log_student))
+    factor = tau**2 if squared else 1.0
+    return _mean_over_rows(factor * log_teacher.exp() * (log_teacher - log_student))
 
 
 def mse_logits(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -87,11 +96,13 @@ def soft_loss(
     kind: SoftLoss = "kl",
     temperature: Temperature = 1.0,
     mask: Tensor | None = None,
+    *,
+    squared: bool = True,
 ) -> Tensor:
     """The named soft term: :func:`kl`, or :func:`mse_logits`, which is also the one for regression (C = 1)."""
     if kind == "mse_logits":
         return mse_logits(student, teacher, mask)
-    return kl(student, teacher, temperature, mask)
+    return kl(student, teacher, temperature, mask, squared=squared)
 
 
 def row_temperatures(

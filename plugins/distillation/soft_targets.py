@@ -38,7 +38,7 @@ class SoftTerm:
 
     ``scope``: which positions of a token task count. ``shift``: whether the teacher's gold class is put on top
     first. ``beta`` and ``gamma`` are the schedulers' of :func:`compress_search.losses.row_temperatures`. Regression
-    has the squared difference of outputs, whatever the kind.
+    has the squared difference of outputs, whatever the kind. ``squared``: whether the divergence is times τ².
 
     ``crf_target``: what of a teacher with a CRF is learnt. ``emission``: its logits, without the transitions;
     ``posterior``: the probabilities of each position's labels given the whole text, whose logarithms take the place
@@ -54,6 +54,7 @@ class SoftTerm:
     beta: float = 1.0
     gamma: float = 1.0
     crf_target: CrfTarget = "emission"
+    squared: bool = True
 
     @classmethod
     def of(cls, task: str, params: Params) -> SoftTerm:
@@ -68,6 +69,7 @@ class SoftTerm:
             float(params.get("scheduler_beta", 1.0)),
             float(params.get("scheduler_gamma", 1.0)),
             cast(CrfTarget, params.get("crf_target", "emission")),
+            bool(params.get("temperature_sq", True)),
         )
 
     def __call__(self, student: Tensor, teacher: Tensor, batch: Batch, chains: Chains | None = None) -> Tensor:
@@ -96,11 +98,13 @@ class SoftTerm:
         tau = row_temperatures(
             student, teacher, self.scheduler, self.temperature, beta=self.beta, gamma=self.gamma, mask=mask
         )
-        return soft_loss(student, teacher, self.kind, tau, mask)
+        return soft_loss(student, teacher, self.kind, tau, mask, squared=self.squared)
 
 
 def soft_space(teacher: Subject, *, chains: bool = False) -> dict[str, Dim]:
     """The dimensions of a soft term on the teacher's task; a single output has neither classes nor temperature.
+
+    ``temperature_sq``, the factor τ², is off only to repeat what TextBrewer computes.
 
     With ``chains`` a teacher with a CRF can be learnt from as such. A best path is a label at each position: it has
     no temperature, and is never compared with as if it were a distribution.
@@ -115,6 +119,7 @@ def soft_space(teacher: Subject, *, chains: bool = False) -> dict[str, Dim]:
     space = {
         "soft_loss": Dim.choice(("kl", "mse_logits"), "kl", expert=True),
         "temperature": Dim.real(1.0, 10.0, 2.0, when=tempered),
+        "temperature_sq": Dim.flag(True, when=tempered, expert=True),
         "temperature_scheduler": Dim.choice(("constant", "flsw", "cwsm"), "constant", when=tempered, expert=True),
         "scheduler_beta": Dim.real(0.0, 2.0, 1.0, when=scheduled, expert=True),
         "scheduler_gamma": Dim.real(

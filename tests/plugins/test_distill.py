@@ -78,6 +78,20 @@ def test_terms_of_each_task_are_the_named_losses() -> None:
         torch.testing.assert_close(loss, 0.25 * soft + 0.75 * hard)
 
 
+@pytest.mark.parametrize("scheduler", ["constant", "flsw"])
+def test_without_the_square_of_the_temperature_the_soft_term_is_textbrewers(scheduler: str) -> None:
+    candidate, context = lossy("text-classification")
+    batch = next(tiny_batches(candidate))
+    student, _ = logits_and_task_loss(candidate.network, batch, context)
+    teacher = context.teacher_logits(batch)
+    params = {"temperature": 3.0, "temperature_sq": False, "temperature_scheduler": scheduler}
+    tau = row_temperatures(student, teacher, scheduler, 3.0)
+    tau = tau[:, None] if isinstance(tau, torch.Tensor) else tau
+    p, q = ((each / tau).softmax(-1) for each in (teacher, student))
+    loss = soft_target_loss(context, SoftTerm.of("text-classification", params), alpha=lambda: 1.0)
+    torch.testing.assert_close(loss(candidate.network, batch), (p * (p / q).log()).sum(-1).mean())
+
+
 def test_attended_scope_counts_unlabelled_tokens_but_no_padding() -> None:
     candidate, context = lossy("token-classification")
     batch = next(tiny_batches(candidate))
@@ -197,6 +211,7 @@ def test_each_task_has_the_dimensions_that_mean_something() -> None:
     assert spaces["text-classification"] - spaces["text-regression"] == {
         "soft_loss",
         "temperature",
+        "temperature_sq",
         "temperature_scheduler",
         "scheduler_beta",
         "scheduler_gamma",

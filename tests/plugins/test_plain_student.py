@@ -54,6 +54,24 @@ def test_its_loss_is_the_tasks_own_unless_it_is_to_hear_the_teacher(task: str) -
         torch.testing.assert_close(taught["loss"](taught["network"], batch), soft)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 5.0])
+def test_how_soft_the_teachers_word_is_can_be_chosen(temperature: float) -> None:
+    candidate = tiny_candidate()
+    context = tiny_context(candidate)
+    asked: list[dict[str, Any]] = []
+    context.fit = lambda network, **options: asked.append(options | {"network": network})  # type: ignore[method-assign]
+    PlainStudent().apply(candidate, parameters(candidate, alpha=1.0, temperature=temperature), context)
+    batch, network = next(tiny_batches(candidate)), asked[0]["network"]
+    soft = kl(forward(network, batch), context.teacher_logits(batch), temperature)
+    torch.testing.assert_close(asked[0]["loss"](network, batch), soft)
+
+
+def test_a_temperature_that_nobody_feels_is_no_part_of_a_recipe() -> None:
+    candidate = tiny_candidate()
+    settled = [PlainStudent().effective(candidate.subject, parameters(candidate, alpha=a)) for a in (0.0, 0.5)]
+    assert ["temperature" in params for params in settled] == [False, True]
+
+
 def test_no_more_layers_than_there_are() -> None:
     candidate = tiny_candidate(layers=2)
     assert PlainStudent().effective(candidate.subject, parameters(candidate, layers=4))["layers"] == 2

@@ -167,6 +167,39 @@ def test_at_rate_zero_one_block_is_replaced_any_of_them_equally_often() -> None:
     assert (gates.mean(0) - 1 / 3).abs().max() < 3 * math.sqrt(2 / 9 / 3000)
 
 
+def test_without_redrawing_gates_are_independent_and_may_all_be_shut() -> None:
+    generator = torch.Generator().manual_seed(0)
+    draws = [theseus.draw_gates("bernoulli", 0.3, (3,), generator, redraw_empty=False) for _ in range(4000)]
+    gates = torch.stack(draws)
+    assert (gates.mean(0) - 0.3).abs().max() < 3 * (0.3 * 0.7 / 4000) ** 0.5
+    empty = (gates.sum(1) == 0).float().mean().item()
+    assert abs(empty - 0.7**3) < 3 * (0.343 * 0.657 / 4000) ** 0.5
+
+
+def test_a_step_whose_gates_are_all_shut_passes_without_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    candidate = tiny_candidate()
+    context = tiny_context(candidate, steps=6)
+    moved: list[set[str]] = []
+    fit = context.fit
+
+    def shut(mixing: str, rate: float, shape: tuple[int, ...], generator: Any, *, redraw_empty: bool) -> Tensor:
+        assert not redraw_empty
+        return torch.zeros(shape)
+
+    def watching(network: nn.Module, **options: Any) -> None:
+        before = {name: value.clone() for name, value in network.state_dict().items()}
+        fit(network, **options)
+        moved.append({name for name, value in network.state_dict().items() if not torch.equal(value, before[name])})
+
+    monkeypatch.setattr(theseus, "draw_gates", shut)
+    context.fit = watching  # type: ignore[method-assign]
+    Theseus().apply(candidate, parameters(candidate, redraw_empty=False, learning_rate=0.01), context)
+    # the one matrix that the empty loss hangs on only decays
+    assert moved[0] <= {"bert.encoder.layer.0.successor.attention.self.query.weight"}
+    assert len(moved[1]) > 10
+    assert sum(context.fits) == 6
+
+
 def test_deterministic_gates_are_the_rate() -> None:
     assert theseus.draw_gates("deterministic", 0.25, (3,), torch.Generator()).tolist() == [0.25] * 3
 
@@ -386,9 +419,9 @@ def test_stage_one_follows_its_schedule_and_stage_two_knows_no_gate(mixing: str,
     context = tiny_context(candidate, steps=60)
     draw = theseus.draw_gates
 
-    def drawing(mixing: str, rate: float, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    def drawing(mixing: str, rate: float, *arguments: Any, **options: Any) -> Tensor:
         rates.append(rate)
-        return draw(mixing, rate, shape, generator)
+        return draw(mixing, rate, *arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(theseus, "draw_gates", drawing)
