@@ -1,4 +1,4 @@
-"""The documentation says what the code does: commands, report keys."""
+"""The documentation says what the code does: commands, report keys, the tests of systems."""
 
 from __future__ import annotations
 
@@ -63,3 +63,19 @@ def test_the_report_page_names_the_columns_of_the_csv() -> None:
     text = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
     positions = [text.index(f"`{column}`", text.index("--format csv")) for column in fixed]
     assert positions == sorted(positions)
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "systems").glob("*.md")), ids=lambda page: page.stem)
+def test_the_tests_that_a_page_of_systems_names_are_there(page: Path) -> None:
+    file, named = None, 0
+    names = r"`(?:tests/([\w/]+\.py))?(?:::([\w:]+)(?:\[\w+\])?)?`"
+    for name, test in re.findall(names, page.read_text(encoding="utf-8")):
+        if name:
+            file = ROOT / "tests" / name
+            assert file.is_file(), f"{page.name} names {name}"
+        if test:
+            assert file
+            for part in test.split("::"):
+                assert re.search(rf"(def|class) {part}\b", file.read_text(encoding="utf-8")), f"{name}::{test}"
+            named += 1
+    assert named
