@@ -94,14 +94,13 @@ def main(study: Path, kills: int, executor: str, longest: float, seed: int) -> N
     after = results(study)
     losses += len(lost(before, after))
     tried = Counter(key for state, key in after.values() if state in ("complete", "stopped", "failed"))
-    baselines = 1  # the teacher's int8 baseline may be proposed once more by the search
-    doubled = sum(count - 1 for count in tried.values()) - baselines
+    doubled = sum(count - 1 for count in tried.values())
     contiguous = sorted(after) == list(range(len(after)))
     header = ["kill", "after s", "finished trials", "lost", "processes below the driver"]
     header += [f"alive after {SOON:.0f} s", f"after {PATIENCE:.0f} s"]
     verdict = (
         f"Exit code of the last run: {code}. Trials: {len(after)}, numbered without gaps: {contiguous}. "
-        f"Lost: {losses}. Doubled: {max(0, doubled)}. Left running: {orphans}."
+        f"Lost: {losses}. Doubled: {doubled}. Left running: {orphans}."
     )
     parts = [f"Executor {executor}, {len(rows)} kills by SIGKILL.", tables.table(header, rows), verdict]
     click.echo(tables.write(f"kill_and_resume_{executor}", "Killing and resuming a study", parts))
