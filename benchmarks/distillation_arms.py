@@ -19,6 +19,12 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+from compress_search_plugins.distillation.layer_maps import source_layers
+from compress_search_plugins.distillation.matches import Match
+from compress_search_plugins.distillation.matching import Matching
+from compress_search_plugins.distillation.objective import Objective
+from compress_search_plugins.distillation.soft_targets import SoftTerm
+from compress_search_plugins.distillation.students import cut_student
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -34,11 +40,6 @@ from compress_search.pipeline import Budget, StepContext
 from compress_search.study import load_study
 from compress_search.training import to_device
 from compress_search.workbench import Workbench
-from plugins.distillation.layer_maps import source_layers
-from plugins.distillation.matching import Match, Matching
-from plugins.distillation.objective import Objective
-from plugins.distillation.soft_targets import SoftTerm
-from plugins.distillation.students import cut_student
 
 BATCH, LENGTH = 32, 64
 TEMPERATURE = 2.0

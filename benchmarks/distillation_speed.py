@@ -29,6 +29,8 @@ import numpy as np
 import optuna
 import torch
 import yaml
+from compress_search_plugins.distillation.layer_maps import layer_pairs
+from compress_search_plugins.distillation.matching import Matching
 from scipy import stats
 from torch import nn
 from torch.nn import functional as F
@@ -52,8 +54,6 @@ from benchmarks.distillation_arms import (
 )
 from compress_search.data import Split
 from compress_search.method import Batch
-from plugins.distillation.layer_maps import layer_pairs
-from plugins.distillation.matching import Matching
 
 OTHER = "TextBrewer"
 """Which way the others are compared with."""

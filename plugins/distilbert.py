@@ -25,7 +25,8 @@ from compress_search.losses import cos
 
 from .distillation.layer_maps import source_layers, written_layers
 from .distillation.masked_text import MASKED_LM, hide, language_kl, prediction_loss, unlike_teacher
-from .distillation.matching import Match, Matching
+from .distillation.matches import Match
+from .distillation.matching import Matching
 from .distillation.objective import UNLABELLED, Objective
 from .distillation.soft_targets import SoftTerm
 from .distillation.students import cut_student, student_subject, unfit

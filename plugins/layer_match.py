@@ -25,7 +25,8 @@ from typing import Any
 from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subject, TrialError
 
 from .distillation.layer_maps import STRATEGIES, anchors, attention_pairs, layer_pairs, source_layers
-from .distillation.matching import Match, Matching, Shapes, check_depths, check_matches, parse_matches
+from .distillation.matches import Match, Shapes, check_depths, check_matches, parse_matches
+from .distillation.matching import Matching
 from .distillation.objective import (
     UNLABELLED,
     Choice,

@@ -19,7 +19,8 @@ from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subj
 from compress_search.encoders import layers
 
 from .distillation.layer_maps import source_layers
-from .distillation.matching import Match, Matching
+from .distillation.matches import Match
+from .distillation.matching import Matching
 from .distillation.objective import UNLABELLED, Objective, has_targets, idle_targets, reader, target_space
 from .distillation.soft_targets import SoftTerm
 from .distillation.students import cut_student, depths, same_shape, student_subject, unfit, widths

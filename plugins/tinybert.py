@@ -25,7 +25,8 @@ from compress_search.encoders import layers
 from .distillation.augmentation import WORDPIECE, augmented, augmenter, words_stay
 from .distillation.layer_maps import layer_pairs, written_layers
 from .distillation.masked_text import unlike_teacher
-from .distillation.matching import Match, Matching, Shapes, check_matches
+from .distillation.matches import Match, Shapes, check_matches
+from .distillation.matching import Matching
 from .distillation.objective import UNLABELLED, Objective, Teacher, reader
 from .distillation.soft_targets import SoftTerm
 from .distillation.students import NARROW, cut_student, depths, same_shape, student_subject, unfit, widths

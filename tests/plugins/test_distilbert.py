@@ -18,7 +18,8 @@ from compress_search_plugins.distilbert import (
     under_language_head,
 )
 from compress_search_plugins.distillation.masked_text import hide, language_kl, prediction_loss
-from compress_search_plugins.distillation.matching import Matching, parse_matches
+from compress_search_plugins.distillation.matches import parse_matches
+from compress_search_plugins.distillation.matching import Matching
 from compress_search_plugins.distillation.objective import Objective
 from compress_search_plugins.distillation.soft_targets import SoftTerm, soft_target_loss
 from hypothesis import given, settings

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from compress_search_plugins.distillation.layer_maps import transport
-from compress_search_plugins.distillation.matching import Match, Matching
+from compress_search_plugins.distillation.matches import Match
+from compress_search_plugins.distillation.matching import Matching
 from compress_search_plugins.distillation.objective import Objective, transported
 from compress_search_plugins.layer_match import EARTH_MOVER, FEATURES, LayerMatch, strategic
 from hypothesis import given

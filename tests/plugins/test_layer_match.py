@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compress_search_plugins.distillation.matching import Match, Matching
+from compress_search_plugins.distillation.matches import Match
+from compress_search_plugins.distillation.matching import Matching
 from compress_search_plugins.distillation.objective import Objective, aligned, some
 from compress_search_plugins.distillation.soft_targets import SoftTerm
 from compress_search_plugins.layer_match import ALIGNED, FEATURES, LayerMatch, strategic

@@ -8,14 +8,8 @@ from copy import deepcopy
 import pytest
 import torch
 from compress_search_plugins.distillation.layer_maps import layer_pairs
-from compress_search_plugins.distillation.matching import (
-    Match,
-    Matching,
-    Shapes,
-    check_depths,
-    check_matches,
-    parse_matches,
-)
+from compress_search_plugins.distillation.matches import Match, Shapes, check_depths, check_matches, parse_matches
+from compress_search_plugins.distillation.matching import Matching
 from torch import nn
 from torch.nn import functional as F
 

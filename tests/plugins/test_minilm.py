@@ -7,7 +7,8 @@ import math
 
 import pytest
 import torch
-from compress_search_plugins.distillation.matching import Matching, parse_matches
+from compress_search_plugins.distillation.matches import parse_matches
+from compress_search_plugins.distillation.matching import Matching
 from compress_search_plugins.minilm import MiniLM, default_heads, minilm_matches, relation_heads
 from torch import nn
 from torch.nn import functional as F
