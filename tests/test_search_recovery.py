@@ -218,7 +218,7 @@ def test_a_crash_between_the_teachers_rows_and_tell_still_freezes_the_reference(
 ) -> None:
     search = fake_search(tmp_path)
     teacher = given(search.next())
-    with killed_at(monkeypatch, search, "_tell"):
+    with killed_at(monkeypatch, search._teller, "tell"):
         search.finish(measured(teacher))
     search = fake_search(tmp_path)
     search.reconcile(nothing)
@@ -450,6 +450,7 @@ class Life(RuleBasedStateMachine):
 
 
 def live(examples: int, steps: int) -> None:
+    """Draw lives of a study; the machine's invariants and its teardown assert."""
     quiet = settings(
         max_examples=examples,
         stateful_step_count=steps,

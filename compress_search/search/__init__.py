@@ -1,7 +1,7 @@
 """The search: what to try next, what to make of what came back, and when to stop.
 
-Owns proposals, duplicates, retries, budgets and the order of writes that makes a crash harmless: rows first,
-``tell`` last. Knows nothing of processes, of Ray or of how a recipe is carried out.
+Owns proposals, duplicates, retries, budgets and the order of writes that makes a crash harmless: rows first, what
+:mod:`.telling` tells last. Knows nothing of processes, of Ray or of how a recipe is carried out.
 
 A trial's states, as Optuna knows them, and what they mean here:
 
@@ -16,7 +16,6 @@ A trial's states, as Optuna knows them, and what they mean here:
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -37,6 +36,7 @@ from compress_search.search.identity import Contents, identity, refuse_change
 from compress_search.search.ledger import Baselines, Ledger
 from compress_search.search.neighbours import unseen_neighbour
 from compress_search.search.samplers import derive_seed, make_sampler
+from compress_search.search.telling import Teller
 from compress_search.storage import LastAttempt, Store
 
 TEACHER = "teacher"
@@ -88,7 +88,8 @@ class Search:
         self._optuna = AskTell(optuna_study, store.patiently)
         stored = store.study(self.name)
         self._token = stored.created.isoformat()
-        self.reference: dict[str, float] = dict(reference or stored.reference.get("metrics", {}))
+        known = reference or stored.reference.get("metrics", {})
+        self._teller = Teller(self.name, store, self._optuna, self.aims, known)
         self._clock, self._started, self._seconds_before = clock, clock(), stored.seconds
         self._exhausted = self._blocked = False
         if max(self._ledger().attempts, default=-1) >= len(self._optuna.trials()):
@@ -97,6 +98,11 @@ class Search:
         for row in store.rungs(self.name):
             entry = Entry(self.aims.vector(row.metrics), self.aims.total_violation(row.metrics), row.kept)
             self._rungs.record(row.group, row.index, row.trial, entry)
+
+    @property
+    def reference(self) -> dict[str, float]:
+        """The teacher's metrics; empty until they are known."""
+        return self._teller.reference
 
     @classmethod
     def open(
@@ -143,7 +149,7 @@ class Search:
         trials, ledger = self._optuna.trials(), self._ledger()
         if ledger.baseline_running and not self.reference:  # whatever comes next is compared with the teacher
             return None
-        if self._put_back_unclaimed(trials, ledger) or _any(trials, TrialState.WAITING):
+        if self._put_back_unclaimed(trials, ledger) or any(trial.state is TrialState.WAITING for trial in trials):
             if assignment := self._hand_out(self._ask(trials), ledger):
                 return assignment
             return self._next()
@@ -165,7 +171,9 @@ class Search:
             return False
         if self._out_of_time:
             return True
-        if _any(self._optuna.trials(), TrialState.WAITING) or ledger.missing(self.baselines):
+        if any(trial.state is TrialState.WAITING for trial in self._optuna.trials()) or ledger.missing(
+            self.baselines
+        ):
             return False
         return self._spent(ledger) is not None
 
@@ -213,7 +221,7 @@ class Search:
         if recipe.key not in ledger.seen:
             return self._begin(number, 0, recipe)
         self._begin(number, 0, recipe, state="duplicate")
-        self._tell_duplicate(number, recipe)
+        self._teller.tell_duplicate(number, recipe, self._ledger())
         return None
 
     def _begin(
@@ -291,7 +299,7 @@ class Search:
         self._keep_time()
         result = self.aims.checked(replace(result, attempt=attempt.attempt))
         self.store.write_result(self.name, result)
-        self._tell(result, attempt)
+        self._teller.tell(result, attempt)
 
     def died(self, number: int, attempt: int, failure: Failure) -> bool:
         """Take back an attempt whose process died or overran; whether :meth:`next` will hand out another one.
@@ -355,11 +363,11 @@ class Search:
     def _tell_late(self, attempt: LastAttempt, read_result: Callable[[int], Result | None]) -> bool:
         """Tell how a trial ended that no driver lived to tell; whether it did end."""
         if attempt.state == "duplicate":
-            self._tell_duplicate(attempt.number, attempt.recipe)
+            self._teller.tell_duplicate(attempt.number, attempt.recipe, self._ledger())
             return True
         result = self._left_behind(attempt, read_result)
         if result:
-            self._tell(result, attempt)
+            self._teller.tell(result, attempt)
         return result is not None
 
     def _left_behind(self, attempt: LastAttempt, read_result: Callable[[int], Result | None]) -> Result | None:
@@ -388,43 +396,7 @@ class Search:
         self._optuna.requeue(attempt.number)
         return False
 
-    # ---- telling ------------------------------------------------------------------------------------------------
-
-    def _tell(self, result: Result, attempt: LastAttempt) -> None:
-        """The commit: attributes and constraints, then the end of the trial."""
-        attributes = {"state": result.state, "recipe": str(attempt.recipe), "attempts": result.attempt + 1}
-        attributes |= {name: value for name, value in result.metrics.items() if math.isfinite(value)}
-        if result.failure:
-            attributes["error"] = result.failure.message.partition("\n")[0]
-        if attempt.baseline:
-            self._freeze_reference(result, attempt.recipe)
-            self._optuna.tell(result.number, TrialState.FAIL, attributes=attributes)
-            return
-        self._optuna.tell(result.number, *self.aims.ending(result), attributes)
-
-    def _tell_duplicate(self, number: int, recipe: Recipe) -> None:
-        """Pruned; but by the first duplicate of a baseline samplers, which do not see that, learn how it ended."""
-        ledger = self._ledger()
-        marks = {"state": "duplicate", "duplicate_of": ledger.seen[recipe.key]}
-        if baseline := ledger.speaks_for(number, recipe):
-            result = self.store.result(self.name, baseline.number, baseline.attempt)
-            self._optuna.tell(number, *self.aims.ending(result), marks)
-        else:
-            self._optuna.tell(number, TrialState.PRUNED, attributes=marks)
-
-    def _freeze_reference(self, result: Result, recipe: Recipe) -> None:
-        """The first complete teacher's metrics stand for the whole study."""
-        if recipe.steps or result.state != "complete" or self.reference:
-            return
-        self.reference = dict(result.metrics)
-        kept = self.store.study(self.name).reference
-        self.store.update_study(self.name, reference={**kept, "metrics": self.reference})
-
     def _group(self, recipe: Recipe) -> str:
         """Whom a trial is compared with: those that make their student in the same way."""
         students = [name for name in recipe.methods if self.plan.methods[name].stage is Stage.STUDENT]
         return students[0] if students else ""
-
-
-def _any(trials: Sequence[FrozenTrial], state: TrialState) -> bool:
-    return any(trial.state is state for trial in trials)
