@@ -93,9 +93,9 @@ def table_width(subject: Subject, ratio: float) -> int:
 def make_student(candidate: Candidate, subject: Subject, params: Params, seed: int) -> Any:
     """The student of these shapes: the candidate's word embeddings and CRF; the rest has random weights."""
     teacher: Any = candidate.network.config
-    crf = crf_of(candidate.network)
+    crf, words = crf_of(candidate.network), embeddings(candidate.network).word_embeddings
     config = RecurrentConfig(
-        vocab_size=subject.vocabulary,
+        vocab_size=cast(int, words.num_embeddings),  # a subject's vocabulary may be an upper bound
         embedding_size=subject.embedding_size,
         units=subject.hidden // 2,
         num_layers=subject.layers,
@@ -112,7 +112,6 @@ def make_student(candidate: Candidate, subject: Subject, params: Params, seed: i
         network = new_recurrent(config, tokens=subject.task == "token-classification").eval()
     if crf and (own := crf_of(network)):
         own.load_state_dict(crf.state_dict())
-    words = embeddings(candidate.network).word_embeddings
     with torch.no_grad():
         network.word_embeddings.weight.copy_(principal(word_table(cast(nn.Module, words)), subject.embedding_size))
     return network

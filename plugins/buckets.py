@@ -27,7 +27,7 @@ def optimal_buckets(lengths: NDArray[np.int64], count: int, cost: Callable[[int]
     widths, examples = np.unique(lengths, return_counts=True)
     size = len(widths)
     before = np.concatenate([[0], np.cumsum(examples)])
-    price = np.array([cost(int(width)) for width in widths])
+    price = np.array([cost(int(width)) for width in widths], dtype=float)
     # group[i, j]: what the lengths i … j cost in one bucket as wide as the last of them
     group = (before[None, 1:] - before[:-1, None]) * price[None, :]
     group[np.tril_indices(size, -1)] = np.inf

@@ -172,6 +172,14 @@ def test_what_needs_transformer_layers_refuses_it() -> None:
         layers(found.network)
 
 
+def test_a_vocabulary_may_be_smaller_than_the_subject_knows() -> None:
+    candidate = tiny_candidate()
+    keep_tokens(candidate.network, range(20))
+    pruned = candidate.replace(subject=candidate.subject.having("data-sized"))
+    found = BiLstm().apply(pruned, parameters(candidate), tiny_context(pruned, dry=True))
+    assert found.network.config.vocab_size == len(found.network.word_embeddings.weight) == 20
+
+
 def test_it_comes_near_its_teacher() -> None:
     candidate = tiny_candidate(layers=2)
     context = tiny_context(candidate, steps=80, batch_size=16)

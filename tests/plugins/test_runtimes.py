@@ -150,6 +150,10 @@ def test_the_longest_input_covers_so_many_training_examples() -> None:
     assert applied(candidate, coverage=0.75, max_length=9).runtime["max_length"] == 9
 
 
+def test_costs_may_be_whole_numbers() -> None:
+    assert optimal_buckets(np.array([4, 4, 5, 9]), 2, lambda width: 3 * width) == (5, 9)
+
+
 def test_buckets_are_optimal_for_the_lengths_that_are_left() -> None:
     candidate = tiny_candidate()
     lengths = training_lengths(tiny_context(candidate))
