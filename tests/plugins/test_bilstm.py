@@ -13,7 +13,16 @@ from compress_search_plugins.bilstm import BiLstm
 from torch import Tensor
 
 from compress_search import Candidate, TrialError
-from compress_search.encoders import describe, embeddings, layers, load_network, save, shape_key, subject_of
+from compress_search.encoders import (
+    describe,
+    embeddings,
+    keep_tokens,
+    layers,
+    load_network,
+    save,
+    shape_key,
+    subject_of,
+)
 from compress_search.losses import kl, mse_logits
 from compress_search.registry import Registry
 from compress_search.runtimes import load_runner, lower
