@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subject
 from compress_search.encoders import RecurrentConfig, crf_of, embeddings, new_recurrent
 
-from .distillation.soft_targets import SoftTerm, soft_space, soft_target_loss
+from .distillation.soft_targets import SoftTerm, crf_missing, soft_space, soft_target_loss
 
 UNITS = (32, 64, 128, 256, 512)
 
@@ -49,6 +49,10 @@ class BiLstm(Method):
         if teacher.task != "token-classification":
             space["pooling"] = Dim.choice(("max", "mean"), "max", expert=True)
         return space
+
+    def missing(self, teacher: Subject) -> Mapping[str, str]:
+        """A CRF to learn from."""
+        return crf_missing(teacher)
 
     def after(self, subject: Subject, params: Params) -> Subject:
         """No transformer any more: recurrent layers, ``hidden`` being the width of both directions."""

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from compress_search import Batch, Candidate, Context, Dim, Method, Params, Stage, Subject
 
-from .distillation.soft_targets import SoftTerm, annealed_loss, logits_of, mix_space, soft_space
+from .distillation.soft_targets import SoftTerm, annealed_loss, crf_missing, logits_of, mix_space, soft_space
 from .distillation.starts import beginning, started_anew, startless
+
+NO_MEAN = "and several generations have no transitions in common: expected emission, or average: false"
 
 
 class BornAgain(Method):
@@ -44,6 +46,15 @@ class BornAgain(Method):
         """The first generation has one network to learn from: nothing to average."""
         return {**params, "average": bool(params["average"]) and params["generations"] != 1}
 
+    def faults(self, subject: Subject, params: Params) -> Mapping[str, str]:
+        """Transitions of several generations at once."""
+        chained = params.get("crf_target", "emission") != "emission"
+        return {"crf_target": f"{params['crf_target']}, {NO_MEAN}"} if chained and params["average"] else {}
+
+    def missing(self, teacher: Subject) -> Mapping[str, str]:
+        """A CRF to learn from."""
+        return crf_missing(teacher)
+
     def trains(self, params: Params) -> bool:
         """Always."""
         return True
@@ -62,7 +73,8 @@ class BornAgain(Method):
 
 def _train(student: nn.Module, task: str, elders: Sequence[nn.Module], params: Params, context: Context) -> None:
     teacher = targets(elders, context, with_teacher=not elders or bool(params["average"]))
-    loss, on_step = annealed_loss(context, SoftTerm.of(task, params), params, teacher)
+    speaker = elders[-1] if elders else None
+    loss, on_step = annealed_loss(context, SoftTerm.of(task, params), params, teacher, speaker)
     share, rate = 1 / int(params["generations"]), float(params["learning_rate"])
     context.fit(student, loss=loss, share=share, learning_rate=rate, on_step=on_step)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
@@ -27,8 +27,8 @@ from .distillation.layer_maps import source_layers, written_layers
 from .distillation.masked_text import MASKED_LM, hide, language_kl, prediction_loss, unlike_teacher
 from .distillation.matches import Match
 from .distillation.matching import Matching
-from .distillation.objective import UNLABELLED, Objective
-from .distillation.soft_targets import SoftTerm
+from .distillation.objective import Objective, text_missing
+from .distillation.soft_targets import SoftTerm, crf_missing, crf_space
 from .distillation.students import cut_student, student_subject, unfit
 
 INITS = ("spread", "every_other", "first", "last")
@@ -94,6 +94,7 @@ class DistilBert(Method):
         }
         if teacher.task != "text-regression" or "masked-lm" in teacher.traits:
             space["temperature"] = Dim.real(1.0, 10.0, 2.0, expert=True)
+            space |= crf_space(teacher)
         if "unlabelled" in teacher.traits:
             space["unlabelled_text"] = Dim.flag(True, expert=True)
         return space | (_language_space() if "masked-lm" in teacher.traits else {})
@@ -107,7 +108,7 @@ class DistilBert(Method):
         second = bool(params["second_distillation"]) and bool(params["second_alpha"])
         found = {**params, "drop_token_type": bool(params["drop_token_type"]) and foldable(subject)}
         idle = set() if found.get("custom_layers") else {"custom_layers"}
-        idle |= set() if second else {"second_alpha"}
+        idle |= (set() if second else {"second_alpha"}) | _idle_chains(found, second)
         return {name: value for name, value in found.items() if name not in idle} | {"second_distillation": second}
 
     def faults(self, subject: Subject, params: Params) -> Mapping[str, str]:
@@ -117,9 +118,9 @@ class DistilBert(Method):
         return found | ({} if _weights(params) else {"ce_weight": NO_WEIGHT})
 
     def missing(self, teacher: Subject) -> Mapping[str, str]:
-        """Text without labels, and a masked language model."""
+        """Text without labels, a masked language model, and a CRF to learn from."""
         language = {} if "masked-lm" in teacher.traits else dict.fromkeys(_language_space(), MASKED_LM)
-        return language if "unlabelled" in teacher.traits else {**language, "unlabelled_text": UNLABELLED}
+        return language | text_missing(teacher, "unlabelled_text") | crf_missing(teacher)
 
     def after(self, subject: Subject, params: Params) -> Subject:
         """Fewer layers, and perhaps a single token type."""
@@ -164,6 +165,15 @@ def _language_space() -> dict[str, Dim]:
         "mlm_probability": Dim.real(0.1, 0.3, 0.15, when=language, expert=True),
         "restrict_ce_to_mask": Dim.flag(False, when=language, expert=True),
     }
+
+
+def _idle_chains(params: Params, second: bool) -> set[str]:
+    """What says nothing under a CRF: text without labels has no chains, and best paths have no temperature."""
+    text = params.get("general") or params.get("unlabelled_text")
+    if not second and (text or not params["ce_weight"]):
+        return {"crf_target"}
+    tempered = params.get("crf_target") != "viterbi" or (text and params["ce_weight"])
+    return set() if tempered else {"temperature"}
 
 
 NO_WEIGHT = "every weight of the first phase is 0: expected one above, or nothing is learnt in it"
@@ -283,7 +293,7 @@ def task_objective(student: Candidate, params: Params, context: Context) -> Obje
     last = [Match.model_validate({**ends, "loss": "cos", "weight": weight})] if weight else []
     term = SoftTerm.of(student.subject.task, params)
     if params.get("unlabelled_text"):
-        term = replace(term, scope="attended")
+        term = term.unlabelled
     matching = Matching.between(last, student.network, context.teacher, context.seed)
     return Objective(context, matching, term, float(params["ce_weight"]))
 

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 
 from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subject
 
-from .distillation.soft_targets import SoftTerm, annealed_loss, mix_space, soft_space, transfer_loss
+from .distillation.objective import text_missing
+from .distillation.soft_targets import SoftTerm, annealed_loss, crf_missing, mix_space, soft_space, transfer_loss
 
 LONGEST_TRANSFER = 0.9
 """The part of the training that unlabelled text may take: the labels have the last word."""
@@ -30,10 +31,11 @@ class Distill(Method):
 
     def search_space(self, teacher: Subject) -> Mapping[str, Dim]:
         """``transfer`` is the part of the training that goes before, on unlabelled text and the soft term alone."""
+        text = {"transfer": Dim.real(0.0, LONGEST_TRANSFER, 0.0, expert=True)}
         return {
             **mix_space(),
-            **soft_space(teacher, chains=True),
-            "transfer": Dim.real(0.0, LONGEST_TRANSFER, 0.0, expert=True),
+            **soft_space(teacher, "posterior"),
+            **(text if "unlabelled" in teacher.traits else {}),
             "learning_rate": Dim.real(1e-6, 1e-2, 5e-5, log=True, expert=True),
         }
 
@@ -41,14 +43,9 @@ class Distill(Method):
         """Only what a lossy step left can be recovered."""
         return None if "lossy" in subject.traits else "there is nothing to recover: no step before it was lossy"
 
-    def effective(self, subject: Subject, params: Params) -> Params:
-        """Nothing can be transferred by text that is not there."""
-        return params if "unlabelled" in subject.traits else {**params, "transfer": 0.0}
-
     def missing(self, teacher: Subject) -> Mapping[str, str]:
-        """A CRF to learn from."""
-        crf = "a teacher with a CRF: have one trained by teacher.fine_tune.crf, for a token task"
-        return {} if "crf" in teacher.traits else {"crf_target": crf}
+        """Text without labels to transfer by, and a CRF to learn from."""
+        return text_missing(teacher, "transfer") | crf_missing(teacher)
 
     def after(self, subject: Subject, params: Params) -> Subject:
         """The same shapes, recovered."""
@@ -61,7 +58,7 @@ class Distill(Method):
     def apply(self, candidate: Candidate, params: Params, context: Context) -> Candidate:
         """Train a copy on its whole share of the budget."""
         candidate = candidate.copy()
-        term, transfer = SoftTerm.of(candidate.subject.task, params), float(params["transfer"])
+        term, transfer = SoftTerm.of(candidate.subject.task, params), float(params.get("transfer", 0.0))
         rate = float(params["learning_rate"])
         if transfer:
             context.fit(

@@ -28,7 +28,6 @@ from .distillation.layer_maps import STRATEGIES, anchors, attention_pairs, layer
 from .distillation.matches import Match, Shapes, check_depths, check_matches, parse_matches
 from .distillation.matching import Matching
 from .distillation.objective import (
-    UNLABELLED,
     Choice,
     Objective,
     aligned,
@@ -36,9 +35,10 @@ from .distillation.objective import (
     idle_targets,
     some,
     target_space,
+    text_missing,
     transported,
 )
-from .distillation.soft_targets import SoftTerm
+from .distillation.soft_targets import SoftTerm, crf_missing
 from .distillation.students import NARROW, cut_student, depths, same_shape, student_subject, unfit, widths
 
 FEATURES = ("hidden", "attention", "hidden+attention", "embedding+hidden+attention")
@@ -196,8 +196,8 @@ class LayerMatch(Method):
         return {}
 
     def missing(self, teacher: Subject) -> Mapping[str, str]:
-        """Text without labels."""
-        return {} if "unlabelled" in teacher.traits else {"unlabelled_text": UNLABELLED}
+        """Text without labels, and a CRF to learn from."""
+        return text_missing(teacher, "unlabelled_text") | crf_missing(teacher)
 
     def after(self, subject: Subject, params: Params) -> Subject:
         """Fewer layers and, by ``width``, narrower ones with as many heads."""

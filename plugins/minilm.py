@@ -21,8 +21,8 @@ from compress_search.encoders import layers
 from .distillation.layer_maps import source_layers
 from .distillation.matches import Match
 from .distillation.matching import Matching
-from .distillation.objective import UNLABELLED, Objective, has_targets, idle_targets, reader, target_space
-from .distillation.soft_targets import SoftTerm
+from .distillation.objective import Objective, has_targets, idle_targets, reader, target_space, text_missing
+from .distillation.soft_targets import SoftTerm, crf_missing
 from .distillation.students import cut_student, depths, same_shape, student_subject, unfit, widths
 
 RELATIONS = ("qk+vv", "qq+kk+vv", "qq", "kk", "vv", "qk")
@@ -135,8 +135,8 @@ class MiniLM(Method):
         return {"layers": fault} if fault else {}
 
     def missing(self, teacher: Subject) -> Mapping[str, str]:
-        """Text without labels."""
-        return {} if "unlabelled" in teacher.traits else {"unlabelled_text": UNLABELLED}
+        """Text without labels, and a CRF to learn from."""
+        return text_missing(teacher, "unlabelled_text") | crf_missing(teacher)
 
     def after(self, subject: Subject, params: Params) -> Subject:
         """Fewer layers and, by ``width``, narrower ones with as many heads."""

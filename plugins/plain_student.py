@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subject
 from compress_search.encoders import keep_layers
 
-from .distillation.soft_targets import SoftTerm, soft_target_loss
+from .distillation.soft_targets import SoftTerm, crf_missing, crf_space, soft_target_loss, tempered
 from .distillation.starts import beginning, started_anew, startless
 
 
@@ -30,8 +30,8 @@ class PlainStudent(Method):
             "learning_rate": Dim.real(1e-6, 1e-2, 5e-5, log=True, expert=True),
         }
         if teacher.task != "text-regression":
-            space["temperature"] = Dim.real(1.0, 10.0, 2.0, expert=True)
-        return space
+            space["temperature"] = Dim.real(1.0, 10.0, 2.0, when=tempered(teacher), expert=True)
+        return space | crf_space(teacher)
 
     def unsupported(self, subject: Subject) -> str | None:
         """A control is a plain network: layers all alike, each with weights of its own."""
@@ -40,14 +40,19 @@ class PlainStudent(Method):
         return "its layers differ in shape" if "non-uniform" in subject.traits else None
 
     def effective(self, subject: Subject, params: Params) -> Params:
-        """No more layers than there are, and no temperature of logits that nobody looks at."""
+        """No more layers than there are, and nothing of logits that nobody looks at."""
         found = {**params, "layers": min(int(params["layers"]), subject.layers)}
-        return {name: value for name, value in found.items() if name != "temperature" or params["alpha"]}
+        idle = set() if params["alpha"] else {"temperature", "crf_target"}
+        return {name: value for name, value in found.items() if name not in idle}
 
     def faults(self, subject: Subject, params: Params) -> Mapping[str, str]:
         """An untrained start that nobody knows."""
         fault = startless(subject) if params["start"] == "untrained" else None
         return {"start": f"untrained, and {fault}"} if fault else {}
+
+    def missing(self, teacher: Subject) -> Mapping[str, str]:
+        """A CRF to learn from."""
+        return crf_missing(teacher)
 
     def after(self, subject: Subject, params: Params) -> Subject:
         """So many layers."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from compress_search import Batch, Candidate, Context, Dim, Method, Params, Stage, Subject, TrialError
 from compress_search.encoders import backbone, embeddings, head, layers, set_layers
 
-from .distillation.soft_targets import soft_target_loss
+from .distillation.soft_targets import SoftTerm, crf_missing, crf_space, crf_target, soft_target_loss
 
 INITS = ("first_k", "every_nth", "last_of_block", "first_of_block", "random")
 MIXINGS = ("bernoulli", "uniform", "deterministic")
@@ -236,6 +236,7 @@ class Theseus(Method):
             "train_head_in_stage1": Dim.flag(False, expert=True),
             "stage1_fraction": Dim.real(0.3, 0.9, 2 / 3, expert=True),
             "kd_in_stage2": Dim.flag(False, expert=True),
+            **crf_space(teacher, when={"kd_in_stage2": (True,)}),
             "learning_rate": Dim.real(1e-6, 1e-2, 5e-5, log=True, expert=True),
         }
 
@@ -248,6 +249,10 @@ class Theseus(Method):
         if "non-uniform" in subject.traits:
             return "its layers differ in shape"
         return None
+
+    def missing(self, teacher: Subject) -> Mapping[str, str]:
+        """A CRF to learn from."""
+        return crf_missing(teacher)
 
     def after(self, subject: Subject, params: Params) -> Subject:
         """A layer for every block."""
@@ -323,9 +328,10 @@ def _replace(hybrid: nn.Module, gates: Gates, generator: torch.Generator, params
 
 def _fine_tune(network: nn.Module, task: str, params: Params, context: Context) -> None:
     """Stage 2: the successor on its own, all of it [3.2]; a finer step, for it is nearly there."""
+    term = SoftTerm(task, crf_target=crf_target(params))
     context.fit(
         network,
-        loss=soft_target_loss(context, task) if params["kd_in_stage2"] else None,
+        loss=soft_target_loss(context, term) if params["kd_in_stage2"] else None,
         share=1 - float(params["stage1_fraction"]),
         learning_rate=float(params["learning_rate"]) / 2,
     )

@@ -27,8 +27,8 @@ from .distillation.layer_maps import layer_pairs, written_layers
 from .distillation.masked_text import unlike_teacher
 from .distillation.matches import Match, Shapes, check_matches
 from .distillation.matching import Matching
-from .distillation.objective import UNLABELLED, Objective, Teacher, reader
-from .distillation.soft_targets import SoftTerm
+from .distillation.objective import Objective, Teacher, reader, text_missing
+from .distillation.soft_targets import SoftTerm, crf_missing, crf_space, tempered
 from .distillation.students import NARROW, cut_student, depths, same_shape, student_subject, unfit, widths
 
 MAPS = {"uniform": "uniform", "top": "last", "bottom": "first"}
@@ -126,7 +126,8 @@ class TinyBert(Method):
             "learning_rate": Dim.real(1e-6, 1e-2, 5e-5, log=True, expert=True),
         }
         if teacher.task != "text-regression":
-            space["temperature"] = Dim.real(1.0, 5.0, 1.0, expert=True)
+            space["temperature"] = Dim.real(1.0, 5.0, 1.0, when=tempered(teacher), expert=True)
+            space |= crf_space(teacher)
         if "unlabelled" in teacher.traits:
             space["general_fraction"] = Dim.real(0.0, 0.9, 0.0, expert=True)
         return space | (_augmentation_space(teacher) if _spells_words(teacher) else {})
@@ -155,9 +156,9 @@ class TinyBert(Method):
         return found | ({"augment": f"true, and {words}"} if words else {})
 
     def missing(self, teacher: Subject) -> Mapping[str, str]:
-        """Text without labels, and a tokenizer by which words can be replaced."""
+        """Text without labels, a tokenizer by which words can be replaced, and a CRF to learn from."""
         spelt = dict.fromkeys(() if _spells_words(teacher) else ("augment", "variants"), WORDPIECE)
-        return spelt if "unlabelled" in teacher.traits else {**spelt, "general_fraction": UNLABELLED}
+        return spelt | text_missing(teacher, "general_fraction") | crf_missing(teacher)
 
     def after(self, subject: Subject, params: Params) -> Subject:
         """Fewer layers and, by ``width``, narrower ones with as many heads."""

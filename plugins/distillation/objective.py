@@ -20,7 +20,7 @@ from compress_search.encoders import read_features, recording
 
 from .layer_maps import align, transport
 from .matching import Matching
-from .soft_targets import SoftTerm, soft_space
+from .soft_targets import SoftTerm, chains_of, soft_space
 
 Features = Mapping[str, Tensor]
 Teacher = Callable[[Batch, Collection[str]], Features]
@@ -55,6 +55,11 @@ def idle_targets(subject: Subject, params: Params) -> set[str]:
     return set() if params["logit_weight"] else set(soft_space(subject))
 
 
+def text_missing(teacher: Subject, dimension: str) -> dict[str, str]:
+    """What a dimension would need that is only there with text without labels, for ``Method.missing``."""
+    return {} if "unlabelled" in teacher.traits else {dimension: UNLABELLED}
+
+
 @dataclass
 class Objective:
     """A loss for ``context.fit``: matches + ``soft_weight``·soft targets + ``hard_weight``·the task's loss.
@@ -79,7 +84,8 @@ class Objective:
             hard = self._forward(network, batch)
         total: Any = self._matches(found, batch)
         if self.soft and self.soft_weight:
-            soft = self.soft(found["logits"], self.context.teacher_logits(batch), batch)
+            chains = chains_of(network, self.context.teacher, self.soft)
+            soft = self.soft(found["logits"], self.context.teacher_logits(batch), batch, chains)
             total = total + self.soft_weight * self._record("soft", soft)
         if hard is not None:
             total = total + self.hard_weight * self._record("hard", hard)

@@ -6,7 +6,7 @@ which methods train under this loss, and when, is theirs to say.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
@@ -30,6 +30,9 @@ from compress_search.losses import (
 CrfTarget = Literal["emission", "posterior", "viterbi"]
 Chains = tuple[Crf, Crf]
 """The student's CRF and the teacher's."""
+
+CRF = "a teacher with a CRF: have one trained by teacher.fine_tune.crf, for a token task"
+"""What ``crf_target`` needs."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,17 @@ class SoftTerm:
             cast(TemperatureScheduler, params.get("temperature_scheduler", "constant")),
             float(params.get("scheduler_beta", 1.0)),
             float(params.get("scheduler_gamma", 1.0)),
-            cast(CrfTarget, params.get("crf_target", "emission")),
+            crf_target(params),
             bool(params.get("temperature_sq", True)),
         )
+
+    @property
+    def unlabelled(self) -> SoftTerm:
+        """The same term for text without labels; of token tasks all positions but padding count.
+
+        Where a word's first piece is not known there is no chain of words: emissions are compared.
+        """
+        return replace(self, scope="attended", shift=False, crf_target="emission")
 
     def __call__(self, student: Tensor, teacher: Tensor, batch: Batch, chains: Chains | None = None) -> Tensor:
         """The term's value for logits (B, C) or (B, S, C); ``chains`` where both models have a CRF."""
@@ -101,36 +112,60 @@ class SoftTerm:
         return soft_loss(student, teacher, self.kind, tau, mask, squared=self.squared)
 
 
-def soft_space(teacher: Subject, *, chains: bool = False) -> dict[str, Dim]:
+def crf_space(
+    teacher: Subject, default: CrfTarget = "emission", *, when: Mapping[str, tuple[str | bool, ...]] | None = None
+) -> dict[str, Dim]:
+    """What of a teacher with a CRF is learnt; nothing to choose where it has none.
+
+    It is searched by default where that is not the emissions.
+    """
+    if "crf" not in teacher.traits:
+        return {}
+    targets = ("emission", "posterior", "viterbi")
+    return {"crf_target": Dim.choice(targets, default, when=when, expert=default == "emission")}
+
+
+def crf_missing(teacher: Subject) -> dict[str, str]:
+    """What :func:`crf_space` would need, for ``Method.missing``."""
+    return {} if "crf" in teacher.traits else {"crf_target": CRF}
+
+
+def crf_target(params: Params) -> CrfTarget:
+    """What :func:`crf_space` came to."""
+    return cast(CrfTarget, params.get("crf_target", "emission"))
+
+
+def tempered(teacher: Subject) -> dict[str, tuple[str, ...]]:
+    """When a soft term has a temperature: a best path has none, for it is a label at each position."""
+    return {"crf_target": ("emission", "posterior")} if "crf" in teacher.traits else {}
+
+
+def soft_space(teacher: Subject, target: CrfTarget = "emission") -> dict[str, Dim]:
     """The dimensions of a soft term on the teacher's task; a single output has neither classes nor temperature.
 
-    ``temperature_sq``, the factor τ², is off only to repeat what TextBrewer computes.
-
-    With ``chains`` a teacher with a CRF can be learnt from as such. A best path is a label at each position: it has
-    no temperature, and is never compared with as if it were a distribution.
+    ``temperature_sq``, the factor τ², is off only to repeat what TextBrewer computes. ``target`` is the
+    default of ``crf_target``, where the teacher has a CRF.
     """
     if teacher.task == "text-regression":
         return {}
-    chains = chains and "crf" in teacher.traits
-    soft = {"crf_target": ("emission", "posterior")} if chains else {}
+    chains = "crf" in teacher.traits
+    soft = tempered(teacher)
     tokens = {"crf_target": ("emission",)} if chains else {}
-    tempered = {"soft_loss": ("kl",), **soft}
-    scheduled = tempered | {"temperature_scheduler": ("flsw", "cwsm")}
+    divided = {"soft_loss": ("kl",), **soft}
+    scheduled = divided | {"temperature_scheduler": ("flsw", "cwsm")}
     space = {
         "soft_loss": Dim.choice(("kl", "mse_logits"), "kl", expert=True),
-        "temperature": Dim.real(1.0, 10.0, 2.0, when=tempered),
-        "temperature_sq": Dim.flag(True, when=tempered, expert=True),
-        "temperature_scheduler": Dim.choice(("constant", "flsw", "cwsm"), "constant", when=tempered, expert=True),
+        "temperature": Dim.real(1.0, 10.0, 2.0, when=divided),
+        "temperature_sq": Dim.flag(True, when=divided, expert=True),
+        "temperature_scheduler": Dim.choice(("constant", "flsw", "cwsm"), "constant", when=divided, expert=True),
         "scheduler_beta": Dim.real(0.0, 2.0, 1.0, when=scheduled, expert=True),
         "scheduler_gamma": Dim.real(
-            0.5, 4.0, 1.0, when=tempered | {"temperature_scheduler": ("flsw",)}, expert=True
+            0.5, 4.0, 1.0, when=divided | {"temperature_scheduler": ("flsw",)}, expert=True
         ),
         "probability_shift": Dim.flag(False, when=soft, expert=True),
     }
-    if chains:
-        # squared differences of logarithms of probabilities mean little: only emissions are compared so
-        targets = ("emission", "posterior", "viterbi")
-        space["crf_target"] = Dim.choice(targets, "posterior", when={"soft_loss": ("kl",)})
+    # squared differences of logarithms of probabilities mean little: only emissions are compared so
+    space |= crf_space(teacher, target, when={"soft_loss": ("kl",)})
     if teacher.task == "token-classification":
         space["token_scope"] = Dim.choice(("labelled", "attended"), "labelled", when=tokens, expert=True)
     return space
@@ -142,6 +177,7 @@ def soft_target_loss(
     *,
     alpha: Callable[[], float] = lambda: 0.5,
     teacher: Callable[[Batch], Tensor] | None = None,
+    speaker: nn.Module | None = None,
 ) -> Loss:
     """α·soft + (1 − α)·hard, as a loss for ``context.fit``.
 
@@ -150,6 +186,7 @@ def soft_target_loss(
         term: the soft term; a task's name stands for that task's with its defaults.
         alpha: the soft term's weight, asked for at every batch.
         teacher: whose logits to learn from; the study's teacher by default.
+        speaker: the network that says them, whose CRF they are read by; the study's teacher by default.
 
     Source: Hinton et al. 2015, Distilling the Knowledge in a Neural Network, section 2.
     """
@@ -161,16 +198,17 @@ def soft_target_loss(
         weight = alpha()
         if weight == 0:
             return hard
-        return mixed(soft(logits, targets(batch), batch, chains_of(network, context, soft)), hard, weight)
+        chains = chains_of(network, speaker or context.teacher, soft)
+        return mixed(soft(logits, targets(batch), batch, chains), hard, weight)
 
     return loss
 
 
-def chains_of(network: nn.Module, context: Context, term: SoftTerm) -> Chains | None:
-    """The CRFs of the network and of the study's teacher, where the term looks at them and both have one."""
+def chains_of(network: nn.Module, teacher: nn.Module, term: SoftTerm) -> Chains | None:
+    """The CRFs of a network and its teacher, where the term looks at them and both have one."""
     if term.crf_target == "emission":
         return None
-    ours, theirs = crf_of(network), crf_of(context.teacher)
+    ours, theirs = crf_of(network), crf_of(teacher)
     return (ours, theirs) if ours and theirs else None
 
 
@@ -184,9 +222,15 @@ def mix_space() -> dict[str, Dim]:
 
 
 def annealed_loss(
-    context: Context, term: SoftTerm, params: Params, teacher: Callable[[Batch], Tensor] | None = None
+    context: Context,
+    term: SoftTerm,
+    params: Params,
+    teacher: Callable[[Batch], Tensor] | None = None,
+    speaker: nn.Module | None = None,
 ) -> tuple[Loss, Callable[[int, int], None]]:
     """The mixed loss with the weight that :func:`mix_space` describes, and the ``on_step`` that moves it.
+
+    Arguments as of :func:`soft_target_loss`.
 
     Source: Clark et al. 2019, BAM! Born-Again Multi-Task Networks, section 3.2 (teacher annealing).
     """
@@ -200,15 +244,12 @@ def annealed_loss(
     def alpha() -> float:
         return annealed(start, end, progress)
 
-    return soft_target_loss(context, term, alpha=alpha, teacher=teacher), on_step
+    return soft_target_loss(context, term, alpha=alpha, teacher=teacher, speaker=speaker), on_step
 
 
 def transfer_loss(context: Context, term: SoftTerm) -> Loss:
-    """The soft term alone, for batches without labels; of token tasks all positions but padding count.
-
-    Where a word's first piece is not known there is no chain of words: emissions are compared.
-    """
-    soft = replace(term, scope="attended", shift=False, crf_target="emission")
+    """The soft term alone, for batches without labels."""
+    soft = term.unlabelled
 
     def loss(network: nn.Module, batch: Batch) -> Tensor:
         return soft(logits_of(network, batch), context.teacher_logits(batch), batch)

@@ -6,9 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from compress_search_plugins import born_again
 from compress_search_plugins.bilstm import BiLstm
 from compress_search_plugins.born_again import BornAgain
+from compress_search_plugins.distilbert import DistilBert
 from compress_search_plugins.distill import Distill
+from compress_search_plugins.distillation.matching import Matching
+from compress_search_plugins.distillation.objective import Objective
 from compress_search_plugins.distillation.soft_targets import SoftTerm, soft_target_loss, transfer_loss
 from compress_search_plugins.layer_match import LayerMatch
 from compress_search_plugins.minilm import MiniLM
@@ -16,13 +20,14 @@ from compress_search_plugins.plain_student import PlainStudent
 from compress_search_plugins.quantization import Quantization
 from compress_search_plugins.structured_pruning import StructuredPruning
 from compress_search_plugins.theseus import Theseus
+from compress_search_plugins.tinybert import TinyBert
 from torch import Tensor, nn
 
 from compress_search import Candidate, Method
 from compress_search.candidate import Subject
 from compress_search.encoders import attach_crf, crf_of, describe, subject_of
 from compress_search.losses import kl
-from compress_search.space import defaults
+from compress_search.space import defaults, narrow
 from compress_search.testing import TinyContext, tiny_batches, tiny_candidate, tiny_context
 
 TASK = "token-classification"
@@ -223,6 +228,102 @@ def test_the_target_is_a_dimension_where_there_is_a_crf_and_only_there() -> None
     assert "crf_target" not in Distill().search_space(plain)
     for dim in Distill().search_space(plain).values():
         assert "crf_target" not in dim.when
+
+
+STUDENTS: list[tuple[Method, dict[str, Any]]] = [
+    (Theseus(), {"kd_in_stage2": True}),
+    (TinyBert(), {}),
+    (DistilBert(), {}),
+    (MiniLM(), {}),
+    (LayerMatch(), {}),
+    (BornAgain(), {}),
+    (PlainStudent(), {"alpha": 0.5}),
+    (BiLstm(), {"units": 32}),
+]
+NAMES = [type(method).__name__ for method, _ in STUDENTS]
+
+
+def written(method: Method, candidate: Candidate, **wishes: Any) -> dict[str, Any]:
+    """The parameters of a study that writes these values."""
+    space = method.search_space(candidate.subject)
+    assert wishes.keys() <= space.keys()
+    fixed = {name: narrow(dim, wishes[name]) if name in wishes else dim for name, dim in space.items()}
+    return dict(method.effective(candidate.subject, defaults(fixed)))
+
+
+@pytest.mark.parametrize(("method", "changes"), STUDENTS, ids=NAMES)
+def test_students_learn_emissions_unless_a_study_names_another_target(
+    method: Method, changes: dict[str, Any]
+) -> None:
+    candidate = with_crf(layers=4)
+    assert written(method, candidate, **changes)["crf_target"] == "emission"
+    assert method.search_space(candidate.subject)["crf_target"].expert
+    plain = tiny_candidate("bert", TASK).subject
+    assert "crf_target" not in method.search_space(plain)
+    assert "teacher.fine_tune.crf" in method.missing(plain)["crf_target"]
+
+
+@pytest.mark.parametrize("target", ["posterior", "viterbi"])
+@pytest.mark.parametrize(("method", "changes"), STUDENTS, ids=NAMES)
+def test_every_students_answers_are_compared_by_the_target(
+    method: Method, changes: dict[str, Any], target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, bool]] = []
+    original = SoftTerm.__call__
+
+    def call(term: SoftTerm, student: Tensor, teacher: Tensor, batch: Any, chains: Any = None) -> Tensor:
+        seen.append((term.crf_target, chains is not None and chains[0] is not chains[1]))
+        return original(term, student, teacher, batch, chains)
+
+    monkeypatch.setattr(SoftTerm, "__call__", call)
+    candidate = with_crf(layers=4)
+    params = written(method, candidate, crf_target=target, **changes)
+    assert method.faults(candidate.subject, params) == {}
+    assert ("temperature" in params) == (target != "viterbi" and not isinstance(method, Theseus))
+    method.apply(candidate, params, tiny_context(candidate))
+    assert set(seen) == {(target, True)}
+
+
+def test_an_objective_is_the_named_loss_of_both_chains() -> None:
+    student, context, batch = pair()
+    for target in ("posterior", "viterbi"):
+        term = SoftTerm(TASK, crf_target=target)  # type: ignore[arg-type]
+        value = Objective(context, Matching(()), term, soft_weight=1.0)(student.network, batch)
+        torch.testing.assert_close(value, soft(student, context, batch, crf_target=target))
+
+
+def test_a_second_generation_reads_the_first_ones_logits_by_the_first_ones_chain(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    candidate = with_crf()
+    context, speakers = tiny_context(candidate), list[Any]()
+    original = born_again.annealed_loss
+    monkeypatch.setattr(born_again, "annealed_loss", lambda *given: speakers.append(given[4]) or original(*given))
+    params = written(BornAgain(), candidate, crf_target="posterior", generations=2)
+    result = BornAgain().apply(candidate, params, context)
+    assert speakers[0] is None
+    assert crf_of(speakers[1]) is not None
+    assert speakers[1] is not context.teacher
+    assert speakers[1] is not result.network
+
+
+def test_generations_that_are_averaged_have_no_chain_in_common() -> None:
+    candidate = with_crf()
+    params = written(BornAgain(), candidate, crf_target="posterior", generations=2, average=True)
+    assert "no transitions in common" in BornAgain().faults(candidate.subject, params)["crf_target"]
+    params = written(BornAgain(), candidate, generations=2, average=True)
+    assert BornAgain().faults(candidate.subject, params) == {}
+
+
+def test_distilberts_text_without_labels_has_no_chain_and_says_so_in_the_parameters() -> None:
+    given = with_crf(layers=4)
+    candidate = given.replace(subject=given.subject.having("unlabelled"))
+    params = written(DistilBert(), candidate, crf_target="viterbi")
+    assert {"crf_target", "temperature"} <= params.keys()  # the second phase has chains, the first a temperature
+    DistilBert().apply(candidate, params, tiny_context(candidate))
+    alone = written(DistilBert(), candidate, crf_target="viterbi", second_distillation=False)
+    assert "crf_target" not in alone
+    assert "temperature" in alone
 
 
 @pytest.mark.parametrize("target", ["emission", "posterior", "viterbi"])

@@ -10,9 +10,11 @@ from compress_search_plugins.distill import Distill
 from compress_search_plugins.distillation.soft_targets import SoftTerm, logits_and_task_loss, soft_target_loss
 from torch import nn
 
-from compress_search import Candidate
+from compress_search import Candidate, StudyError
+from compress_search.driver import prepare
 from compress_search.losses import kl, mse_logits, row_temperatures, shifted
 from compress_search.space import defaults
+from compress_search.study import load_study
 from compress_search.testing import TinyContext, tiny_batches, tiny_candidate, tiny_context
 
 TASKS = ("text-classification", "text-regression", "token-classification")
@@ -180,11 +182,19 @@ def test_unlabelled_text_comes_first_and_only_the_teacher_speaks_on_it(task: str
     assert context.fits == [2, 3]
 
 
-def test_text_that_is_not_there_transfers_nothing() -> None:
+@pytest.mark.parametrize("wish", ["0.4", "{low: 0.0, high: 0.5}"])
+def test_a_study_without_such_text_is_refused_and_told_what_is_missing(tiny_study: Any, wish: str) -> None:
+    path = tiny_study(methods={"theseus": {}, "distill": {}})
+    with pytest.raises(StudyError, match=r"methods\.distill\.transfer: needs text without labels.*data\.unlabeled"):
+        prepare(load_study(path, [f"methods.distill.transfer={wish}"]))
+    text = "data.unlabeled=data/test.jsonl"
+    prepare(load_study(path, [f"methods.distill.transfer={wish}", text]))
+
+
+def test_without_such_text_all_of_the_training_is_on_the_labelled_rows() -> None:
     candidate, context = lossy()
-    params = Distill().effective(candidate.subject, parameters(candidate, transfer=0.4))
-    assert params["transfer"] == 0.0
-    Distill().apply(candidate, params, context)
+    assert "transfer" not in parameters(candidate)
+    Distill().apply(candidate, parameters(candidate), context)
     assert context.fits == [context.steps]
 
 
