@@ -72,7 +72,8 @@ def density_after(subject: Subject, params: Params) -> float:
     if not weights:
         return 1.0
     if jointly(params):
-        return pattern.kept(sparsity, weights) / weights
+        least = sum(pattern.least(size) * count for size, count in sizes)
+        return max(least, pattern.kept(sparsity, weights)) / weights
     return sum(pattern.kept(sparsity, size) * count for size, count in sizes) / weights
 
 

@@ -22,7 +22,7 @@ from compress_search.encoders import layers
 
 BLOCK = 32
 LEAST = 0.005
-"""Part of each matrix that stays when matrices compete: an empty one would cut the network in two."""
+"""Part of each matrix that stays at least: an empty one would cut the network in two."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,15 @@ class Pattern:
         return f"inputs that {self.m} divides" if self.m else f"sides that {self.block} divides"
 
     def kept(self, sparsity: float, weights: int) -> int:
-        """So many of the weights of a matrix stay: a whole number of units, rounded down."""
+        """So many of the weights of a matrix stay: a whole number of units, rounded down, but never none."""
         if self.m:
             return weights // self.m * self.per_group(sparsity)
         units = weights // self.block**2
-        return math.floor((1 - sparsity) * units + 1e-6) * self.block**2
+        return max(self.least(weights), math.floor((1 - sparsity) * units + 1e-6) * self.block**2)
+
+    def least(self, weights: int) -> int:
+        """So many of them stay at any sparsity: whole units, :data:`LEAST` of all, rounded up."""
+        return math.ceil(LEAST * (weights // self.block**2)) * self.block**2
 
     def per_group(self, sparsity: float) -> int:
         """So many of every ``m`` weights stay while the network is still on its way to ``n``."""
@@ -114,7 +118,9 @@ def select(scores: Sequence[Tensor], sparsity: float, pattern: Pattern, *, joint
     units = [unit_scores(score, pattern.block) for score in scores]
     area = pattern.block**2
     if jointly:
-        masks = _keep_jointly(units, pattern.kept(sparsity, sum(score.numel() for score in scores)) // area)
+        sizes = [score.numel() for score in scores]
+        count = max(pattern.kept(sparsity, sum(sizes)), sum(map(pattern.least, sizes)))
+        masks = _keep_jointly(units, count // area)
     else:
         masks = [keep_top(unit, pattern.kept(sparsity, unit.numel() * area) // area) for unit in units]
     return [spread(mask, pattern.block) for mask in masks]

@@ -104,6 +104,13 @@ def test_a_matrix_loses_its_own_part_or_competes_with_the_others():
     assert [int(mask.sum()) for mask in joint] == [least, 350 - least], "no matrix is emptied"
 
 
+@pytest.mark.parametrize("jointly", [False, True])
+def test_one_block_at_least_stays_of_each_matrix(jointly):
+    scores = [randoms(32, 32).abs(), randoms(64, 32, seed=1).abs(), randoms(32, 64, seed=2).abs()]
+    masks = select(scores, 0.97, PATTERNS["block_32x32"], jointly=jointly)
+    assert [int(mask.sum()) for mask in masks] == [32 * 32] * 3
+
+
 def test_matrices_that_compete_by_magnitude_are_measured_by_their_own_deviation():
     """Else the scale of a matrix, which a norm after it undoes, would decide."""
     candidate = tiny()
@@ -222,7 +229,7 @@ def test_the_network_has_exactly_the_weights_that_were_asked_for(method, pattern
         expected = [weight.numel() // m * n for weight in found]
     else:
         area = 32 * 32 if pattern == "block_32x32" else 1
-        expected = [math.floor(0.3 * weight.numel() / area + 1e-6) * area for weight in found]
+        expected = [max(1, math.floor(0.3 * weight.numel() / area + 1e-6)) * area for weight in found]
     kept = [int(weight.count_nonzero()) for weight in found]
     if joint and pattern in unstructured_pruning.COUNTED:
         total = sum(weight.numel() for weight in found)
