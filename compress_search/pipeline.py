@@ -114,7 +114,7 @@ class Budget:
     """
 
     steps: int
-    on_rung: OnRung
+    on_rung: OnRung | None
     done: int = 0
     fit_seconds: float = 0.0
     rungs: list[int] = field(default_factory=lambda: list(RUNGS))
@@ -192,6 +192,7 @@ class StepContext:
             precision=settings.precision,
             parameters=phase.parameters,
             beside=phase.beside and phase.beside.to(self.device),
+            crf_multiplier=settings.crf_multiplier,
             on_step=phase.on_step,
             on_progress=lambda _: self._advance(network, phase.scored),
         )
@@ -200,8 +201,8 @@ class StepContext:
 
     def _advance(self, network: nn.Module, scored: bool) -> None:
         self.budget.done += 1
-        rung = self.budget.passes_rung(scored)
-        if rung is not None and not self.budget.on_rung(rung, validation_metrics(network, self.materials)):
+        rung, ask = self.budget.passes_rung(scored), self.budget.on_rung
+        if rung is not None and ask and not ask(rung, validation_metrics(network, self.materials)):
             raise TrialStopped
 
     def task_loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
@@ -259,10 +260,10 @@ def run_recipe(
     *,
     seed: int,
     scratch: Path,
-    on_rung: OnRung = lambda rung, metrics: True,
+    on_rung: OnRung | None = None,
     dry: bool = False,
 ) -> tuple[Candidate, Budget]:
-    """Apply the steps in order to a copy of the teacher.
+    """Apply the steps in order to a copy of the teacher. Where nobody asks about rungs none is scored.
 
     A dry run trains zero steps: shapes are right (uniform where they depend on training), weights mean nothing.
 

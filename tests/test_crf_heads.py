@@ -33,6 +33,7 @@ from compress_search.teacher import load_teacher, prepare_teacher, teacher_subje
 from compress_search.teacher.networks import with_crf
 from compress_search.training import evaluate, forward, task_loss
 from compress_search.trial import TrialWorker
+from compress_search.workbench import Workbench
 from tests import tiny
 from tests.test_export import rows_for, run_example, task_for
 
@@ -187,6 +188,36 @@ def test_its_learning_rate_is_a_multiple(tiny_study: Callable[..., Path], tmp_pa
         crf: Any = crf_of(load_teacher(prepare_teacher(study, raw, task, tmp_path / "cache"))[0])
         moved.append(float(crf.start.abs().max()))
     assert moved == pytest.approx([2 * 0.003, 8 * 0.003], rel=0.01)
+
+
+@pytest.mark.parametrize("method", ["plain_student", "layer_match", "distilbert", "bilstm", "distill"])
+def test_methods_train_it_at_the_studys_multiple_of_their_own_rate(
+    method: str, tiny_study: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As above, for a single step of training; ``bilstm`` learns at twenty times the rate anyway."""
+    moved = []
+    for multiplier in (1.0, 5.0):
+        path = tiny_study(KIND, teacher=TRAINED, methods=list(dict.fromkeys(["plain_student", method])))
+        settings = {"epochs": 0.01, "warmup": 0, "learning_rate": 1e-4, "crf_multiplier": multiplier}
+        study = load_study(path, [f"training.{key}={value}" for key, value in settings.items()])
+        prepared = prepare(study)
+        bench = Workbench(prepared.brief)
+        wanted = [method] if method != "distill" else ["plain_student", method]
+        wishes = {"distill": {"alpha": 0.0}, "distilbert": {"distillation_fraction": 0.1}}
+        steps = []
+        for name in wanted:
+            space = bench.registry[name].search_space(bench.materials.teacher.subject)
+            steps.append(Step.of(name, {**defaults(space), "learning_rate": 1e-4, **wishes.get(name, {})}))
+        candidate, _ = run_recipe(Recipe(tuple(steps)), bench.registry, bench.materials, seed=3, scratch=tmp_path)
+        before, after = (crf_of(each) for each in (bench.materials.teacher.network, candidate.network))
+        moved.append(float((after.start - before.start).detach().abs().max()))  # type: ignore[union-attr]
+    assert moved[1] == pytest.approx(5 * moved[0], rel=0.2)
+
+
+def test_a_study_that_says_nothing_of_it_is_what_it_was(tiny_study: Callable[..., Path]) -> None:
+    path = tiny_study(KIND)
+    assert "crf_multiplier" not in load_study(path).training.identity()
+    assert load_study(path, ["training.crf_multiplier=2"]).training.identity()["crf_multiplier"] == 2
 
 
 def test_labels_in_another_order_take_their_transitions_along(

@@ -221,6 +221,12 @@ class TrainingConfig(Section):
     )
     warmup: float = Field(default=0.1, ge=0, lt=1, description="part of the steps in which the learning rate rises")
     weight_decay: float = Field(default=0.01, ge=0, description="AdamW's decoupled weight decay")
+    crf_multiplier: float = Field(
+        default=1.0,
+        gt=0,
+        description="the learning rate of a CRF on the logits as a multiple of that of all else, whatever method "
+        "trains it",
+    )
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32",
         description="of forward passes in training, the teacher's own included: `bf16` is much faster where "
@@ -236,8 +242,9 @@ class TrainingConfig(Section):
     def identity(self) -> dict[str, Any]:
         """What of these decides the result of a trial."""
         plain = self.model_dump(mode="json", exclude={"teacher_cache_gb"})
-        if self.precision == "fp32":  # keys that came later count where they are used
-            del plain["precision"]
+        for key, usual in (("precision", "fp32"), ("crf_multiplier", 1.0)):
+            if plain[key] == usual:  # keys that came later count where they are used
+                del plain[key]
         return plain
 
 

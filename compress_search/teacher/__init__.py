@@ -21,9 +21,8 @@ from compress_search.crf import attach_crf, crf_of
 from compress_search.data import tokenize_rows, training_batches
 from compress_search.data.rows import Raw
 from compress_search.encoders import Pieces, layer_drop, subject_of
-from compress_search.method import ParameterGroup
 from compress_search.recipe import digest
-from compress_search.study import FineTune, Study
+from compress_search.study import Study
 from compress_search.tasks import Task
 from compress_search.teacher import ensemble, masked_lm, pretrained, scratch
 from compress_search.teacher.networks import HEADS, auto_class, quiet, restore_crf
@@ -200,17 +199,9 @@ def _fine_tune(
             device=device,
             seed=study.search.seed,
             precision=study.training.precision,
-            parameters=_parameters(network, settings),
+            crf_multiplier=settings.crf_multiplier,
             on_progress=on_progress,
         )
-
-
-def _parameters(network: nn.Module, settings: FineTune) -> list[nn.Parameter | ParameterGroup]:
-    """All parameters, those of a CRF with the learning rate they have for themselves."""
-    crf = crf_of(network)
-    apart = list(crf.parameters()) if crf else []
-    others = [parameter for parameter in network.parameters() if all(parameter is not other for other in apart)]
-    return [*others, ParameterGroup(apart, learning_rate=settings.crf_multiplier * settings.learning_rate)]
 
 
 def _device(study: Study) -> str:
