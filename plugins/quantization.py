@@ -6,7 +6,8 @@ packed weights alone (``weight_only``), as four and two bits always are. Ternary
 the file when it is loaded: they are small, and never faster.
 
 Rounding is to nearest; on request the network is first trained with rounded weights (``qat``), as it always is for
-ternary and binary ones. What can be combined is a table in ``number_formats``.
+ternary and binary ones: on labels, the teacher's logits and its own states before it was rounded. Activations of 4
+or 8 bits beside weights of 4 or fewer are simulated. What can be combined is a table in ``number_formats``.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from .precision.number_formats import (
     settled,
     without_kernel,
 )
+from .precision.onnx_activations import round_activations
 from .precision.onnx_codebooks import encode_weights
 from .precision.onnx_quantizers import (
     Inputs,
@@ -44,7 +46,7 @@ from .precision.onnx_quantizers import (
     quantize_embeddings,
     quantize_static,
 )
-from .precision.qat import train_rounded
+from .precision.qat import objectives, train_rounded
 from .precision.stored_bits import stored_bits
 from .precision.weight_maps import excluded_maps, linear_maps, most_sensitive, node_patterns
 
@@ -105,7 +107,7 @@ class Quantization(Method):
             raise TrialError(fault)
         setting, subject = Setting.of(params), self.after(candidate.subject, params)
         result = _halved(candidate, setting) if setting.format.bits == 16 else _lowered(candidate, setting, context)
-        return result.replace(subject=subject, simulated=candidate.simulated or setting.format.simulated)
+        return result.replace(subject=subject, simulated=candidate.simulated or setting.simulated)
 
     def refusal(self, subject: Subject, params: Params) -> str | None:
         """What cannot be done to such a model in such a study, in one line; None when all can be done."""
@@ -187,8 +189,10 @@ def _dimensions(teacher: Subject, formats: tuple[Format, ...]) -> dict[str, Dim]
         "calibration_examples": Dim.integer(32, 512, 128, expert=True),
         "accuracy_level": Dim.choice(LEVELS, 4, expert=True),
         "reduce_range": Dim.flag(saturates, expert=True),
+        **({} if "timed" in teacher.traits else {"activation_bits": Dim.choice((32, 8, 4), 32, expert=True)}),
         "qat": Dim.flag(False, expert=True),
         "qat_kd": Dim.flag(True, expert=True),
+        "qat_features": Dim.choice(("auto", "none", "last_hidden", "two_stage"), "auto", expert=True),
         "learning_rate": Dim.real(1e-6, 1e-2, 2e-5, log=True, expert=True),
     }
 
@@ -210,20 +214,26 @@ def _lowered(candidate: Candidate, setting: Setting, context: Context) -> Candid
     examples = list(context.calibration(setting.calibration_examples)) if _needs_examples(setting) else []
     spared = most_sensitive(network, grids, setting.high_precision_layers, examples, context)
     if setting.trains:
-        candidate = candidate.copy()
-        train_rounded(
-            candidate.network,
-            _with_spared(grids, spared, setting.spare_grid),
-            setting.table_grid,
-            context,
-            task=candidate.subject.task,
-            distil=setting.qat_kd,
-            learning_rate=setting.learning_rate,
-            round_activations=setting.format.kernel == "int8",
-        )
+        candidate = _trained(candidate, setting, _with_spared(grids, spared, setting.spare_grid), context)
     inputs = tuple(_inputs(batch) for batch in examples)
     scopes = [node_patterns(network, paths) for paths in (left, spared)]
     return candidate.replace(lowering=candidate.lowering + lowering(setting, inputs, *scopes))
+
+
+def _trained(candidate: Candidate, setting: Setting, grids: Mapping[str, Grid], context: Context) -> Candidate:
+    """A copy that has learnt with rounded weights what the candidate, the teacher and the labels say."""
+    original = candidate.copy().network.to(context.device).eval().requires_grad_(False)
+    candidate, task = candidate.copy(), candidate.subject.task
+    stages = objectives(original, context, task=task, distil=setting.qat_kd, features=setting.qat_features)
+    train_rounded(
+        candidate.network,
+        grids,
+        setting.table_grid,
+        stages,
+        learning_rate=setting.learning_rate,
+        activation_bits=setting.rounded_activations,
+    )
+    return candidate
 
 
 def _needs_examples(setting: Setting) -> bool:
@@ -274,9 +284,20 @@ def _weights(
         per_channel = setting.granularity == "per_channel"
         quantize = partial(quantize_dynamic if dynamic else static, excluded=left + spared)
         return (partial(quantize, per_channel=per_channel, reduce_range=setting.reduce_range),)
-    pack = partial(pack_weights, group_size=setting.group_size, accuracy_level=setting.accuracy_level)
-    first = (partial(pack, bits=8, only=spared),) if kind.spare == 8 and spared else ()
     kept = left if kind.spare == 8 else left + spared
+    return (*_activations(setting, kept), *_packed(setting, grid, kept, spared))
+
+
+def _activations(setting: Setting, kept: tuple[str, ...]) -> tuple[Transform, ...]:
+    """Nodes that round what the maps read, where there is no kernel that would."""
+    if setting.activation_bits == 32:
+        return ()
+    return (partial(round_activations, bits=setting.activation_bits, excluded=kept),)
+
+
+def _packed(setting: Setting, grid: Grid, kept: tuple[str, ...], spared: tuple[str, ...]) -> tuple[Transform, ...]:
+    pack = partial(pack_weights, group_size=setting.group_size, accuracy_level=setting.accuracy_level)
+    first = (partial(pack, bits=8, only=spared),) if setting.format.spare == 8 and spared else ()
     if grid.kind in CODEBOOK:
         return (*first, partial(encode_weights, grid=grid, excluded=kept))
     return (*first, partial(pack, bits=grid.bits, excluded=kept))

@@ -143,13 +143,14 @@ def fake_quantize(weight: Tensor, grid: Grid) -> Tensor:
     return straight_through(weight, grid.round(weight), inside)
 
 
-def fake_quantize_activations(x: Tensor) -> Tensor:
-    """Activations rounded to 256 levels between their extremes, zero among them, as DynamicQuantizeLinear does."""
+def fake_quantize_activations(x: Tensor, bits: int = 8) -> Tensor:
+    """Activations rounded to 2^bits levels between their extremes, 0 among them: DynamicQuantizeLinear's at 8."""
     low, high = x.detach().amin().clamp(max=0), x.detach().amax().clamp(min=0)
-    scale = (high - low) / 255
+    most = (1 << bits) - 1
+    scale = (high - low) / most
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    zero = (-low / scale).round().clamp(0, 255)
-    values = ((x / scale).round() + zero).clamp(0, 255) - zero
+    zero = (-low / scale).round().clamp(0, most)
+    values = ((x / scale).round() + zero).clamp(0, most) - zero
     return straight_through(x, values * scale, torch.ones_like(x, dtype=torch.bool))
 
 

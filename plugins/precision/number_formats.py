@@ -26,8 +26,11 @@ EXCLUDABLE = ("pooler", "classifier", "first_layer", "last_layer", "attention_ou
 LEVELS = (4, 0)
 """Arithmetic inside the kernel for packed matrices: 4 rounds activations to int8, 0 decodes weights to float32."""
 
+Features = Literal["none", "last_hidden", "two_stage"]
+"""What of the network before rounding the rounded one learns from beside the teacher's logits: see ``qat``."""
+
 _MAPS = ("embedding_bits", "high_precision_layers", "calibration_examples", *(f"exclude_{p}" for p in EXCLUDABLE))
-_TRAINING = ("qat_kd", "learning_rate")
+_TRAINING = ("qat_kd", "qat_features", "learning_rate")
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Format:
 
 _INT8 = (*_MAPS, "granularity", "reduce_range", "qat", *_TRAINING)
 _PACKED = (*_MAPS, "group_size", "accuracy_level", "qat", *_TRAINING)
-_CODEBOOK = (*_MAPS, "granularity", *_TRAINING)
+_CODEBOOK = (*_MAPS, "granularity", "activation_bits", *_TRAINING)
 
 FORMATS = (
     Format("dynamic_int8", 8, "int8", _INT8, trained="may"),
@@ -72,7 +75,7 @@ FORMATS = (
     Format("weight_only", 8, "weight-only", _PACKED, BLOCKS, LEVELS, trained="may"),
     Format("bf16", 16, "bf16", ()),
     Format("fp16", 16, "fp16", ()),
-    Format("packed", 4, "weight-only", _PACKED, BLOCKS, LEVELS, spare=8, trained="may"),
+    Format("packed", 4, "weight-only", (*_PACKED, "activation_bits"), BLOCKS, LEVELS, spare=8, trained="may"),
     # without int8 activations the kernel decodes to float32 first, and is slower than float32 itself
     Format("uniform", 2, "weight-only-2", _PACKED, (32, 64, 128), (4,), spare=8, trained="may"),
     Format("ternary", 2, None, _CODEBOOK, spare=8, trained="always", simulated=True),
@@ -107,6 +110,8 @@ def settled(params: Params) -> dict[str, Any]:
     """Only what the format has a use for."""
     format = format_of(params)
     kept = {name: value for name, value in params.items() if name in _used(format, params)}
+    if kept.get("qat_features") == "auto":
+        kept["qat_features"] = "two_stage" if format.trained == "always" else "last_hidden"
     if format.bits == 32 and kept.get("embedding_bits") == 32:
         kept["embedding_bits"] = 16  # else nothing would be quantized at all
     return kept
@@ -134,6 +139,8 @@ def _used(format: Format, params: Params) -> set[str]:
         used.add(SELECTOR[format.bits])
     if format.trained == "may" and not params.get("qat"):
         used -= set(_TRAINING)
+    if not params.get("qat_kd", True):
+        used.discard("qat_features")
     if format.name != "static_int8" and not params.get("high_precision_layers"):
         used.discard("calibration_examples")
     return used
@@ -155,6 +162,8 @@ class Setting:
     reduce_range: bool = False
     qat: bool = False
     qat_kd: bool = True
+    qat_features: Features = "last_hidden"
+    activation_bits: int = 32
     learning_rate: float = 2e-5
 
     @classmethod
@@ -170,6 +179,18 @@ class Setting:
     def trains(self) -> bool:
         """Whether quantization-aware training comes first."""
         return self.qat or self.format.trained == "always"
+
+    @property
+    def simulated(self) -> bool:
+        """Whether no kernel computes so: on weights of two or three values, or on activations that nodes round."""
+        return self.format.simulated or self.activation_bits < 32
+
+    @property
+    def rounded_activations(self) -> int | None:
+        """To how many bits what the maps read is rounded, as integer kernels do by themselves; None: not at all."""
+        if self.format.kernel == "int8":
+            return 8
+        return self.activation_bits if self.activation_bits < 32 else None
 
     @property
     def grid(self) -> Grid | None:

@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from compress_search_plugins.distillation.soft_targets import soft_target_loss
 from compress_search_plugins.precision.bits import Grid
 from compress_search_plugins.precision.number_formats import Setting
-from compress_search_plugins.precision.qat import rounded_inputs, train_rounded
+from compress_search_plugins.precision.qat import inner_matches, objectives, rounded_inputs, train_rounded
 from compress_search_plugins.precision.weight_maps import linear_maps, most_sensitive
 from torch.nn.utils import parametrize
 
 from compress_search import Candidate, Params
-from compress_search.encoders import layers, parts, set_layers, subject_of
+from compress_search.encoders import layers, parts, prune_heads, read_features, set_layers, subject_of
+from compress_search.losses import hidden_mse
 from compress_search.runtimes import load_runner, lower
 from compress_search.testing import TinyContext, tiny_batches, tiny_candidate, tiny_context
 from tests.quantized import (
@@ -151,8 +153,9 @@ def test_a_dry_run_has_the_same_file() -> None:
 # --- what it is good for ---------------------------------------------------------------------------------------
 
 
-def test_a_trained_model_keeps_its_answers_in_int8(tmp_path: Path) -> None:
-    assert argmax_agreement(teacher(), quantize(teacher(), params("dynamic_int8"), tmp_path / "artifact")) >= 0.99
+@pytest.mark.parametrize("name", ["dynamic_int8", "static_int8", "weight_only 8"])
+def test_a_trained_model_keeps_its_answers_in_int8(name: str, tmp_path: Path) -> None:
+    assert argmax_agreement(teacher(), quantize(teacher(), params(name), tmp_path / "artifact")) >= 0.99
 
 
 @pytest.mark.parametrize("distil", [True, False])
@@ -178,6 +181,85 @@ def test_the_teacher_is_asked_only_on_request(monkeypatch: pytest.MonkeyPatch) -
     for distil in (False, True):
         METHOD.apply(teacher(), trained("weight_only 4", qat_kd=distil), tiny_context(teacher(), steps=1))
         assert bool(asked) == distil
+
+
+@pytest.mark.parametrize("features", ["none", "last_hidden", "two_stage"])
+def test_stages_learn_from_the_network_before_it_was_rounded(features: Any) -> None:
+    """Beside labels and the teacher's logits in equal parts, which no stage of inner states sees."""
+    original, context = teacher().network, tiny_context(teacher())
+    stages = objectives(original, context, task="text-classification", distil=True, features=features)
+    assert [(stage.soft_weight, stage.hard_weight) for stage in stages][-1] == (0.5, 0.5)
+    assert [stage.answers for stage in stages] == ([False, True] if features == "two_stage" else [True])
+    matched = [match.student[0] for stage in stages for match in stage.matching.matches]
+    inner = ["hidden.0", "hidden.1", "hidden.2", "scores.0", "scores.1"]
+    assert matched == {"none": [], "last_hidden": ["hidden.2"], "two_stage": inner}[features]
+    assert [match.student for stage in stages for match in stage.matching.matches] == [
+        match.teacher for stage in stages for match in stage.matching.matches
+    ]
+
+
+def test_what_is_learnt_from_inner_states_is_zero_at_the_original_and_not_after_rounding() -> None:
+    context, original = tiny_context(teacher()), teacher().network
+    first = objectives(original, context, task="text-classification", distil=True, features="two_stage")[0]
+    rounded, batch = deepcopy(original), next(context.training_batches())
+    for module in linear_maps(rounded).values():
+        module.weight.data = Grid("ternary", 2).round(module.weight.data)
+    assert float(first(original, batch).detach()) == 0
+    terms = [float(first(rounded, batch).detach()), *first.report().values()]
+    assert all(term > 0 for term in terms)
+    assert set(first.report()) == {"hidden", "attention_scores"}
+
+
+def test_the_last_hidden_states_count_beside_labels_and_logits() -> None:
+    context, original = tiny_context(teacher()), teacher().network
+    batch, rounded = next(context.training_batches()), deepcopy(original)
+    for module in linear_maps(rounded).values():
+        module.weight.data = Grid("block", 2, 32).round(module.weight.data)
+    losses = {}
+    for features in ("none", "last_hidden"):
+        (stage,) = objectives(original, context, task="text-classification", distil=True, features=features)
+        losses[features] = float(stage(rounded, batch).detach())
+    plain = float(soft_target_loss(context, "text-classification")(rounded, batch).detach())
+    with torch.no_grad():
+        ours, theirs = (read_features(network, batch, ["hidden.2"])["hidden.2"] for network in (rounded, original))
+    distance = float(hidden_mse(ours, theirs, batch["attention_mask"]))
+    assert losses["none"] == pytest.approx(plain, rel=1e-5)
+    assert losses["last_hidden"] == pytest.approx(plain + distance, rel=1e-5)
+
+
+def test_two_stages_share_the_budget_and_inner_states_come_first() -> None:
+    candidate, fits = teacher(), []
+
+    class Watching(TinyContext):
+        def fit(self, network: torch.nn.Module, **options: Any) -> None:  # type: ignore[override]
+            fits.append((options["share"], options["scored"]))
+            super().fit(network, **options)
+
+    METHOD.apply(candidate, trained("ternary", qat_features="two_stage"), Watching(candidate, Path(), steps=6))
+    assert fits == [(0.5, False), (0.5, True)]
+
+
+def test_layers_without_heads_have_no_scores_to_learn() -> None:
+    candidate = distinct(layers=2)
+    prune_heads(candidate.network, {0: []})
+    assert [match.student[0] for match in inner_matches(candidate.network)] == [
+        *("hidden.0", "hidden.1", "hidden.2"),
+        "scores.1",
+    ]
+    candidate = candidate.replace(subject=subject_of(candidate.network, "text-classification"))
+    context = tiny_context(candidate, steps=2)
+    result = METHOD.apply(candidate, trained("binary", qat_features="two_stage"), context)
+    assert context.fits == [1, 1]
+    assert np.isfinite(reference(result, feed_of(candidate))).all()
+
+
+@pytest.mark.parametrize("features", ["last_hidden", "two_stage"])
+def test_a_student_narrower_than_the_studys_teacher_learns_from_its_own_states(features: str) -> None:
+    student = tiny_candidate(layers=1, hidden=16, intermediate=32)
+    context = tiny_context(teacher(), steps=4)
+    result = METHOD.apply(student, trained("weight_only 4", qat_features=features), context)
+    assert sum(context.fits) == 4
+    assert not torch.equal(parts(layers(result.network)[0]).up.weight, parts(layers(student.network)[0]).up.weight)
 
 
 def test_activations_are_rounded_while_integer_kernels_will_round_them() -> None:
@@ -210,16 +292,8 @@ def test_nothing_but_the_named_maps_is_rounded() -> None:
     network, path = deepcopy(candidate.network), "bert.pooler.dense"
     before = deepcopy(network.state_dict())
     context = tiny_context(candidate, dry=True)
-    train_rounded(
-        network,
-        {path: Grid("binary", 1)},
-        None,
-        context,
-        task="text-classification",
-        distil=True,
-        learning_rate=1e-3,
-        round_activations=False,
-    )
+    stages = objectives(candidate.network, context, task="text-classification", distil=True, features="none")
+    train_rounded(network, {path: Grid("binary", 1)}, None, stages, learning_rate=1e-3, activation_bits=None)
     changed = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {f"{path}.weight"}
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
-from compress_search_plugins.precision.number_formats import BLOCKS, FORMATS, format_of
+from compress_search_plugins.precision.number_formats import BLOCKS, FORMATS, Setting
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -197,16 +197,27 @@ def test_training_and_ranking_make_their_parameters_matter() -> None:
     settings_of_training = {"qat_kd": False, "learning_rate": 1e-4}
     trained = params("weight_only 4", qat=True, **settings_of_training)
     assert METHOD.effective(SUBJECT, trained) == trained
+    assert METHOD.effective(SUBJECT, trained | {"qat_features": "two_stage"}) == trained, "what nobody learns from"
     ranked = params("weight_only 4", high_precision_layers=2, calibration_examples=64)
     assert METHOD.effective(SUBJECT, ranked) == ranked
 
 
-def test_only_ternary_and_binary_weights_are_simulated() -> None:
+def test_ternary_and_binary_weights_are_simulated() -> None:
     assert {format.name for format in FORMATS if format.simulated} == {"ternary", "binary"}
     candidate = distinct(layers=1)
     for name in ("ternary", "weight_only 2"):
         result = METHOD.apply(candidate, params(name), tiny_context(candidate))
         assert result.simulated == (name == "ternary")
+
+
+@pytest.mark.parametrize(
+    ("name", "features"), [("dynamic_int8", "last_hidden"), ("ternary", "two_stage"), ("binary", "two_stage")]
+)
+def test_ternary_and_binary_networks_learn_in_two_stages_unless_told_otherwise(name: str, features: str) -> None:
+    chosen = params(name, qat_kd=True, **({"qat": True} if name == "dynamic_int8" else {}))
+    assert METHOD.effective(SUBJECT, {**chosen, "qat_features": "auto"})["qat_features"] == features
+    for asked in ("none", "last_hidden", "two_stage"):
+        assert METHOD.effective(SUBJECT, {**chosen, "qat_features": asked})["qat_features"] == asked
 
 
 @cache
@@ -231,4 +242,4 @@ def test_every_point_of_the_space_applies_and_runs(seed: int, tmp_path_factory: 
     lower(result, artifact, CLASSIFICATION)
     assert np.isfinite(load_runner(artifact, 1)(feed_of(candidate))).all()
     assert Artifact.read(artifact).engine == ("torch" if effective["weight_bits"] == 16 else "onnxruntime")
-    assert Artifact.read(artifact).simulated == format_of(effective).simulated
+    assert Artifact.read(artifact).simulated == Setting.of(effective).simulated
