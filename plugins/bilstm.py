@@ -99,7 +99,7 @@ def make_student(candidate: Candidate, subject: Subject, params: Params, seed: i
     teacher: Any = candidate.network.config
     crf, words = crf_of(candidate.network), embeddings(candidate.network).word_embeddings
     config = RecurrentConfig(
-        vocab_size=cast(int, words.num_embeddings),  # a subject's vocabulary may be an upper bound
+        vocab_size=cast(Any, words).num_embeddings,  # a subject's vocabulary may be an upper bound
         embedding_size=subject.embedding_size,
         units=subject.hidden // 2,
         num_layers=subject.layers,
