@@ -179,6 +179,7 @@ REPORTED: list[tuple[str, dict[str, Any], list[int]]] = [
     ("structured_pruning", {"schedule": "one_shot"}, EARLY),
     ("unstructured_pruning", {}, [5]),
     ("quantization", {"qat": True, **RATE}, EARLY),
+    ("quantization", {"qat": True, "qat_features": "two_stage", **RATE}, [3]),
     ("theseus distill", {}, [2]),
     ("tinybert distill", {}, [2]),
     ("minilm distill", {}, [2]),
