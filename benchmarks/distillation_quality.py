@@ -1,6 +1,6 @@
 """Which way of making half or a third of the layers learn from the teacher is worth having, on five data sets?
 
-``python -m benchmarks.distillation_quality SHARED [--quick] [--sets sst2,…] [--methods kd,…] [--seeds 0,1,2]``
+``python -m benchmarks.distillation_quality SHARED [--quick] [--sets sst2,…] [--depths half,…] [--seeds 0,1,2]``
 
 Every method gets the same number of optimizer steps; phases are shares of it. A cell (data set, depth, method,
 seed) that is in ``results/distillation_quality.jsonl`` is not run again, so an interrupted run goes on where it
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -31,10 +31,13 @@ from benchmarks.ground import Ground
 RECORDS = tables.RESULTS / "distillation_quality.jsonl"
 LAYERS = 6
 """Of every teacher here."""
+RATES = (1e-4, 3e-4)
+"""Of which each method takes, on each set, that whose student of half depth and the first seed validates best."""
 SHAPES = {"half": (3, 1.0), "third": (2, 1.0), "half, half as wide": (3, 0.5)}
 """(layers, width as a part of the teacher's); a narrow student is for the methods that can make one."""
-BASELINES = ("truncated", "kd")
-"""What the others are compared with: fine-tuning the lower layers on the labels, and on labels and soft targets."""
+BASELINES = ("truncated", "truncated teacher", "kd")
+"""What the others are compared with: fine-tuning on the labels the lower layers of what the teacher was made from,
+which is the literature's control, or those of the teacher itself; and the latter with soft targets."""
 
 PRETRAINED = {"model": "models/all-minilm-l6-v2"}
 CHINESE = {
@@ -80,12 +83,11 @@ def arms(layers: int, width: float = 1.0) -> dict[str, dict[str, Any]]:
     """The methods section of each way to make a student of so many layers and that width."""
     if width < 1:
         return {name: {name: {"layers": layers, "width": width}} for name in ("tinybert", "minilm", "layer_match")}
-    theseus = {"block_size": LAYERS // layers}
     return {
-        "truncated": {"plain_student": {"layers": layers, "alpha": 0.0}},
+        "truncated": {"plain_student": {"layers": layers, "start": "untrained"}},
+        "truncated teacher": {"plain_student": {"layers": layers}},
         "kd": {"plain_student": {"layers": layers, "alpha": 0.5}},
-        "theseus": {"theseus": theseus},
-        "theseus + kd": {"theseus": {**theseus, "kd_in_stage2": True}},
+        "theseus": {"theseus": {"block_size": LAYERS // layers}},
         "tinybert": {"tinybert": {"layers": layers}},
         "distilbert": {"distilbert": {"layers": layers}},
         "minilm": {"minilm": {"layers": layers}},
@@ -100,6 +102,7 @@ class Cell:
     set: str
     depth: str
     method: str
+    learning_rate: float
     seed: int
     steps: int
     validation: float
@@ -107,7 +110,7 @@ class Cell:
     seconds: float
 
 
-def write_study(folder: Path, shared: Path, name: str, steps: int, learning_rate: float) -> Path:
+def write_study(folder: Path, shared: Path, name: str, steps: int) -> Path:
     """The data set's study, with a budget of about ``steps`` of 32 examples for a trial."""
     facts = SETS[name]
     teacher = json.loads(json.dumps(facts["teacher"]))
@@ -124,12 +127,7 @@ def write_study(folder: Path, shared: Path, name: str, steps: int, learning_rate
         "teacher": teacher,
         "data": {**{part: str(path) for part, path in data.items()}, "max_length": facts["max_length"]},
         "methods": ["quantization"],
-        "training": {
-            "epochs": steps * BATCH / rows,
-            "batch_size": BATCH,
-            "learning_rate": learning_rate,
-            "precision": "bf16",
-        },
+        "training": {"epochs": steps * BATCH / rows, "batch_size": BATCH, "precision": "bf16"},
         "output": str(folder / name),
     }
     path = folder / f"{name}.yaml"
@@ -137,20 +135,56 @@ def write_study(folder: Path, shared: Path, name: str, steps: int, learning_rate
     return path
 
 
+TEACHER = "teacher"
 FILES = {"train": "train", "validation": "dev", "test": "test"}
 BATCH = 32
 
 
-def student(ground: Ground, name: str, depth: str, method: str, seed: int, scratch: Path) -> Cell:
-    """Train one student and score it."""
-    layers, width = SHAPES[depth]
-    recipe = ground.recipe(arms(layers, width)[method])
-    started = time.perf_counter()
-    candidate, steps = ground.apply(recipe, scratch, seed=seed)
-    seconds = time.perf_counter() - started
-    assert candidate.subject.layers == layers, recipe
-    assert steps == ground.materials.steps, "every method trains for as many steps"
-    return Cell(name, depth, method, seed, steps, *ground.scores(candidate.network), seconds)
+class Students:
+    """The students of one data set: those that are kept, and what it takes to train another."""
+
+    def __init__(self, name: str, ground: Ground, scratch: Path) -> None:
+        self.name, self.ground, self.scratch = name, ground, scratch
+        self.steps = ground.materials.steps
+        self.kept = [cell for cell in stored() if cell.set == name]
+        if not any(cell.method == TEACHER for cell in self.kept):
+            self._keep(Cell(name, "-", TEACHER, 0.0, 0, 0, *ground.scores(ground.materials.teacher.network), 0.0))
+
+    def trained(self, depth: str, method: str, learning_rate: float, seed: int) -> Cell:
+        """The student, trained unless it is kept from earlier."""
+        wanted = (depth, method, learning_rate, seed, self.steps)
+        for cell in self.kept:
+            if (cell.depth, cell.method, cell.learning_rate, cell.seed, cell.steps) == wanted:
+                return cell
+        return self._keep(self._train(depth, method, learning_rate, seed))
+
+    def _train(self, depth: str, method: str, learning_rate: float, seed: int) -> Cell:
+        [(name, params)] = arms(*SHAPES[depth])[method].items()
+        recipe = self.ground.recipe({name: {**params, "learning_rate": learning_rate}})
+        started = time.perf_counter()
+        candidate, steps = self.ground.apply(recipe, self.scratch, seed=seed)
+        seconds = time.perf_counter() - started
+        assert candidate.subject.layers == SHAPES[depth][0], recipe
+        assert steps == self.steps, "every method trains for as many steps"
+        scores = self.ground.scores(candidate.network)
+        return Cell(self.name, depth, method, learning_rate, seed, steps, *scores, seconds)
+
+    def _keep(self, cell: Cell) -> Cell:
+        self.kept.append(cell)
+        RECORDS.parent.mkdir(exist_ok=True)
+        with RECORDS.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(cell)) + "\n")
+        click.echo(json.dumps(asdict(cell)))
+        return cell
+
+    def learning_rate(self, method: str, seed: int) -> float:
+        """The rate that is best on validation at half depth and this seed."""
+        return best_rate(self.trained("half", method, rate, seed) for rate in RATES)
+
+
+def best_rate(cells: Iterable[Cell]) -> float:
+    """Of these students that which validates best."""
+    return max(cells, key=lambda cell: cell.validation).learning_rate
 
 
 def stored() -> list[Cell]:
@@ -160,11 +194,14 @@ def stored() -> list[Cell]:
     return [Cell(**json.loads(line)) for line in RECORDS.read_text(encoding="utf-8").splitlines()]
 
 
-def keep(cell: Cell) -> None:
-    """Add a cell to the file."""
-    RECORDS.parent.mkdir(exist_ok=True)
-    with RECORDS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(cell)) + "\n")
+def at_best_rates(cells: Sequence[Cell]) -> list[Cell]:
+    """Without the students of rates that their method does not take on their set."""
+    first: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells:
+        if cell.depth == "half":
+            first.setdefault((cell.set, cell.method), []).append(cell)
+    rates = {key: best_rate(cell for cell in tried if cell.seed == tried[0].seed) for key, tried in first.items()}
+    return [cell for cell in cells if cell.learning_rate == rates.get((cell.set, cell.method), cell.learning_rate)]
 
 
 def interval(values: Sequence[float]) -> str:
@@ -193,54 +230,56 @@ def rows_of(cells: Sequence[Cell]) -> Iterator[list[object]]:
             found = {(cell.method, cell.seed): cell for cell in cells if (cell.set, cell.depth) == (name, depth)}
             for method in dict.fromkeys(method for method, _ in found):
                 mine = [cell for (other, _), cell in found.items() if other == method]
-                row: list[object] = [name, depth, method, len(mine)]
+                row: list[object] = [name, depth, method, f"{mine[0].learning_rate:g}", len(mine)]
                 row += [interval([cell.validation for cell in mine]), interval([cell.test for cell in mine])]
-                row += [difference(found, method, baseline) for baseline in BASELINES]
-                yield [*row, f"{np.median([cell.seconds for cell in mine]):.0f}"]
+                yield row + [difference(found, method, baseline) for baseline in BASELINES]
 
 
 def report(cells: Sequence[Cell], steps: int) -> Path:
     """Write the table."""
-    header = ["set", "layers", "method", "seeds", "validation", "test", "over truncated", "over kd", "s"]
+    header = ["set", "layers", "method", "rate", "seeds", "validation", "test"]
     told = (
-        f"{steps} optimizer steps of {BATCH} examples a student, phases included, in bfloat16; primary metric "
-        "of the task in points: mean over seeds with the 95 % t interval of the mean, and paired differences "
-        "on the test set. `truncated`: the lower layers fine-tuned on the labels; `kd`: the same with soft "
-        "targets (α = 0.5, τ = 2)."
+        f"About {steps} optimizer steps of {BATCH} examples a student, phases included, in bfloat16; primary "
+        "metric of the task in points: mean over seeds with the 95 % t interval of the mean, and paired "
+        "differences on the test set. `truncated`: the lower layers of what the teacher was made from, fine-tuned "
+        "on the labels; `truncated teacher`: those of the teacher; `kd`: the latter with soft targets (α = 0.5, "
+        "τ = 2). Each method takes, on each set, that of two learning rates which validates best at half depth "
+        "and the first seed."
     )
-    table = tables.table(header, rows_of([cell for cell in cells if cell.steps in (0, steps)]))
+    rows = rows_of(at_best_rates(cells))
+    table = tables.table([*header, *(f"over {baseline}" for baseline in BASELINES)], rows)
     return tables.write("distillation_quality", "What the ways of distillation are worth", [told, table])
+
+
+def listed(value: str) -> list[str]:
+    """Words between commas."""
+    return [word.strip() for word in value.split(",")]
 
 
 @click.command()
 @click.argument("shared", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--sets", default=",".join(SETS), show_default=True)
+@click.option("--depths", default=",".join(SHAPES), show_default=True)
 @click.option("--methods", default=",".join(arms(3)), show_default=True)
 @click.option("--seeds", default="0,1,2", show_default=True)
 @click.option("--steps", default=200, show_default=True, help="Optimizer steps of one student.")
-@click.option("--learning-rate", default=3e-4, show_default=True)
 @click.option("--quick", is_flag=True, help="One data set, half depth, one seed, 20 steps.")
-def main(shared: Path, sets: str, methods: str, seeds: str, steps: int, learning_rate: float, quick: bool) -> None:
+def main(shared: Path, sets: str, depths: str, methods: str, seeds: str, steps: int, quick: bool) -> None:
     """Train what is missing and write benchmarks/results/distillation_quality.md."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    depths = list(SHAPES)
     if quick:
-        sets, depths, seeds, steps = sets.split(",")[0], depths[:1], seeds.split(",")[0], 20
-    have = {(cell.set, cell.depth, cell.method, cell.seed, cell.steps) for cell in stored()}
+        sets, depths, seeds, steps = listed(sets)[0], "half", listed(seeds)[0], 20
+    numbers = [int(seed) for seed in listed(seeds)]
     with tempfile.TemporaryDirectory() as folder:
-        for name in sets.split(","):
-            wanted = list(product(map(int, seeds.split(",")), depths, methods.split(",")))
-            ground = Ground(write_study(Path(folder), shared.resolve(), name, steps, learning_rate))
-            budget = ground.materials.steps
-            if (name, "-", "teacher", 0, 0) not in have:
-                teacher = ground.scores(ground.materials.teacher.network)
-                keep(Cell(name, "-", "teacher", 0, 0, *teacher, 0.0))
-            for seed, depth, method in wanted:
-                if method in arms(*SHAPES[depth]) and (name, depth, method, seed, budget) not in have:
-                    cell = student(ground, name, depth, method, seed, Path(folder))
-                    keep(cell)
-                    click.echo(json.dumps(asdict(cell)))
-            click.echo(report(stored(), budget))
+        for name in listed(sets):
+            ground = Ground(write_study(Path(folder), shared.resolve(), name, steps))
+            students = Students(name, ground, Path(folder))
+            for depth, seed, method in product(listed(depths), numbers, listed(methods)):
+                if method in arms(*SHAPES[depth]):
+                    students.trained(depth, method, students.learning_rate(method, numbers[0]), seed)
+            click.echo(
+                report([cell for cell in stored() if abs(cell.steps - steps) <= 10 or not cell.steps], steps)
+            )
 
 
 if __name__ == "__main__":
