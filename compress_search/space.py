@@ -29,8 +29,8 @@ class Dim:
     """One searchable parameter of a method.
 
     ``when`` maps names of other dimensions of the same method to the values under which this one is active;
-    ``expert`` dimensions stay at their default unless a study names them, and of a choice only the ``usual``
-    options, where there are any, are searched unless it does.
+    ``expert`` dimensions stay at their default unless a study names them, and only the ``usual`` values, where
+    there are any, are searched unless it does.
     """
 
     distribution: BaseDistribution
@@ -51,9 +51,10 @@ class Dim:
         step: float | None = None,
         when: Mapping[str, Collection[Value]] | None = None,
         expert: bool = False,
+        usual: Sequence[float] = (),
     ) -> Dim:
-        """A float in [low, high], both ends included."""
-        return cls(FloatDistribution(low, high, log=log, step=step), default, when or {}, expert)
+        """A float in [low, high], both ends included; the default is among the usual ones, where there are any."""
+        return cls(FloatDistribution(low, high, log=log, step=step), default, when or {}, expert, tuple(usual))
 
     @classmethod
     def integer(
@@ -231,13 +232,12 @@ def _narrow_range(dim: Dim, bounds: Mapping[str, float]) -> Dim:
             expert=False,
         )
     assert isinstance(dim.distribution, FloatDistribution)
-    return replace(
-        dim, distribution=FloatDistribution(low, high, log=dim.distribution.log), default=default, expert=False
-    )
+    distribution = FloatDistribution(low, high, log=dim.distribution.log)
+    return replace(dim, distribution=distribution, default=default, expert=False, usual=())
 
 
 def fix_experts(space: Space) -> dict[str, Dim]:
-    """The space with every expert dimension fixed at its default, and every choice at its usual options."""
+    """The space with every expert dimension fixed at its default, and the others at their usual values."""
 
     def fixed(dim: Dim) -> Dim:
         options = (dim.default,) if dim.expert else dim.usual

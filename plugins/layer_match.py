@@ -39,7 +39,16 @@ from .distillation.objective import (
     transported,
 )
 from .distillation.soft_targets import SoftTerm, crf_missing
-from .distillation.students import NARROW, cut_student, depths, same_shape, student_subject, unfit, widths
+from .distillation.students import (
+    NARROW,
+    cut_student,
+    depth_dim,
+    same_shape,
+    student_subject,
+    unfit,
+    whole_width,
+    width_dim,
+)
 
 FEATURES = ("hidden", "attention", "hidden+attention", "embedding+hidden+attention")
 ALIGNED = "learned_align"
@@ -136,8 +145,8 @@ class LayerMatch(Method):
         projected = strategy | {"projection": ("auto", "linear", "relu", "tanh", "identity")}
         text = {"unlabelled_text": Dim.flag(False, when={"phases": ("auto", "two_phase")}, expert=True)}
         return {
-            "layers": Dim.choice(depths(teacher), max(1, teacher.layers // 2)),
-            "width": Dim.choice(widths(teacher), 1.0),
+            "layers": depth_dim(teacher),
+            "width": width_dim(teacher),
             "init": Dim.choice(("spread", "first", "last"), "spread", expert=True),
             "matches": Dim.text(partial(written, teacher_layers=teacher.layers), BY_STRATEGY),
             "strategy": Dim.choice((*usual, EARTH_MOVER), "uniform", when=strategy, usual=usual),
@@ -170,8 +179,9 @@ class LayerMatch(Method):
         return unfit(subject)
 
     def effective(self, subject: Subject, params: Params) -> Params:
-        """What "auto" comes to, and without what then says nothing."""
-        found, narrow = dict(params), float(params["width"]) < 1
+        """A width of whole heads, what "auto" comes to, and without what then says nothing."""
+        found = {**params, "width": whole_width(subject, float(params["width"]))}
+        narrow = found["width"] < 1
         told = _told_phases(found)
         if found["phases"] == "auto":
             found["phases"] = "two_phase" if narrow or told - {"all"} else "joint"

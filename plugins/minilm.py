@@ -23,7 +23,15 @@ from .distillation.matches import Match
 from .distillation.matching import Matching
 from .distillation.objective import Objective, has_targets, idle_targets, reader, target_space, text_missing
 from .distillation.soft_targets import SoftTerm, crf_missing
-from .distillation.students import cut_student, depths, same_shape, student_subject, unfit, widths
+from .distillation.students import (
+    cut_student,
+    depth_dim,
+    same_shape,
+    student_subject,
+    unfit,
+    whole_width,
+    width_dim,
+)
 
 RELATIONS = ("qk+vv", "qq+kk+vv", "qq", "kk", "vv", "qk")
 RELATION_HEADS = (12, 24, 48, 64)
@@ -90,8 +98,8 @@ class MiniLM(Method):
         heads = relation_heads(teacher.hidden, teacher.hidden, round(teacher.heads))
         text = {"unlabelled_text": Dim.flag(False, expert=True)} if "unlabelled" in teacher.traits else {}
         return {
-            "layers": Dim.choice(depths(teacher), max(1, teacher.layers // 2)),
-            "width": Dim.choice(widths(teacher), 1.0),
+            "layers": depth_dim(teacher),
+            "width": width_dim(teacher),
             "init": Dim.choice(("spread", "first", "last"), "spread", expert=True),
             "version": Dim.choice(("v1", "v2"), "v2"),
             "relation_heads": Dim.choice(heads, default_heads(heads), when=second),
@@ -113,11 +121,12 @@ class MiniLM(Method):
         return unfit(subject)
 
     def effective(self, subject: Subject, params: Params) -> Params:
-        """Relation heads that divide both widths, and whether there is an assistant.
+        """A width of whole heads, relation heads that divide both widths, and whether there is an assistant.
 
         Where logits and labels have no weight relations are learnt to the end.
         """
-        found, width = dict(params), float(params["width"])
+        width = whole_width(subject, float(params["width"]))
+        found = {**params, "width": width}
         if "relation_heads" in found:
             narrow = round(subject.hidden * width)
             fitting = relation_heads(subject.hidden, narrow, round(subject.heads))

@@ -29,7 +29,16 @@ from .distillation.matches import Match, Shapes, check_matches
 from .distillation.matching import Matching
 from .distillation.objective import Objective, Teacher, reader, text_missing
 from .distillation.soft_targets import SoftTerm, crf_missing, crf_space, tempered
-from .distillation.students import NARROW, cut_student, depths, same_shape, student_subject, unfit, widths
+from .distillation.students import (
+    NARROW,
+    cut_student,
+    depth_dim,
+    same_shape,
+    student_subject,
+    unfit,
+    whole_width,
+    width_dim,
+)
 
 MAPS = {"uniform": "uniform", "top": "last", "bottom": "first"}
 """The paper's names of maps -> ours."""
@@ -109,8 +118,8 @@ class TinyBert(Method):
         projected = {"projection": ("shared", "per_layer")}
         space = {
             "custom_map": Dim.text(partial(written_layers, lowest=1, highest=teacher.layers)),
-            "layers": Dim.choice(depths(teacher), max(1, teacher.layers // 2), when=named),
-            "width": Dim.choice(widths(teacher), 1.0),
+            "layers": depth_dim(teacher, when=named),
+            "width": width_dim(teacher),
             "layer_map": Dim.choice(tuple(MAPS), "uniform", when=named),
             "start": Dim.choice(("teacher", "random"), "teacher", expert=True),
             "embedding_weight": Dim.real(0.01, 10.0, 1.0, log=True, expert=True),
@@ -137,8 +146,8 @@ class TinyBert(Method):
         return unfit(subject)
 
     def effective(self, subject: Subject, params: Params) -> Params:
-        """An empty map says nothing."""
-        found = dict(params)
+        """A width of whole heads; an empty map says nothing."""
+        found = {**params, "width": whole_width(subject, float(params["width"]))}
         if not found.get("custom_map"):
             found.pop("custom_map", None)
         return found

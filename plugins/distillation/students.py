@@ -6,7 +6,8 @@ small a student is to be.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
-from compress_search import Candidate, Subject
+from compress_search import Candidate, Dim, Subject
 from compress_search.encoders import (
     attach_crf,
     backbone,
@@ -28,22 +29,49 @@ from compress_search.encoders import (
 )
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
+"""The parts of a teacher's width that are searched unless a study names others."""
+LEAST_WIDTH = 0.1
 NARROW = "none, and the student's states are narrower than its teacher's: expected one, or width 1"
 """What is wrong with such a projection."""
 
 
-def widths(teacher: Subject) -> list[float]:
-    """The parts of the teacher's width that leave heads of whole, even size."""
-    even = [part for part in WIDTHS if (teacher.hidden * part / teacher.heads) % 2 == 0] or [1.0]
+def sizes(teacher: Subject) -> list[int]:
+    """The hidden sizes that a student can have, rising: those that leave every head a whole size."""
+    heads = round(teacher.heads)
+    least = max(1, math.ceil(LEAST_WIDTH * teacher.hidden / heads)) * heads
     # where tables of another width are projected, a student of just that width would have no projection to cut
     untied = teacher.embedding_size not in (0, teacher.hidden)
-    return [part for part in even if not (untied and teacher.hidden * part == teacher.embedding_size)]
+    return [n for n in range(least, teacher.hidden + 1, heads) if not (untied and n == teacher.embedding_size)]
 
 
-def depths(teacher: Subject) -> list[int]:
-    """How many layers a student can have; all of them only where it can be narrower (:func:`same_shape`)."""
-    most = teacher.layers if len(widths(teacher)) > 1 else teacher.layers - 1
-    return list(range(1, most + 1)) or [1]
+def widths(teacher: Subject) -> list[float]:
+    """Those of :data:`WIDTHS` that leave heads of whole, even size."""
+    possible = sizes(teacher)
+    even = [part for part in WIDTHS if (teacher.hidden * part / teacher.heads) % 2 == 0]
+    return [part for part in even if teacher.hidden * part in possible] or [1.0]
+
+
+def whole_width(teacher: Subject, width: float) -> float:
+    """The part of the teacher's width nearest to this one that is one of :func:`sizes`; never all unless asked."""
+    narrower = [size for size in sizes(teacher) if size < teacher.hidden]
+    if width == 1 or not narrower:
+        return 1.0
+    return min(narrower, key=lambda size: abs(size - teacher.hidden * width)) / teacher.hidden
+
+
+def width_dim(teacher: Subject) -> Dim:
+    """The part of the teacher's width that is *kept*: one of :func:`widths`, or what a study names.
+
+    To be put through :func:`whole_width`; TinyBERT's 312 of 768 is 0.40625.
+    """
+    return Dim.real(sizes(teacher)[0] / teacher.hidden, 1.0, 1.0, usual=widths(teacher))
+
+
+def depth_dim(teacher: Subject, when: Mapping[str, tuple[str, ...]] | None = None) -> Dim:
+    """How many layers a student has; all of them only where it can be narrower (:func:`same_shape`)."""
+    fewer, default = list(range(1, teacher.layers)) or [1], max(1, teacher.layers // 2)
+    options = list(range(1, teacher.layers + 1)) if len(sizes(teacher)) > 1 else fewer
+    return Dim.choice(options, default, when=when, usual=options if len(widths(teacher)) > 1 else fewer)
 
 
 def same_shape(teacher: Subject, depth: int, width: float) -> str | None:

@@ -7,11 +7,13 @@ import pytest
 from compress_search_plugins.layer_match import LayerMatch
 from compress_search_plugins.minilm import MiniLM
 from compress_search_plugins.tinybert import TinyBert
+from hypothesis import given
+from hypothesis import strategies as st
 
 from compress_search import StudyError, Subject, TrialError
 from compress_search.driver import prepare
 from compress_search.encoders import layers, subject_of
-from compress_search.space import defaults, narrow
+from compress_search.space import defaults, fix_experts, narrow
 from compress_search.study import load_study
 from compress_search.testing import tiny_candidate, tiny_context
 
@@ -46,8 +48,48 @@ class TestFullDepth:
         assert method.faults(BERT, settled(method, BERT, layers=11, width=1.0)) == {}
 
     def test_where_no_student_can_be_narrower_all_are_shallower(self, method):
-        subject = BERT.having(hidden=12 * 7, head_dim=7)
-        assert max(method.search_space(subject)["layers"].distribution.choices) == 11
+        odd = BERT.having(hidden=12 * 7, head_dim=7)  # no quarter of which leaves heads of even size
+        assert max(fix_experts(method.search_space(odd))["layers"].distribution.choices) == 11
+        assert method.search_space(odd)["layers"].contains(12)  # at a width that a study names
+        one = BERT.having(hidden=12, head_dim=1)
+        assert not method.search_space(one)["layers"].contains(12)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=NAMES)
+class TestAnyWidth:
+    def test_tinyberts_own_is_one(self, method):
+        params = settled(method, BERT, layers=4, width=0.40625)
+        assert method.effective(BERT, params) == params
+        student = method.after(BERT, params)
+        assert (student.hidden, student.head_dim, student.heads, student.intermediate) == (312, 26, 12, 1248)
+        assert student.parameters == pytest.approx(
+            14.35e6, rel=0.02
+        )  # of TinyBERT-4, whose layers have 1200 neurons
+
+    def test_quarters_are_searched_and_a_study_may_name_a_part_or_a_range(self, method):
+        width = method.search_space(BERT)["width"]
+        assert fix_experts({"width": width})["width"].distribution.choices == (1.0, 0.75, 0.5, 0.25)
+        assert narrow(width, {"low": 0.3, "high": 0.6}).usual == ()
+        assert fix_experts({"width": narrow(width, {"low": 0.3, "high": 0.6})})["width"].contains(0.41)
+
+    @given(width=st.floats(0.2, 1.0), heads=st.sampled_from([1, 3, 4, 12]), size=st.integers(10, 64))
+    def test_every_head_stays_and_is_whole(self, method, width, heads, size):
+        subject = BERT.having(hidden=heads * size, head_dim=size, heads=heads)
+        params = settled(method, subject, layers=2, width=width)
+        student = method.after(subject, params)
+        assert student.heads == heads
+        assert student.head_dim * heads == student.hidden
+        assert method.search_space(subject)["width"].contains(params["width"])
+        assert abs(student.hidden - width * subject.hidden) <= heads
+        assert (params["width"] == 1) == (width == 1)
+
+    def test_a_student_of_heads_of_odd_size_is_trained(self, method):
+        candidate = tiny_candidate(layers=3)
+        params = settled(method, candidate.subject, layers=2, width=0.66)
+        assert params["width"] == 20 / 32
+        result = method.apply(candidate, params, tiny_context(candidate))
+        assert subject_of(result.network, "text-classification") == result.subject.without("lossy")
+        assert (result.subject.hidden, result.subject.head_dim) == (20, 5)
 
 
 @pytest.mark.parametrize("method", NAMES)

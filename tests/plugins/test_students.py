@@ -9,8 +9,10 @@ from compress_search_plugins.distillation.students import (
     WIDTHS,
     cut_student,
     narrowed,
+    sizes,
     student_subject,
     unfit,
+    whole_width,
     widths,
 )
 from hypothesis import given
@@ -135,6 +137,12 @@ class TestStudents:
     def test_widths_leave_heads_of_even_size(self):
         assert widths(BERT) == list(WIDTHS)
         assert widths(BERT.having(hidden=312, head_dim=26)) == [1.0]
+
+    def test_no_width_is_that_of_projected_tables(self):
+        subject = BERT.having(embedding_size=384)
+        assert 384 not in sizes(subject)
+        assert 0.5 not in widths(subject)
+        assert whole_width(subject, 0.5) * 768 in (372, 396)
 
     def test_what_no_student_is_made_of(self):
         assert unfit(BERT) is None
