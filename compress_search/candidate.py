@@ -50,12 +50,15 @@ class Subject:
     ``tokenizers`` library calls it, or ``ByteLevelBPE``), ``"kernel:<name>"`` for each kernel that a probe found
     to be real on this machine (``kernel:int8``, ``kernel:bf16``, ``kernel:weight-only``), ``"unlabelled"`` (the
     study names text without labels), ``"masked-lm"`` (it names a masked language model), ``"masked-lm:<shape>"``
-    (of that a shape, such as ``layers=3``, which is not the teacher's), ``"all-tagged"`` (no tag is O),
+    (of that a shape, such as ``layers=3``, which is not the teacher's), ``"student-start"`` (it names a small
+    network to start from) and ``"student-start:<shape>"`` likewise, ``"all-tagged"`` (no tag is O),
     ``"pairs"`` (examples are two texts) and ``"came-trained"`` (nothing is known of its start). Steps add theirs,
-    such as ``"lossy"`` (training could win back accuracy), ``"non-uniform"``, ``"shared"``, ``"low-rank"``
+    such as ``"lossy"`` (training could win back accuracy), ``"non-uniform"`` (layers differ in shape; with
+    ``"neurons:<n>"``, n divides the neurons of each), ``"shared"``, ``"low-rank"``
     (matrices that are products of two), ``"sparse"`` (zeros that must stay: nothing may rebuild the matrices),
     ``"recurrent"`` (no transformer layers: nothing to cut, share or replace), ``"crf"`` (tags are a CRF's best
-    path), ``"data-sized"`` (the vocabulary is an upper bound), ``"onnx-only"`` and ``"torch-only"``.
+    path), ``"data-sized"`` (the vocabulary is an upper bound), ``"estimated"`` (a promise whose ranks only weights
+    can tell: see :meth:`keeps`), ``"onnx-only"`` and ``"torch-only"``.
     """
 
     family: str
@@ -92,6 +95,17 @@ class Subject:
     def without(self, *traits: str) -> Subject:
         """A copy without the given traits."""
         return replace(self, traits=self.traits - set(traits))
+
+    def keeps(self, promised: Subject) -> bool:
+        """Whether a step left this where it promised that; of a promise that is ``"estimated"`` not the ranks.
+
+        What follows from ranks may then differ too: the mean bits, and whether any matrix is a product at all.
+        """
+        if "estimated" not in promised.traits:
+            return self == promised
+        open_ones: dict[str, Any] = {"ranks": (), "bits": 0.0}
+        traits = promised.traits - {"estimated", "low-rank"} | (self.traits & {"low-rank"})
+        return replace(self, **open_ones) == replace(promised, traits=traits, **open_ones)
 
     @property
     def embedding_parameters(self) -> int:

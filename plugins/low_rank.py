@@ -4,7 +4,9 @@ W (out, in) ≈ L·R with L (out, r) and R (r, in). That is fewer weights and op
 break-even out·in/(out + in); every ``rank_ratio`` is the part of it that *stays*. Maps that would gain less than a
 tenth stay whole. Owns ranks and decompositions; the module that holds two factors is the engine's. What a
 decomposition keeps is measured by the weights alone (``svd``), by the outputs on training examples
-(``activation_aware``) or with rows weighed by the loss's gradients (``fisher_weighted``).
+(``activation_aware``) or with rows weighed by the loss's gradients (``fisher_weighted``). Ranks by a part of the
+spectrum's energy are known from the weights only, and those of unequal layers from each layer: what is promised of
+them is marked as estimated, and the candidate tells what they are.
 
 Sources: Eckart and Young 1936 (the truncation is the best of its rank); Hsu et al. 2022, Language model compression
 with weighted low-rank factorization (fisher); Wang et al. 2025, SVD-LLM, section 3.1 (whitened activations).
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from compress_search import Batch, Candidate, Context, Dim, Loss, Method, Params, Stage, Subject, TrialError
-from compress_search.encoders import LowRankLinear, layers, parts
+from compress_search.encoders import LowRankLinear, layers, parts, subject_of
 
 from .distillation.soft_targets import soft_target_loss
 
@@ -96,13 +98,14 @@ class LowRank(Method):
         return useless(subject, params)
 
     def after(self, subject: Subject, params: Params) -> Subject:
-        """The ranks in closed form; an upper bound where the spectra decide, so that layers can differ."""
+        """The ranks in closed form; estimated where layers differ (a mean one's) or spectra decide (the most)."""
         found = shapes(subject)
         ranks = tuple(useful_rank(*found[part], params) if part in _targets(params) else 0 for part in PARTS)
         if not any(ranks):
             return subject
-        uneven = ["non-uniform"] if params["rank_mode"] == "energy" else []
-        return subject.having("low-rank", "lossy", *uneven, ranks=ranks)
+        by_weights = ["non-uniform", "estimated"] if params["rank_mode"] == "energy" else []
+        by_layers = ["estimated"] if "non-uniform" in subject.traits else []
+        return subject.having("low-rank", "lossy", *by_weights, *by_layers, ranks=ranks)
 
     def trains(self, params: Params) -> bool:
         """Only where it recovers by itself."""
@@ -119,7 +122,19 @@ class LowRank(Method):
         if self.trains(params):
             loss = soft_target_loss(context, candidate.subject.task)
             context.fit(network, loss=loss, learning_rate=float(params["learning_rate"]))
-        return candidate.replace(network=network, subject=self.after(candidate.subject, params))
+        promised = self.after(candidate.subject, params)
+        return candidate.replace(network=network, subject=as_found(promised, network))
+
+    def evaluate(self, candidate: Candidate, context: Context) -> Mapping[str, float]:
+        """``factored``: how many distinct matrices are products of two; the spectra may leave none."""
+        maps = {getattr(parts(layer), part) for layer in layers(candidate.network) for part in PARTS}
+        return {"factored": float(sum(isinstance(linear, LowRankLinear) for linear in maps))}
+
+
+def as_found(promised: Subject, network: nn.Module) -> Subject:
+    """What was promised with the ranks that the network has; no product at all is none."""
+    ranks = subject_of(network, promised.task).ranks
+    return promised.having(ranks=ranks).without("estimated", *(() if ranks else ("low-rank",)))
 
 
 # --- ranks ------------------------------------------------------------------------------------------------------
@@ -197,19 +212,22 @@ def energy_rank(spectrum: Tensor, energy: float, multiple: int) -> int:
 
 
 def decomposed(network: nn.Module, params: Params, context: Context) -> Iterator[tuple[nn.Linear, Factors]]:
-    """The distinct maps that are to be factored, with their factors; of the right shapes only in a dry run."""
+    """The distinct maps that are to be factored, with their factors; of the right shapes only in a dry run.
+
+    Where spectra decide on shapes, a dry run takes those of the weights that there are.
+    """
     linears = targets_of(network, params)
     if not linears:  # the mean of the layers' shapes has a useful rank, and none of them has
         return
     importances: Sequence[Tensor | None] = [None] * len(linears)
-    examples = int(params.get("examples", 0))
-    if not context.dry and params["decomposition"] == "activation_aware":
+    examples, by_shape = int(params.get("examples", 0)), context.dry and params["rank_mode"] == "ratio"
+    if not by_shape and params["decomposition"] == "activation_aware":
         importances = second_moments(network, linears, context.calibration(examples))
-    elif not context.dry and params["decomposition"] == "fisher_weighted":
+    elif not by_shape and params["decomposition"] == "fisher_weighted":
         importances = row_weights(network, linears, context.calibration(examples, batch_size=8), context.task_loss)
     for linear, importance in zip(linears, importances, strict=True):
         weight = linear.weight.detach()
-        factors = placeholder(weight, params) if context.dry else factored(weight, importance, params)
+        factors = placeholder(weight, params) if by_shape else factored(weight, importance, params)
         if factors:
             yield linear, factors
 
@@ -243,7 +261,7 @@ def factored(weight: Tensor, importance: Tensor | None, params: Params) -> Facto
 
 
 def placeholder(weight: Tensor, params: Params) -> Factors:
-    """Factors of the rank there would be, or could be at most, with finite weights that mean nothing."""
+    """Factors of the rank there would be, with finite weights that mean nothing."""
     out, within = weight.shape
     rank = useful_rank(out, within, params)
     return Factors(weight[:, :rank].clone(), weight[:rank].clone())

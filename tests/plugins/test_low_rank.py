@@ -13,10 +13,8 @@ from compress_search_plugins.distillation.soft_targets import soft_target_loss
 from compress_search_plugins.low_rank import (
     PARTS,
     WORTHWHILE,
-    LowRank,
     break_even,
     decompose,
-    energy_rank,
     largest_ratio,
     row_weights,
     second_moments,
@@ -44,33 +42,9 @@ from compress_search.encoders import (
 from compress_search.runtimes import load_runner, lower, size_mb
 from compress_search.space import defaults, narrow
 from compress_search.testing import tiny_batches, tiny_candidate, tiny_context
+from tests.factored import BASE, METHOD, applied, matrix, outputs, settings_of
 
-METHOD = LowRank()
-BASE = Subject("bert", "text-classification", 12, 12, 64, 768, 3072, 30522, 512, 2, 2)
 SIX = Subject("bert", "text-classification", 6, 12, 32, 384, 1536, 30522, 512, 2, 4)
-
-
-def settings_of(subject: Subject, **params: Any) -> dict[str, Any]:
-    space = METHOD.search_space(subject)
-    narrowed = {name: narrow(dim, params[name]) if name in params else dim for name, dim in space.items()}
-    return dict(METHOD.effective(subject, defaults(narrowed)))
-
-
-def applied(candidate: Candidate, *, dry: bool = False, seed: int = 0, **params: Any) -> Candidate:
-    chosen = settings_of(candidate.subject, rank_multiple=params.pop("rank_multiple", 1), **params)
-    result = METHOD.apply(candidate, chosen, tiny_context(candidate, dry=dry, seed=seed))
-    result.network.eval()
-    return result
-
-
-def outputs(candidate: Candidate, seed: int = 3) -> torch.Tensor:
-    batch = next(tiny_batches(candidate, seed=seed))
-    with torch.no_grad():
-        return candidate.network(**{k: v for k, v in batch.items() if k not in ("labels", "index")}).logits
-
-
-def matrix(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
 def product(factors: Any) -> torch.Tensor:
@@ -274,16 +248,6 @@ def test_a_rank_that_no_map_has_is_refused_before_any_training(decomposition: st
     assert context.fits == []
 
 
-def test_layers_that_are_all_smaller_than_their_mean_promises_stay_whole() -> None:
-    model = tiny_candidate(layers=2, intermediate=32)
-    promised = model.replace(subject=model.subject.having(intermediate=128))
-    params = settings_of(promised.subject, decomposition="fisher_weighted", rank_multiple=16, rank_ratio=0.9)
-    assert useful_rank(128, 32, params)
-    assert not useful_rank(32, 32, params)
-    result = METHOD.apply(promised, params, tiny_context(model))
-    assert torch.equal(outputs(result), outputs(model))
-
-
 def test_multiples_are_smaller_where_maps_are() -> None:
     found = [METHOD.search_space(subject)["rank_multiple"].default for subject in (BASE, SIX)]
     assert found == [16, 16]
@@ -310,34 +274,6 @@ def test_stored_subjects_of_earlier_runs_still_load() -> None:
     new = BASE.having(ranks=(0, 0, 0, 0, 96.0, 96.0))
     assert Subject.from_dict(new.to_dict()) == new
     assert hash(new) != hash(BASE)
-
-
-# --- energy ---
-
-
-def test_the_energy_rank_is_the_smallest_that_holds_the_part() -> None:
-    spectrum = torch.tensor([3.0, 2.0, 1.0, 1.0, 1.0]).double()  # 9, 4, 1, 1, 1 of 16
-    assert [energy_rank(spectrum, part, 1) for part in (9 / 16, 0.6, 13 / 16, 0.85, 1.0)] == [1, 2, 2, 3, 5]
-    assert energy_rank(spectrum, 0.6, 4) == 4
-
-
-def test_energy_ranks_follow_the_spectra_and_stay_below_what_after_promised() -> None:
-    model = tiny_candidate(layers=2)
-    with torch.no_grad():
-        thin = parts(layers(model.network)[0]).up
-        thin.weight.copy_(matrix(64, 3) @ matrix(3, 32))
-    result = applied(model, rank_mode="energy", energy=0.95, decomposition="svd")
-    found = parts(layers(result.network)[0]).up
-    assert isinstance(found, LowRankLinear)
-    assert found.rank <= 3
-    assert isinstance(parts(layers(result.network)[1]).up, torch.nn.Linear), "a flat spectrum stays whole"
-    assert "non-uniform" in result.subject.traits
-    assert subject_of(result.network, "text-classification").parameters >= 0
-    actual = sum(p.numel() for p in result.network.parameters())
-    assert subject_of(result.network, "text-classification").parameters == actual
-    dry = applied(model, dry=True, rank_mode="energy", energy=0.95)
-    assert dry.subject == result.subject
-    assert sum(p.numel() for p in dry.network.parameters()) == dry.subject.parameters
 
 
 # --- what a factored map is ---
