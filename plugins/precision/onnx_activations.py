@@ -49,8 +49,8 @@ def _rounding(graph: Any, name: str, bits: int) -> list[Any]:
     }
 
     def node(operator: str, output: str, *inputs: str, **attributes: Any) -> Any:
-        read = [constants.get(part) or (name if part == "x" else f"{name}_{part}") for part in inputs]
-        return helper.make_node(operator, read, [f"{name}_{output}"], **attributes)
+        read = [constants.get(part) or (name if part == "x" else f"{name}_rounding_{part}") for part in inputs]
+        return helper.make_node(operator, read, [f"{name}_rounding_{output}"], **attributes)
 
     return [
         node("ReduceMin", "least", "x", keepdims=0),

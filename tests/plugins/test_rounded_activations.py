@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from compress_search_plugins.embedding_factorization import factorize_words
 from compress_search_plugins.precision.bits import fake_quantize_activations
 from compress_search_plugins.precision.number_formats import Setting
 from compress_search_plugins.precision.onnx_activations import round_activations
@@ -20,6 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime import InferenceSession
 
 from compress_search import Candidate, Params
+from compress_search.encoders import subject_of
 from compress_search.runtimes import Artifact, load_runner, lower
 from compress_search.testing import tiny_context
 from tests.quantized import (
@@ -151,6 +153,14 @@ def test_rounded_activations_are_simulated_and_take_no_space(name: str, tmp_path
     assert found["ReduceMin"] == 4 + 2
     assert Artifact.read(tmp_path / "artifact").simulated
     assert METHOD.after(candidate.subject, chosen) == METHOD.after(candidate.subject, params(name))
+
+
+def test_what_projects_a_table_of_few_bits_reads_rounded_rows(tmp_path: Path) -> None:
+    candidate = distinct(layers=1)
+    factorize_words(candidate.network, 16)
+    factored = candidate.replace(subject=subject_of(candidate.network, candidate.subject.task))
+    artifact = quantize(factored, params("weight_only 4", activation_bits=8, embedding_bits=8), tmp_path / "artifact")
+    assert np.isfinite(load_runner(artifact, 1)(feed_of(factored))).all()
 
 
 def test_four_bits_err_more_than_eight(tmp_path: Path) -> None:
