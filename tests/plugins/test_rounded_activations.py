@@ -159,7 +159,8 @@ def test_what_projects_a_table_of_few_bits_reads_rounded_rows(tmp_path: Path) ->
     candidate = distinct(layers=1)
     factorize_words(candidate.network, 16)
     factored = candidate.replace(subject=subject_of(candidate.network, candidate.subject.task))
-    artifact = quantize(factored, params("weight_only 4", activation_bits=8, embedding_bits=8), tmp_path / "artifact")
+    chosen = params("weight_only 4", activation_bits=8, embedding_bits=8)
+    artifact = quantize(factored, chosen, tmp_path / "artifact")
     assert np.isfinite(load_runner(artifact, 1)(feed_of(factored))).all()
 
 
