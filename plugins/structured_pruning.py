@@ -21,7 +21,7 @@ from torch import nn
 from compress_search import Candidate, Context, Dim, Loss, Method, Params, Stage, Subject
 from compress_search.encoders import keep_layers, layer_drop
 
-from .pruning.allocation import Cut, macs_per_layer
+from .pruning.cuts import Cut, least_part
 from .pruning.gradual import train_while_pruning
 from .pruning.importance import NEED_GRADIENTS
 from .pruning.layer_dropping import STRATEGIES, kept_layers, most_changing_layers
@@ -40,6 +40,15 @@ REFUSED = {
     "sparse": "the zeros of its matrices must stay",
 }
 GRADUAL = ("cubic", "iterative")
+SMALLEST: dict[str, Any] = {
+    "budget": "macs",
+    "target": 1.0,
+    "whole_blocks": True,
+    "min_heads": 1,
+    "layer_ratio": 0.0,
+    "hidden_ratio": 0.0,
+}
+"""What leaves a budget the most ways, but for layers and channels, which go by ratios of their own."""
 DEFAULT_PACE = {"num_prune_steps": 8, "s_warmup": 0.1, "s_cooldown": 0.4}
 
 
@@ -52,8 +61,10 @@ class StructuredPruning(Method):
         """How much goes, and when; groups of neurons divide the teacher's number of them.
 
         ``budget`` says how much: by ratios, or as the one ``target`` of multiply-accumulates or of the teacher's
-        latency that heads and neurons share. ``recover`` is what makes up for the loss: training (``kd`` and
-        ``layer_distill`` from soft targets, ``finetune`` from labels), least squares (``rescale``) or nothing.
+        latency that heads and neurons share; with ``whole_blocks``, attentions and feed-forwards can then go
+        altogether, and one that stays keeps ``min_heads``. ``recover`` is what makes up for the loss: training
+        (``kd`` and ``layer_distill`` from soft targets, ``finetune`` from labels), least squares (``rescale``) or
+        nothing.
         Units go gradually only where there is training. ``num_prune_steps`` measures importance that often, each
         time on ``calib_examples``; ``s_warmup`` and ``s_cooldown`` are the parts of the training before the first
         and after the last of these. ``layerdrop_train`` trains with layers skipped at this rate before any goes.
@@ -73,9 +84,25 @@ class StructuredPruning(Method):
         chosen = dict(params)
         if "shared" in subject.traits:
             chosen |= {"scope": "per_layer", "layer_ratio": 0.0}
+        if "whole_blocks" in chosen:  # layers that lose the same lose no block alone
+            chosen["whole_blocks"] = chosen["whole_blocks"] and chosen["scope"] != "per_layer"
         if subject.word_rank:
             chosen["hidden_ratio"] = 0.0
         return _without_idle(chosen | _rounded(subject, chosen))
+
+    def changes_nothing(self, subject: Subject, params: Params) -> bool:
+        """Where nothing goes."""
+        return not _prunes(params)
+
+    def faults(self, subject: Subject, params: Params) -> Mapping[str, str]:
+        """A part of the multiply-accumulates that nothing is small enough for; milliseconds a measurement tells."""
+        if params["budget"] != "macs" or float(params["target"]) >= least_part(subject, params):
+            return {}
+        least = _hundredths(least_part(subject, params))
+        return {
+            "target": f"{params['target']:g} of the multiply-accumulates, and what these layers can be cut to has "
+            f"{least:g}: expected at least that"
+        }
 
     def after(self, subject: Subject, params: Params) -> Subject:
         """Mean heads and neurons of the layers left; with a global scope or a budget, layers can differ.
@@ -93,9 +120,11 @@ class StructuredPruning(Method):
             hidden=cut.hidden,
             embedding_size=cut.hidden if same_table else subject.embedding_size,
         )
-        counted = params["budget"] == "ratios"
-        uneven = counted and params["scope"] != "per_layer" and cut.layers > 1 and _prunes(params, *RATIOS)
-        return left.having("lossy", *(["non-uniform"] if uneven or not counted else []))
+        budget = params["budget"] != "ratios"
+        if not (budget or (params["scope"] != "per_layer" and cut.layers > 1 and _prunes(params, *RATIOS))):
+            return left.having("lossy")
+        multiple = cut.multiple if budget or _prunes(params, "ffn_ratio") else int(subject.intermediate)
+        return left.having("lossy", "non-uniform", f"neurons:{multiple}")
 
     def trains(self, params: Params) -> bool:
         """Where training recovers, and where it makes layers ready to go."""
@@ -125,15 +154,18 @@ class StructuredPruning(Method):
 def _amounts(teacher: Subject) -> dict[str, Dim]:
     """The dimensions that say how much goes."""
     multiples = [m for m in FFN_MULTIPLES if teacher.intermediate % m == 0]
-    heads, counted = min(0.75, 1 - 1 / teacher.heads), {"budget": ("ratios",)}
+    multiple, heads = max(m for m in multiples if m <= 32), min(0.75, 1 - 1 / teacher.heads)
+    least = max(0.05, _hundredths(least_part(teacher, SMALLEST | {"ffn_multiple": multiple})))
+    counted, allotted = {"budget": ("ratios",)}, {"budget": BUDGETS[1:]}
     return {
         "budget": Dim.choice(BUDGETS, "ratios", expert=True),
-        "target": Dim.real(0.05, 1.0, 0.6, when={"budget": ("macs", "latency")}, expert=True),
+        "target": Dim.real(least, 1.0, max(least, 0.6), when=allotted, expert=True),
+        "whole_blocks": Dim.flag(True, when=allotted, expert=True),
         "head_ratio": Dim.real(0.0, heads, min(0.25, heads), when=counted),
         "ffn_ratio": Dim.real(0.0, 0.9, 0.5, when=counted),
         "layer_ratio": Dim.real(0.0, min(0.75, 1 - 1 / teacher.layers), 0.0),
         "hidden_ratio": Dim.real(0.0, 0.5, 0.0, expert=True),
-        "ffn_multiple": Dim.choice(multiples, max(m for m in multiples if m <= 32), expert=True),
+        "ffn_multiple": Dim.choice(multiples, multiple, expert=True),
         "min_heads": Dim.integer(0, int(teacher.heads), 1, expert=True),
     }
 
@@ -173,8 +205,7 @@ def _rounded(subject: Subject, params: Params) -> dict[str, Any]:
         "min_heads": cut.min_heads,
     }
     if params["budget"] != "ratios":
-        least = _least_part(subject, cut)
-        return {**rounded, "target": min(1.0, max(round(float(params["target"]), 2), math.ceil(100 * least) / 100))}
+        return {**rounded, "target": round(float(params["target"]), 2)}
     heads, neurons = cut.layers * int(subject.heads), cut.layers * int(subject.intermediate)
     return {
         **rounded,
@@ -183,13 +214,9 @@ def _rounded(subject: Subject, params: Params) -> dict[str, Any]:
     }
 
 
-def _least_part(subject: Subject, cut: Cut) -> float:
-    """What the least shape costs of the whole in multiply-accumulates, whatever the length of the examples."""
-    parts = []
-    for length in (1, subject.positions):
-        least = macs_per_layer(subject.having(hidden=cut.hidden), length)(cut.min_heads, cut.multiple)
-        parts.append(cut.layers * least / subject.macs(length))
-    return max(parts)
+def _hundredths(part: float) -> float:
+    """Rounded up, as far as a target is told, and no more than all."""
+    return min(1.0, math.ceil(100 * part - 1e-9) / 100)
 
 
 def _without_idle(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -215,8 +215,8 @@ class UnstructuredPruning(Method):
         }
 
     def faults(self, subject: Subject, params: Params) -> Mapping[str, str]:
-        """Patterns that an earlier step leaves no widths for; where layers differ the network tells."""
-        fault = "non-uniform" not in subject.traits and misfit(subject, PATTERNS[str(params["pattern"])])
+        """Patterns that an earlier step leaves no widths for."""
+        fault = misfit(subject, PATTERNS[str(params["pattern"])])
         return {"pattern": f"{params['pattern']} needs {fault}"} if fault else {}
 
     def after(self, subject: Subject, params: Params) -> Subject:
@@ -283,9 +283,22 @@ def _penalised(loss: Loss, sparsifier: Sparsifier) -> Loss:
 
 
 def misfit(subject: Subject, pattern: Pattern) -> str | None:
-    """What a pattern needs that the first matrix does not have which it does not divide; None where all fit."""
-    odd = next(((a, b) for a, b, _ in matrices_of(subject) if not pattern.fits((a, b))), None)
-    return f"{pattern.needs}, and there are matrices of {odd[0]:g} x {odd[1]:g}" if odd else None
+    """What a pattern needs that the first matrix does not have which it does not divide; None where all fit.
+
+    Where layers differ, each has heads of one width and a number of neurons of which the subject may know a
+    divisor: a pattern fits that fits the smallest such layer.
+    """
+    differ = "non-uniform" in subject.traits
+    shapes = subject.having(heads=1, intermediate=neurons_divisor(subject)) if differ else subject
+    odd = next(((a, b) for a, b, _ in matrices_of(shapes) if not pattern.fits((a, b))), None)
+    there = "the layers' matrices are multiples of" if differ else "there are matrices of"
+    return f"{pattern.needs}, and {there} {odd[0]:g} x {odd[1]:g}" if odd else None
+
+
+def neurons_divisor(subject: Subject) -> int:
+    """What divides the number of neurons of every layer, as far as the step that made them differ has said."""
+    found = [int(trait.partition(":")[2]) for trait in subject.traits if trait.startswith("neurons:")]
+    return math.gcd(*found) if found else 1
 
 
 def _factored(subject: Subject) -> bool:

@@ -1,7 +1,7 @@
 """How many units of each kind go, from which layer and when: counts, budgets and schedules, as pure functions.
 
-Owns the rounding that makes recipes of equal shapes equal, and the search for the most important units within a
-budget of multiply-accumulates or milliseconds. Knows nothing of networks, and of importance only its numbers.
+Owns the search for the most important units within a budget of multiply-accumulates or milliseconds. Knows nothing
+of networks, and of importance only its numbers.
 
 Sources: Kwon et al. 2022, A Fast Post-Training Pruning Framework for Transformers (the search); Zhu and Gupta
 2017, To prune, or not to prune (cubic schedule).
@@ -10,107 +10,12 @@ Sources: Kwon et al. 2022, A Fast Post-Training Pruning Framework for Transforme
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-
-from compress_search import Params, Subject, TrialError
-
-NOMINAL_LENGTH = 64
-"""Tokens of the example by which multiply-accumulates are foretold before any data is seen."""
-
-LayerCost = Callable[[int, int], float]
-"""(heads, neurons) -> what one layer of that shape costs, attention and feed-forward adding up."""
-
-
-@dataclass(frozen=True)
-class Cut:
-    """What is left: so many layers and hidden channels, and so many heads and neurons in total over the layers.
-
-    Neurons are counted in groups of ``multiple``, channels in groups of ``channels``; no layer has fewer than
-    ``min_heads`` heads or one group. Under a budget, heads and neurons are a forecast: equal parts of both, so that
-    the budget is met.
-    """
-
-    layers: int
-    heads: int
-    neurons: int
-    hidden: int
-    multiple: int
-    channels: int
-    min_heads: int
-
-    @classmethod
-    def of(cls, subject: Subject, params: Params) -> Cut:
-        """The cut these parameters mean for a model with layers of equal shape.
-
-        Ratios are rounded to the nearest whole layer or head; of neurons and channels, the number kept is rounded
-        up.
-
-        Raises:
-            TrialError: a ratio that would leave nothing.
-        """
-        layers = subject.layers - _removed(params, "layer_ratio", subject.layers, least=1)
-        multiple = math.gcd(int(params["ffn_multiple"]), int(subject.intermediate))
-        channels = math.gcd(int(params["ffn_multiple"]), subject.hidden)
-        hidden = _kept_in_groups(params, "hidden_ratio", subject.hidden, channels, least=1)
-        least = min(int(params["min_heads"]), int(subject.heads))
-        if params["budget"] != "ratios":
-            cut = cls(layers, 0, 0, hidden, multiple, channels, least)
-            return cut._foretold(subject, float(params["target"]))
-        # in layers of equal allotment every one rounds alike, so one stands for all
-        equal, pool = (layers, 1) if params["scope"] == "per_layer" else (1, layers)
-        heads, neurons = pool * int(subject.heads), pool * int(subject.intermediate)
-        kept_heads = heads - _removed(params, "head_ratio", heads, least=max(1, pool * least))
-        kept_neurons = _kept_in_groups(params, "ffn_ratio", neurons, multiple, least=pool)
-        return cls(layers, equal * kept_heads, equal * kept_neurons, hidden, multiple, channels, least)
-
-    def _foretold(self, subject: Subject, target: float) -> Cut:
-        cost = macs_per_layer(subject.having(hidden=self.hidden), NOMINAL_LENGTH)
-        whole = subject.macs(NOMINAL_LENGTH)
-        heads, neurons = int(subject.heads), int(subject.intermediate)
-        shape = uniform_shape(cost, target * whole / self.layers, heads, neurons, self)
-        return replace(self, heads=self.layers * shape[0], neurons=self.layers * shape[1])
-
-
-def _ratio(params: Params, name: str) -> float:
-    ratio = float(params[name])
-    if not 0 <= ratio < 1:
-        raise TrialError(f"{name} is {ratio:g}, the part to remove: expected a number from 0 to below 1")
-    return ratio
-
-
-def _removed(params: Params, name: str, units: int, least: int) -> int:
-    return min(round(_ratio(params, name) * units), units - least)
-
-
-def _kept_in_groups(params: Params, name: str, units: int, multiple: int, least: int) -> int:
-    """So many of the units, in groups, and at least so many groups."""
-    return multiple * max(least, math.ceil((1 - _ratio(params, name)) * (units // multiple) - 1e-6))
-
-
-def macs_per_layer(subject: Subject, length: int) -> LayerCost:
-    """Multiply-accumulates of one layer for one example: S·(4kdH + 2fH) + 2S²kd for k heads and f neurons."""
-
-    def cost(heads: int, neurons: int) -> float:
-        width = heads * subject.head_dim
-        linear = length * (4 * width * subject.hidden + 2 * neurons * subject.hidden)
-        return float(linear + 2 * length**2 * width)
-
-    return cost
-
-
-def uniform_shape(cost: LayerCost, cap: float, heads: int, neurons: int, cut: Cut) -> tuple[int, int]:
-    """Heads and neurons of one layer whose cost is at most ``cap``: about the same part of both; else the least."""
-    groups = neurons // cut.multiple
-    for kept in range(groups, 0, -1):
-        shape = max(cut.min_heads, round(heads * kept / groups)), kept * cut.multiple
-        if cost(*shape) <= cap * (1 + 1e-9):
-            return shape
-    return cut.min_heads, cut.multiple
-
 
 # when
 
@@ -207,44 +112,119 @@ def best_units(scores: Tensor, counts: Sequence[int]) -> Tensor:
     return (rank < torch.tensor(counts, device=scores.device)[:, None]).to(scores)
 
 
-def shrink(mask: Tensor, scores: Tensor, keep: int, multiple: int, least: int, *, even: bool) -> Tensor:
-    """The mask (rows, units) with ``keep`` units left in total; what is masked stays masked."""
-    scores = scores.masked_fill(mask == 0, -math.inf)
-    counts = spread(keep, len(mask), multiple) if even else allot(scores, keep, multiple, least)
-    return best_units(scores, counts)
+@dataclass(frozen=True)
+class Blocks:
+    """All attentions or all feed-forwards: what their units matter, how these go, and what they cost.
+
+    ``scores`` are (rows, units), −inf where a unit is masked already; ``uses`` (rows,) says how many layers use
+    each. ``price`` is what a block of so many units costs more than one of none. Units go in groups of
+    ``multiple``; a block that stays keeps ``least``.
+    """
+
+    scores: Tensor
+    uses: Tensor
+    price: Callable[[int], float]
+    multiple: int = 1
+    least: int = 1
+
+    @property
+    def alive(self) -> Tensor:
+        """Whether each block has units that are not masked, (rows,)."""
+        return self.scores.isfinite().any(1)
+
+    def ladder(self, alive: Tensor, *, even: bool) -> Ladder:
+        """The ways to keep units of these blocks and none of the others."""
+        ladder = Ladder.of(self.scores[alive], self.multiple, self.least, even=even)
+        counts = ladder.counts.new_zeros(len(ladder.counts), len(alive))
+        counts[:, alive] = ladder.counts
+        return Ladder(counts, ladder.importance)
+
+    @cached_property
+    def prices(self) -> Tensor:
+        """What a block of each number of groups costs, none first."""
+        counts = range(0, self.scores.shape[1] + 1, self.multiple)
+        prices = [self.price(count) for count in counts]
+        return torch.tensor(prices, dtype=torch.float64, device=self.scores.device)
+
+    def costs(self, counts: Tensor) -> Tensor:
+        """What so many units (…, rows) cost in each block, in all its uses."""
+        return self.prices[counts // self.multiple] * self.uses
+
+    def worth(self, counts: Tensor) -> Tensor:
+        """What the best so many units of each block matter together for what they cost, (rows,)."""
+        ranked = self.scores.double().sort(dim=1, descending=True).values
+        best = torch.arange(ranked.shape[1], device=ranked.device) < counts[:, None]
+        return torch.where(best, ranked, 0.0).sum(1) / self.costs(counts).clamp(min=1e-12)
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Units kept of each row of heads and of neurons; an importance of −inf says that they cost too much."""
+
+    counts: tuple[Tensor, Tensor]
+    importance: float
+    cost: float
+
+    def __gt__(self, other: Allocation) -> bool:
+        """Whether more that matters is kept, or as much for less."""
+        return (self.importance, -self.cost) > (other.importance, -other.cost)
 
 
 def within_budget(
-    heads: Ladder, neurons: Ladder, uses: tuple[Tensor, Tensor], cost: LayerCost, cap: float
-) -> tuple[list[int], list[int]] | None:
-    """Heads and neurons of each row that together matter most among all that cost at most ``cap``.
+    heads: Blocks, neurons: Blocks, cap: float, *, even: bool = False, whole_blocks: bool = False
+) -> Allocation | None:
+    """Heads and neurons that together matter most among all that cost at most ``cap``; None where all cost more.
 
-    For every number of heads, the best ones, as many of the best neurons as the rest of the budget allows (Kwon
-    2022, algorithm 1). None when even the fewest cost too much.
+    A block costs something before its first unit. Where blocks may go as a whole, the one whose units matter least
+    for what they cost goes, as long as what it cost keeps more that matters elsewhere. One of each kind stays.
 
     Args:
-        heads: the ways to keep heads.
-        neurons: the ways to keep neurons.
-        uses: for each row of heads and of neurons, how many layers use it.
-        cost: what a layer costs; attention and feed-forward must add up.
-        cap: what all layers may cost.
+        heads: of all attentions.
+        neurons: of all feed-forwards.
+        cap: what they may cost beyond empty layers.
+        even: whether every row keeps as much as the others.
+        whole_blocks: whether rows may lose all their units.
     """
-    most, all_neurons = int(heads.counts[-1].max()), int(neurons.counts[-1].max())
-    both = cost(most, all_neurons)
-    head_costs = _costs(heads, uses[0], lambda count: cost(count, all_neurons))
-    neuron_costs = _costs(neurons, uses[1], lambda count: cost(most, count) - both)
+    kinds = heads, neurons
+    best = _best_units_of(kinds, (heads.alive, neurons.alive), cap, even)
+    while whole_blocks:
+        fewer = (_best_units_of(kinds, alive, cap, even) for alive in _one_fewer(kinds, best))
+        better = next((found for found in fewer if found > best), None)
+        if better is None:
+            break
+        best = better
+    return best if math.isfinite(best.importance) else None
+
+
+def _one_fewer(kinds: tuple[Blocks, Blocks], found: Allocation) -> Iterator[tuple[Tensor, Tensor]]:
+    """The rows that are left when one more goes, the least worth its cost first."""
+    alive = [counts > 0 for counts in found.counts]
+    worth = [kind.worth(counts) for kind, counts in zip(kinds, found.counts, strict=True)]
+    for kind in range(2):
+        worth[kind] = worth[kind].masked_fill(~alive[kind] | (alive[kind].sum() < 2), math.inf)
+    ranked = torch.cat(worth).sort(stable=True)
+    for block in ranked.indices[ranked.values.isfinite()].tolist():
+        left = torch.cat(alive)
+        left[block] = False
+        yield left[: len(alive[0])], left[len(alive[0]) :]
+
+
+def _best_units_of(
+    kinds: tuple[Blocks, Blocks], alive: tuple[Tensor, Tensor], cap: float, even: bool
+) -> Allocation:
+    """The best allocation to these rows (Kwon 2022, algorithm 1).
+
+    For every number of heads, these are the best ones, with as many of the best neurons as the rest pays for.
+    """
+    heads, neurons = (kind.ladder(rows, even=even) for kind, rows in zip(kinds, alive, strict=True))
+    head_costs, neuron_costs = (
+        kind.costs(ladder.counts).sum(1) for kind, ladder in zip(kinds, (heads, neurons), strict=True)
+    )
     # the last rung of neurons that each rung of heads leaves room for
-    room = torch.searchsorted(neuron_costs, (cap - head_costs) + 1e-9 * cap, right=True) - 1
-    if (room < 0).all():
-        return None
+    room = torch.searchsorted(neuron_costs, (cap - head_costs) + 1e-9 * abs(cap), right=True) - 1
     best = neurons.importance.cummax(0)  # more neurons never matter less, unless they are masked already
     total = (heads.importance + best.values[room.clamp(min=0)]).masked_fill(room < 0, -math.inf)
     rung = int(total.argmax())
-    return heads.counts[rung].tolist(), neurons.counts[best.indices[room[rung]]].tolist()
-
-
-def _costs(ladder: Ladder, uses: Tensor, cost: Callable[[int], float]) -> Tensor:
-    """What each rung costs over all layers, (rungs,)."""
-    values, where = ladder.counts.unique(return_inverse=True)
-    table = torch.tensor([cost(int(value)) for value in values], dtype=torch.float64, device=values.device)
-    return (table[where] * uses).sum(1)
+    other = int(best.indices[room[rung].clamp(min=0)])
+    cost = float(head_costs[rung] + neuron_costs[other])
+    return Allocation((heads.counts[rung], neurons.counts[other]), float(total[rung]), cost)

@@ -158,7 +158,7 @@ class GateCourse(Course):
 
     def _targets(self, goals: tuple[int, int, int]) -> Tensor:
         budget, units = self.pruner.budget, self.pruner.masks.units
-        of_budget = [max(0.0, 1 - budget.cap / budget.full)] if budget else []
+        of_budget = [budget.gone] if budget else []
         return units.heads.new_tensor(of_budget + [1 - goals[kind] / units[kind].numel() for kind in self._kinds()])
 
     def _sparsities(self, expected: Units) -> Tensor:

@@ -7,28 +7,16 @@ What follows the surgery is structured_pruning.py's.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from compress_search import Batch, Context, Params, Subject, TrialError
-from compress_search.encoders import subject_of
+from compress_search import Context, Params, Subject, TrialError
 
 from . import importance
-from .allocation import (
-    Cut,
-    Ladder,
-    LayerCost,
-    allot,
-    best_units,
-    macs_per_layer,
-    sparsity,
-    spread,
-    uniform_shape,
-    within_budget,
-)
+from .allocation import Blocks, allot, best_units, sparsity, spread, within_budget
+from .budgets import Budget, budget_of
+from .cuts import Cut, forecast
 from .masks import Masks, Units, remove_masked
 from .rescale import tune
 
@@ -39,47 +27,6 @@ TUNING_EXAMPLES = 512
 
 Counts = tuple[list[int], list[int], list[int]]
 """Units kept of each row of heads, neurons and channels."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What the layers may cost together: ``cap`` at the end, ``full`` before anything is pruned from them.
-
-    ``whole`` is what a ``target`` is a part of; ``unit`` names it for people.
-    """
-
-    cost: LayerCost
-    full: float
-    cap: float
-    whole: float
-    unit: str
-
-
-def budget_of(subject: Subject, cut: Cut, params: Params, context: Context) -> Budget | None:
-    """The budget that the parameters ask for; None where they are ratios.
-
-    Multiply-accumulates are counted for the calibration data's mean length, and against the model before this step;
-    milliseconds against the teacher.
-    """
-    if params["budget"] == "ratios":
-        return None
-    left = subject.having(hidden=cut.hidden)
-    if params["budget"] == "macs":
-        length = _mean_length(context.calibration(int(params.get("calib_examples", 512))))
-        cost, unit = macs_per_layer(left, length), "multiply-accumulates of the model before"
-        whole = subject.layers * macs_per_layer(subject, length)(int(subject.heads), int(subject.intermediate))
-    else:
-        cost, unit = context.layer_latency(left), "milliseconds of the teacher's layers"
-        teacher = subject_of(context.teacher, subject.task, subject.device)
-        of_teacher = context.layer_latency(teacher)
-        whole = teacher.layers * of_teacher(round(teacher.heads), round(teacher.intermediate))
-    full = cut.layers * cost(int(subject.heads), int(subject.intermediate))
-    return Budget(cost, full, float(params["target"]) * whole, whole, unit)
-
-
-def _mean_length(batches: Iterator[Batch]) -> int:
-    lengths = [int(length) for batch in batches for length in batch["attention_mask"].sum(1)]
-    return round(sum(lengths) / len(lengths))
 
 
 class Pruner:
@@ -137,42 +84,56 @@ class Pruner:
         return *by_score, [hidden]
 
     def _within_budget(self, scores: Units, progress: float) -> tuple[list[int], list[int]]:
+        """Heads and neurons of each row.
+
+        Raises:
+            TrialError: no shape is within the budget.
+        """
         budget, cut = self.budget, self.cut
         assert budget is not None
-        part = sparsity(
-            str(self.params.get("schedule", "one_shot")), progress, max(0.0, 1 - budget.cap / budget.full)
-        )
-        cap = budget.full * (1 - part)
-        found = self._uniform(cap) if self.context.dry else self._best(scores, cap)
+        cap = budget.at(sparsity(str(self.params.get("schedule", "one_shot")), progress, budget.gone))
+        found = self._foretold(budget, cap) if self.context.dry else self._best(budget, scores, cap)
         if found is None:
-            least = cut.layers * budget.cost(cut.min_heads, cut.multiple) / budget.whole
             raise TrialError(
                 f"target is {self.params['target']} of the {budget.unit}, and {cut.layers} layers come to no less "
-                f"than {least:.3f}: expected at least that, or fewer layers (layer_ratio)"
+                f"than {cut.least(budget.cost) / budget.whole:.3f}: expected at least that, or fewer layers "
+                "(layer_ratio)"
             )
         return found
 
-    def _uniform(self, cap: float) -> tuple[list[int], list[int]] | None:
-        assert self.budget is not None
-        sizes = (self.masks.units.heads.shape[1], self.masks.units.neurons.shape[1])
-        heads, neurons = uniform_shape(self.budget.cost, cap / self.cut.layers, *sizes, self.cut)
-        if self.cut.layers * self.budget.cost(heads, neurons) > cap * (1 + 1e-9):
+    def _foretold(self, budget: Budget, cap: float) -> tuple[list[int], list[int]] | None:
+        """Where importance means nothing; a row that several layers use is as its first one."""
+        size = self.masks.units.heads.shape[1], self.masks.units.neurons.shape[1]
+        shapes = forecast(budget.cost, cap, size, self.cut)
+        if shapes is None:
             return None
-        return [heads] * len(self.masks.units.heads), [neurons] * len(self.masks.units.neurons)
+        rows = len(self.masks.units.heads), len(self.masks.units.neurons)
+        return [heads for heads, _ in shapes][: rows[0]], [count for _, count in shapes][: rows[1]]
 
-    def _best(self, scores: Units, cap: float) -> tuple[list[int], list[int]] | None:
-        cut, budget = self.cut, self.budget
-        assert budget is not None
+    def _best(self, budget: Budget, scores: Units, cap: float) -> tuple[list[int], list[int]] | None:
+        whole_blocks = self.cut.whole_blocks and not self.even
+        left = cap - self.cut.layers * budget.cost(0, 0)
+        found = within_budget(*self._blocks(budget, scores), left, even=self.even, whole_blocks=whole_blocks)
+        return None if found is None else (found.counts[0].tolist(), found.counts[1].tolist())
+
+    def _blocks(self, budget: Budget, scores: Units) -> tuple[Blocks, Blocks]:
+        """Attentions and feed-forwards, with what they cost and what they matter in one unit."""
+        cut, uses, empty = self.cut, self.uses(), budget.cost(0, 0)
+
+        def of_heads(count: int) -> float:
+            return budget.cost(count, 0) - empty
+
+        def of_neurons(count: int) -> float:
+            return budget.cost(0, count) - empty
+
         weights = 1.0, 1.0
         if self.criterion not in importance.NEED_GRADIENTS or self.params["scope"] == "global_layer_normalised":
             # heads and neurons are not told in one unit: what is average of its kind is worth what it costs
-            most, all_neurons = scores.heads.shape[1], scores.neurons.shape[1]
-            empty = budget.cost(0, 0)
-            costs = budget.cost(most, 0) - empty, budget.cost(0, all_neurons) - empty
+            costs = of_heads(scores.heads.shape[1]), of_neurons(scores.neurons.shape[1])
             weights = costs[0] / finite_sum(scores.heads), costs[1] / finite_sum(scores.neurons)
-        heads = Ladder.of(weights[0] * scores.heads, 1, cut.min_heads, even=self.even)
-        neurons = Ladder.of(weights[1] * scores.neurons, cut.multiple, cut.multiple, even=self.even)
-        return within_budget(heads, neurons, self.uses(), budget.cost, cap)
+        heads = Blocks(weights[0] * scores.heads, uses[0], of_heads, 1, cut.min_heads)
+        neurons = Blocks(weights[1] * scores.neurons, uses[1], of_neurons, cut.multiple, cut.multiple)
+        return heads, neurons
 
     def uses(self) -> tuple[Tensor, Tensor]:
         """How many layers use each row of heads and of neurons."""

@@ -77,7 +77,7 @@ def tune(network: nn.Module, masks: Masks, batches: Iterable[Batch], *, pooled: 
             targets = [_run(layer, passage) for passage in whole]
         for block in range(2):
             row, alone = _row(masks, block, index)
-            if not alone or (index, block) == (0, 0):
+            if not alone or (index, block) == (0, 0) or not masks.units[block][row].any():
                 continue
             tokens = first if pooled and (index, block) == (len(stack) - 1, 1) else real
             scales = _scales(layer, block, masks, row, zip(pruned, targets, tokens, strict=True))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from compress_search_plugins.pruning import importance, pruner
-from compress_search_plugins.pruning.allocation import Cut
+from compress_search_plugins.pruning.cuts import Cut
 from compress_search_plugins.pruning.gradual import train_while_pruning
 from compress_search_plugins.pruning.masks import Units
 from compress_search_plugins.pruning.pruner import CRITERIA, Pruner
@@ -120,7 +120,7 @@ def test_promised_sizes_are_the_measured_ones(family: str, scope: str) -> None:
     measured = subject_of(result.network, candidate.subject.task)
     assert result.subject == METHOD.after(candidate.subject, params)
     assert (measured.layers, measured.heads, measured.hidden) == (3, 2.0, 24)
-    assert measured.without("non-uniform") == result.subject.without("non-uniform", "lossy")
+    assert measured.without("non-uniform") == result.subject.without("non-uniform", "lossy", "neurons:8")
     assert measured.parameters == sum(p.numel() for p in result.network.parameters())
     assert ("non-uniform" in result.subject.traits) == (scope != "per_layer")
     assert all(view.neurons % 8 == 0 and view.heads >= 1 for view in map(parts, layers(result.network)))

@@ -14,6 +14,7 @@ from compress_search_plugins import unstructured_pruning
 from compress_search_plugins.pruning import sparse_masks
 from compress_search_plugins.pruning.sparse_masks import PATTERNS, Mask, keep_per_group, keep_top, linears, select
 from compress_search_plugins.quantization import Quantization
+from compress_search_plugins.structured_pruning import StructuredPruning
 from compress_search_plugins.unstructured_pruning import Sparsifier, UnstructuredPruning
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,6 +29,7 @@ from compress_search.encoders import bake, load_network, prune_neurons, subject_
 from compress_search.runtimes import load_runner, lower, size_mb
 from compress_search.space import active, defaults, in_order
 from compress_search.testing import tiny_batches, tiny_candidate, tiny_context
+from tests.pruning import parameters as pruning_parameters
 
 METHOD = UnstructuredPruning()
 BASE = Subject("bert", "text-classification", 12, 12, 64, 768, 3072, 30522, 512, 2, 2, traits=frozenset({"sized"}))
@@ -309,7 +311,48 @@ def test_patterns_are_those_that_the_widths_divide_into():
     assert METHOD.missing(odd)["pattern: 4:8"] == "inputs that 8 divides, and there are matrices of 768 x 3068"
     fault = {"pattern": "4:8 needs inputs that 8 divides, and there are matrices of 768 x 3068"}
     assert METHOD.faults(odd, chosen(BASE, pattern="4:8")) == fault, "after an earlier step"
-    assert METHOD.missing(BASE) == METHOD.faults(odd.having("non-uniform"), chosen(BASE, pattern="4:8")) == {}
+    assert METHOD.missing(BASE) == METHOD.faults(BASE, chosen(BASE, pattern="4:8")) == {}
+
+
+@pytest.mark.parametrize(
+    ("traits", "fits"),
+    [
+        ((), ("unstructured",)),
+        (("neurons:4",), ("unstructured", "2:4")),
+        (("neurons:32",), tuple(PATTERNS)),
+    ],
+)
+def test_where_layers_differ_a_pattern_fits_that_divides_what_all_their_widths_are_multiples_of(traits, fits):
+    uneven = BASE.having("non-uniform", *traits, heads=7.3, intermediate=1234.5)
+    faults = {name: METHOD.faults(uneven, chosen(BASE, pattern=name)) for name in PATTERNS}
+    assert tuple(name for name, fault in faults.items() if not fault) == fits
+    assert METHOD.search_space(uneven)["pattern"].distribution.choices == fits
+    if not traits:
+        needs = "4:8 needs inputs that 8 divides, and the layers' matrices are multiples of 768 x 1"
+        assert faults["4:8"] == {"pattern": needs}
+
+
+@given(
+    st.sampled_from(["2:4", "4:8", "block_32x32"]),
+    st.sampled_from([1, 8, 16, 32]),
+    st.sampled_from([0.0, 0.2, 0.5]),
+    st.sampled_from(["ratios", "macs"]),
+    st.integers(0, 9),
+)
+@settings(max_examples=30, deadline=None)
+def test_no_pattern_without_a_fault_meets_a_matrix_that_it_does_not_divide(pattern, multiple, hidden, budget, seed):
+    """After pruning by chance that leaves layers unequal, of odd widths and without some of their blocks."""
+    candidate, pruning = tiny(layers=2, hidden=64, heads=2), StructuredPruning()
+    changes = {"budget": budget, "target": 0.3, "criterion": "random", "recover": "none", "hidden_ratio": hidden}
+    params = pruning_parameters(candidate.subject, ffn_multiple=multiple, **given_in(budget, changes))
+    left = pruning.apply(candidate, params, tiny_context(candidate, seed=seed, dry=False))
+    if not METHOD.faults(left.subject, chosen(candidate.subject, pattern=pattern)):
+        unstructured_pruning.check_divides(left.network, PATTERNS[pattern])
+
+
+def given_in(budget: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """The changes that have an effect under this budget."""
+    return {name: value for name, value in changes.items() if budget != "ratios" or name != "target"}
 
 
 @pytest.mark.parametrize(("pattern", "kept", "number"), [("2:4", 50, 4), ("4:8", 52, 8), ("block_32x32", 48, 32)])
