@@ -143,6 +143,7 @@ def _with_engine_traits(study: Study, raw: Raw, task: Task, teacher: Subject) ->
     traits |= set() if study.teacher.fine_tune else {"came-trained"}
     traits |= {"unlabelled"} if study.data.unlabeled else set()
     traits |= {"masked-lm"} if study.teacher.masked_lm else set()
+    traits |= {"student-start"} if study.teacher.student_start else set()
     traits |= {"all-tagged"} if task.tokens and "O" not in task.labels else set()
     traits |= {"pairs"} if raw.train.pairs is not None else set()
     kind, alphabet = teacher_pieces(study)

@@ -89,6 +89,13 @@ class Context(Protocol):
         None where the study's model came trained, so that nothing is known of its start.
         """
 
+    def student_start(self) -> nn.Module | None:
+        """The study's small pretrained network with a new head: a network of the caller's own, on ``device``.
+
+        Of the teacher's vocabulary and task, and with a CRF that knows nothing yet where the teacher has one. None
+        where the study names none; the subject has the trait "student-start" if it does.
+        """
+
     def masked_lm(self) -> nn.Module | None:
         """The study's masked language model, of the teacher's vocabulary; frozen, on ``device``, not to be changed.
 

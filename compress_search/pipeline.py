@@ -63,6 +63,7 @@ class Materials:
     unlabelled: Split | None = None
     untrained: Callable[[], nn.Module | None] = lambda: None
     masked_lm: Callable[[], nn.Module | None] = lambda: None
+    student_start: Callable[[], nn.Module | None] = lambda: None
     tokenize: Callable[[PreTrainedTokenizerBase], Mapping[str, Split]] | None = None
     """Every split as another tokenizer cuts it."""
     layer_latency: Callable[[Subject], Callable[[int, int], float]] | None = None
@@ -90,7 +91,7 @@ class Materials:
                 "its tokenizer has pieces of its own: expected only such as the teacher's has, in order"
             )
         splits, network = self.tokenize(tokenizer), cut(self.teacher.network, kept)
-        untrained, masked_lm = self.untrained, self.masked_lm
+        untrained, masked_lm, student_start = self.untrained, self.masked_lm, self.student_start
         return replace(
             self,
             teacher=self.teacher.replace(network=network, tokenizer=tokenizer),
@@ -101,6 +102,7 @@ class Materials:
             outputs=self.outputs.read_by(network, splits["train"]),
             untrained=lambda: (start := untrained()) and cut(start, kept),
             masked_lm=lambda: (model := masked_lm()) and cut(model, kept),
+            student_start=lambda: (start := student_start()) and cut(start, kept),
         )
 
 
@@ -166,6 +168,11 @@ class StepContext:
     def untrained(self) -> nn.Module | None:
         """A network of the caller's own, the teacher before it was trained on the task."""
         network = self.materials.untrained()
+        return network and network.to(self.device)
+
+    def student_start(self) -> nn.Module | None:
+        """A network of the caller's own, the small pretrained one that the study names."""
+        network = self.materials.student_start()
         return network and network.to(self.device)
 
     def masked_lm(self) -> nn.Module | None:

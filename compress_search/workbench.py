@@ -34,7 +34,14 @@ from compress_search.recipe import Recipe, digest
 from compress_search.registry import PluginFile, Registry
 from compress_search.runtimes import Artifact, lower, size_mb
 from compress_search.study import Study
-from compress_search.teacher import load_teacher, masked_lm, prepare_ensemble, prepare_teacher, untrained
+from compress_search.teacher import (
+    load_teacher,
+    masked_lm,
+    prepare_ensemble,
+    prepare_teacher,
+    student_start,
+    untrained,
+)
 from compress_search.teacher.logits import TeacherLogits
 from compress_search.teacher.outputs import TeacherOutputs
 
@@ -149,6 +156,7 @@ class Workbench:
             self.splits.get("unlabelled"),
             partial(untrained, self.study, task),
             lambda: self.masked_lm,
+            self.student_start,
             self.tokenized,
             self.layer_latency,
         )
@@ -160,10 +168,18 @@ class Workbench:
             return None
         return masked_lm.load(self.study, self.materials.task, self.materials.teacher.tokenizer, self.device)
 
+    def student_start(self) -> nn.Module | None:
+        """The small pretrained network that the study names, loaded anew."""
+        if self.study.teacher.student_start is None:
+            return None
+        teacher, task = self.materials.teacher, self.materials.task
+        return student_start.load(self.study, task, teacher.tokenizer, crf="crf" in teacher.subject.traits)
+
     @cached_property
-    def masked_lm_digest(self) -> list[str]:
-        """What the results of methods that use the masked language model depend on; nothing where there is none."""
-        return [] if self.study.teacher.masked_lm is None else [masked_lm.fingerprint(self.study)]
+    def lent_digests(self) -> list[str]:
+        """What the results of methods that use the models beside the teacher depend on; nothing without any."""
+        named = {masked_lm: self.study.teacher.masked_lm, student_start: self.study.teacher.student_start}
+        return [model.fingerprint(self.study) for model, there in named.items() if there is not None]
 
     def layer_latency(self, subject: Subject) -> LayerTable:
         """Milliseconds of one layer by its heads and neurons, on examples of the training data's mean length."""
@@ -202,7 +218,7 @@ class Workbench:
             plugins = [self.registry.fingerprint(name) for name in recipe.methods]
             parts += [recipe.key, seed, self.study.training.identity(), plugins]
             parts += [self.study.teacher.average, *(path.name for path in self.teachers[1:])]
-            parts += self.masked_lm_digest
+            parts += self.lent_digests
         return self.output / "artifacts" / digest(parts)[:20]
 
     def lower(self, candidate: Candidate, directory: Path) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 
 from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subject, TrialError
 
-from .distillation.layer_maps import STRATEGIES, anchors, attention_pairs, layer_pairs, source_layers
+from .distillation.layer_maps import STRATEGIES, anchors, attention_pairs, layer_pairs
 from .distillation.matches import Match, Shapes, check_depths, check_matches, parse_matches
 from .distillation.matching import Matching
 from .distillation.objective import (
@@ -39,16 +39,17 @@ from .distillation.objective import (
     transported,
 )
 from .distillation.soft_targets import SoftTerm, crf_missing
-from .distillation.students import (
-    NARROW,
-    cut_student,
-    depth_dim,
-    same_shape,
-    student_subject,
-    unfit,
-    whole_width,
-    width_dim,
+from .distillation.starts import (
+    CHECKPOINT,
+    CUT,
+    begun,
+    begun_faults,
+    begun_subject,
+    cut_when,
+    start_missing,
+    start_space,
 )
+from .distillation.students import NARROW, depth_dim, settled_width, unfit, width_dim
 
 FEATURES = ("hidden", "attention", "hidden+attention", "embedding+hidden+attention")
 ALIGNED = "learned_align"
@@ -143,11 +144,13 @@ class LayerMatch(Method):
         strategy: dict[str, Sequence[str]] = {"matches": (BY_STRATEGY,)}
         usual = (*STRATEGIES, ALIGNED)
         projected = strategy | {"projection": ("auto", "linear", "relu", "tanh", "identity")}
+        cut = cut_when(teacher, CUT)
         text = {"unlabelled_text": Dim.flag(False, when={"phases": ("auto", "two_phase")}, expert=True)}
         return {
-            "layers": depth_dim(teacher),
-            "width": width_dim(teacher),
-            "init": Dim.choice(("spread", "first", "last"), "spread", expert=True),
+            **start_space(teacher),
+            "layers": depth_dim(teacher, when=cut),
+            "width": width_dim(teacher, when=cut),
+            "init": Dim.choice(("spread", "first", "last"), "spread", when=cut, expert=True),
             "matches": Dim.text(partial(written, teacher_layers=teacher.layers), BY_STRATEGY),
             "strategy": Dim.choice((*usual, EARTH_MOVER), "uniform", when=strategy, usual=usual),
             "features": Dim.choice(FEATURES, "hidden+attention", when=strategy),
@@ -180,8 +183,8 @@ class LayerMatch(Method):
 
     def effective(self, subject: Subject, params: Params) -> Params:
         """A width of whole heads, what "auto" comes to, and without what then says nothing."""
-        found = {**params, "width": whole_width(subject, float(params["width"]))}
-        narrow = found["width"] < 1
+        found = settled_width(subject, params)
+        narrow = begun_subject(subject, found).hidden != subject.hidden
         told = _told_phases(found)
         if found["phases"] == "auto":
             found["phases"] = "two_phase" if narrow or told - {"all"} else "joint"
@@ -192,37 +195,39 @@ class LayerMatch(Method):
 
     def faults(self, subject: Subject, params: Params) -> Mapping[str, str]:
         """A student of its teacher's own shape, or what it cannot be compared with its teacher by."""
-        depth, width = int(params["layers"]), float(params["width"])
-        if fault := same_shape(subject, depth, width):
-            return {"layers": fault}
-        if "matches" not in params:
-            states = "hidden" in str(params["features"])
-            return {"projection": NARROW} if states and width < 1 and params["projection"] == "none" else {}
+        if fault := begun_faults(subject, params):
+            return fault
+        student, written = self.after(subject, params), "matches" in params
+        if not written and "hidden" in str(params["features"]):
+            narrow = student.hidden != subject.hidden
+            if narrow and params["projection"] == "none":
+                return {"projection": NARROW}
+        if not written and params.get("start") != CHECKPOINT:
+            return {}
         try:
-            ours, theirs = map(Shapes.described, (self.after(subject, params), subject))
-            check_matches(_matches(params, subject.layers), ours, theirs)
+            ours, theirs = map(Shapes.described, (student, subject))
+            check_matches(_matches(params, theirs.layers, ours.layers), ours, theirs)
         except TrialError as error:
-            return {"matches": error.message}
+            return {"matches": error.message} if written else {"start": f"{CHECKPOINT}, and {error.message}"}
         return {}
 
     def missing(self, teacher: Subject) -> Mapping[str, str]:
-        """Text without labels, and a CRF to learn from."""
-        return text_missing(teacher, "unlabelled_text") | crf_missing(teacher)
+        """Text without labels, a CRF to learn from, and a small network to start as."""
+        return text_missing(teacher, "unlabelled_text") | crf_missing(teacher) | start_missing(teacher)
 
     def after(self, subject: Subject, params: Params) -> Subject:
-        """Fewer layers and, by ``width``, narrower ones with as many heads."""
-        return student_subject(subject, int(params["layers"]), float(params["width"]))
+        """Fewer layers and, by ``width``, narrower ones with as many heads; or the checkpoint's own."""
+        return begun_subject(subject, params)
 
     def trains(self, params: Params) -> bool:
         """Always."""
         return True
 
     def apply(self, candidate: Candidate, params: Params, context: Context) -> Candidate:
-        """Cut the student out of the teacher and train it, in one phase or two."""
-        depth = candidate.subject.layers
-        sources = source_layers(str(params["init"]), int(params["layers"]), depth)
-        student = cut_student(candidate, sources, float(params["width"]))
-        matching = Matching.between(_matches(params, depth), student.network, context.teacher, context.seed)
+        """Cut the student out of the teacher, or take the checkpoint, and train it, in one phase or two."""
+        student = begun(candidate, params, context)
+        matches = _matches(params, candidate.subject.layers, student.subject.layers)
+        matching = Matching.between(matches, student.network, context.teacher, context.seed)
         matching.projections.to(context.device)
         objective = train(student, matching, params, context)
         return student.replace(notes={**student.notes, "layer_match": objective.report()})
@@ -267,9 +272,9 @@ def _settle(params: dict[str, Any], narrow: bool) -> set[str]:
     return idle | (PROJECTED if params["projection"] == "none" else set())
 
 
-def _matches(params: Params, depth: int) -> tuple[Match, ...]:
+def _matches(params: Params, depth: int, student: int) -> tuple[Match, ...]:
     if "matches" not in params:
-        return strategic(params, int(params["layers"]), depth)
+        return strategic(params, student, depth)
     try:
         matches = written(str(params["matches"]), depth)
     except ValueError as error:

@@ -15,23 +15,24 @@ from typing import Any
 
 from torch import nn
 
-from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subject
+from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subject, TrialError
 from compress_search.encoders import layers
 
-from .distillation.layer_maps import source_layers
-from .distillation.matches import Match
+from .distillation.matches import Match, Shapes, check_matches
 from .distillation.matching import Matching
 from .distillation.objective import Objective, has_targets, idle_targets, reader, target_space, text_missing
 from .distillation.soft_targets import SoftTerm, crf_missing
-from .distillation.students import (
-    cut_student,
-    depth_dim,
-    same_shape,
-    student_subject,
-    unfit,
-    whole_width,
-    width_dim,
+from .distillation.starts import (
+    CHECKPOINT,
+    CUT,
+    begun,
+    begun_faults,
+    begun_subject,
+    cut_when,
+    start_missing,
+    start_space,
 )
+from .distillation.students import cut_student, depth_dim, settled_width, unfit, width_dim
 
 RELATIONS = ("qk+vv", "qq+kk+vv", "qq", "kk", "vv", "qk")
 RELATION_HEADS = (12, 24, 48, 64)
@@ -94,13 +95,14 @@ class MiniLM(Method):
 
     def search_space(self, teacher: Subject) -> Mapping[str, Dim]:
         """``width`` is the part of the teacher's that is *kept*; ``teacher_layer`` counts from 1."""
-        second = {"version": ("v2",)}
+        second, cut = {"version": ("v2",)}, cut_when(teacher, CUT)
         heads = relation_heads(teacher.hidden, teacher.hidden, round(teacher.heads))
         text = {"unlabelled_text": Dim.flag(False, expert=True)} if "unlabelled" in teacher.traits else {}
         return {
-            "layers": depth_dim(teacher),
-            "width": width_dim(teacher),
-            "init": Dim.choice(("spread", "first", "last"), "spread", expert=True),
+            **start_space(teacher),
+            "layers": depth_dim(teacher, when=cut),
+            "width": width_dim(teacher, when=cut),
+            "init": Dim.choice(("spread", "first", "last"), "spread", when=cut, expert=True),
             "version": Dim.choice(("v1", "v2"), "v2"),
             "relation_heads": Dim.choice(heads, default_heads(heads), when=second),
             "relations": Dim.choice(RELATIONS, "qq+kk+vv", when=second, expert=True),
@@ -109,7 +111,7 @@ class MiniLM(Method):
             ),
             "attention_weight": Dim.real(0.01, 10.0, 1.0, log=True, expert=True),
             "value_weight": Dim.real(0.01, 10.0, 1.0, log=True, expert=True),
-            "assistant": Dim.choice(("auto", "always", "never"), "auto", expert=True),
+            "assistant": Dim.choice(("auto", "always", "never"), "auto", when=cut, expert=True),
             "relation_fraction": Dim.real(0.1, 0.9, 0.5),
             **text,
             **target_space(teacher),
@@ -125,31 +127,37 @@ class MiniLM(Method):
 
         Where logits and labels have no weight relations are learnt to the end.
         """
-        width = whole_width(subject, float(params["width"]))
-        found = {**params, "width": width}
+        found = settled_width(subject, params)
+        student = begun_subject(subject, found)
         if "relation_heads" in found:
-            narrow = round(subject.hidden * width)
-            fitting = relation_heads(subject.hidden, narrow, round(subject.heads))
             asked = int(found["relation_heads"])
+            fitting = relation_heads(subject.hidden, student.hidden, round(subject.heads)) or [asked]
             found["relation_heads"] = max((n for n in fitting if n <= asked), default=fitting[0])
-        if found["assistant"] == "auto":
-            small = int(found["layers"]) <= subject.layers / 2 and width <= 0.5
+        if found.get("assistant") == "auto":
+            small = student.layers <= subject.layers / 2 and student.hidden <= subject.hidden / 2
             found["assistant"] = "always" if small else "never"
         idle = idle_targets(subject, found) | (set() if has_targets(found) else {"relation_fraction"})
         return {name: value for name, value in found.items() if name not in idle}
 
     def faults(self, subject: Subject, params: Params) -> Mapping[str, str]:
-        """A student of its teacher's own shape."""
-        fault = same_shape(subject, int(params["layers"]), float(params["width"]))
-        return {"layers": fault} if fault else {}
+        """A student of its teacher's own shape, or a checkpoint without relations like the teacher's."""
+        fault = begun_faults(subject, params)
+        if fault or params.get("start") != CHECKPOINT:
+            return fault
+        ours, theirs = map(Shapes.described, (self.after(subject, params), subject))
+        try:
+            check_matches(minilm_matches(params, ours.layers - 1, theirs.layers - 1), ours, theirs)
+        except TrialError as error:
+            return {"start": f"{CHECKPOINT}, and {error.message}"}
+        return {}
 
     def missing(self, teacher: Subject) -> Mapping[str, str]:
-        """Text without labels, and a CRF to learn from."""
-        return text_missing(teacher, "unlabelled_text") | crf_missing(teacher)
+        """Text without labels, a CRF to learn from, and a small network to start as."""
+        return text_missing(teacher, "unlabelled_text") | crf_missing(teacher) | start_missing(teacher)
 
     def after(self, subject: Subject, params: Params) -> Subject:
-        """Fewer layers and, by ``width``, narrower ones with as many heads."""
-        return student_subject(subject, int(params["layers"]), float(params["width"]))
+        """Fewer layers and, by ``width``, narrower ones with as many heads; or the checkpoint's own."""
+        return begun_subject(subject, params)
 
     def trains(self, params: Params) -> bool:
         """Always."""
@@ -157,13 +165,12 @@ class MiniLM(Method):
 
     def apply(self, candidate: Candidate, params: Params, context: Context) -> Candidate:
         """Relations from the teacher, perhaps by way of an assistant; then logits and labels."""
-        depth, width = candidate.subject.layers, float(params["width"])
-        sources = source_layers(str(params["init"]), int(params["layers"]), depth)
-        student = cut_student(candidate, sources, width)
+        student = begun(candidate, params, context)
         network, part = student.network, float(params.get("relation_fraction", 1.0))
         hops = [network]
-        if params["assistant"] == "always":
-            hops.insert(0, cut_student(candidate, range(depth), width).network)
+        if params.get("assistant") == "always":
+            every = range(candidate.subject.layers)
+            hops.insert(0, cut_student(candidate, every, float(params["width"])).network)
         teacher, layer, terms = context.teacher, int(params["teacher_layer"]) - 1, dict[str, float]()
         for pupil in hops:
             terms = _relate(pupil, teacher, layer, params, context, part / len(hops))

@@ -2,18 +2,34 @@
 
 Every other student has to be better than this one at the same size; so has what is trained large and then
 compressed. Owns the choice of the start: the teacher's untrained layers, as a model of that size would have been
-trained in the first place, or its trained ones.
+trained in the first place, its trained ones, or a small pretrained network that the study names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+from torch import nn
+
 from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subject
 from compress_search.encoders import keep_layers
 
 from .distillation.soft_targets import SoftTerm, crf_missing, crf_space, soft_target_loss, tempered
-from .distillation.starts import beginning, started_anew, startless
+from .distillation.starts import (
+    CHECKPOINT,
+    NO_CHECKPOINT,
+    beginning,
+    begun_faults,
+    checkpoint_subject,
+    checkpoints,
+    cut_when,
+    from_checkpoint,
+    started_anew,
+    startless,
+)
+
+STARTS = ("untrained", "trained")
+"""Where the layers come from that are cut out."""
 
 
 class PlainStudent(Method):
@@ -23,9 +39,10 @@ class PlainStudent(Method):
 
     def search_space(self, teacher: Subject) -> Mapping[str, Dim]:
         """``layers`` of the teacher's are kept, from the bottom, which suits a truncated network best."""
+        cut = cut_when(teacher, *STARTS)
         space = {
-            "layers": Dim.integer(1, max(teacher.layers, 1), max(teacher.layers // 2, 1)),
-            "start": Dim.choice(("untrained", "trained"), "trained", expert=True),
+            "layers": Dim.integer(1, max(teacher.layers, 1), max(teacher.layers // 2, 1), when=cut),
+            "start": Dim.choice((*STARTS, *checkpoints(teacher)), "trained", expert=True),
             "alpha": Dim.real(0.0, 1.0, 0.0, expert=True),
             "learning_rate": Dim.real(1e-6, 1e-2, 5e-5, log=True, expert=True),
         }
@@ -41,21 +58,28 @@ class PlainStudent(Method):
 
     def effective(self, subject: Subject, params: Params) -> Params:
         """No more layers than there are, and nothing of logits that nobody looks at."""
-        found = {**params, "layers": min(int(params["layers"]), subject.layers)}
+        found = dict(params)
+        if "layers" in found:
+            found["layers"] = min(int(found["layers"]), subject.layers)
         idle = set() if params["alpha"] else {"temperature", "crf_target"}
         return {name: value for name, value in found.items() if name not in idle}
 
     def faults(self, subject: Subject, params: Params) -> Mapping[str, str]:
-        """An untrained start that nobody knows."""
+        """An untrained start that nobody knows, or a checkpoint that is no student's."""
+        if params["start"] == CHECKPOINT:
+            return begun_faults(subject, params)
         fault = startless(subject) if params["start"] == "untrained" else None
         return {"start": f"untrained, and {fault}"} if fault else {}
 
     def missing(self, teacher: Subject) -> Mapping[str, str]:
-        """A CRF to learn from."""
-        return crf_missing(teacher)
+        """A CRF to learn from, and a small network to start as."""
+        start = {} if checkpoints(teacher) else {f"start: {CHECKPOINT}": NO_CHECKPOINT}
+        return start | crf_missing(teacher)
 
     def after(self, subject: Subject, params: Params) -> Subject:
-        """So many layers."""
+        """So many layers, or the checkpoint's own shapes."""
+        if params["start"] == CHECKPOINT:
+            return checkpoint_subject(subject)
         return subject.having("lossy", layers=int(params["layers"]))
 
     def trains(self, params: Params) -> bool:
@@ -63,11 +87,17 @@ class PlainStudent(Method):
         return True
 
     def apply(self, candidate: Candidate, params: Params, context: Context) -> Candidate:
-        """Cut, then train everything on the whole share of the budget."""
-        start = beginning(context) if params["start"] == "untrained" else None
-        network = started_anew(candidate, start)
-        keep_layers(network, range(int(params["layers"])))
+        """Cut, or take the checkpoint, then train everything on the whole share of the budget."""
+        network = _started(candidate, params, context)
         alpha = float(params["alpha"])
         loss = soft_target_loss(context, SoftTerm.of(candidate.subject.task, params), alpha=lambda: alpha)
         context.fit(network, loss=loss, learning_rate=float(params["learning_rate"]))
         return candidate.replace(network=network, subject=self.after(candidate.subject, params))
+
+
+def _started(candidate: Candidate, params: Params, context: Context) -> nn.Module:
+    if params["start"] == CHECKPOINT:
+        return from_checkpoint(candidate, context).network
+    network = started_anew(candidate, beginning(context) if params["start"] == "untrained" else None)
+    keep_layers(network, range(int(params["layers"])))
+    return network

@@ -29,19 +29,31 @@ from .distillation.matches import Match, Shapes, check_matches
 from .distillation.matching import Matching
 from .distillation.objective import Objective, Teacher, reader, text_missing
 from .distillation.soft_targets import SoftTerm, crf_missing, crf_space, tempered
+from .distillation.starts import (
+    CHECKPOINT,
+    CUT,
+    NO_CHECKPOINT,
+    begun_faults,
+    checkpoint_subject,
+    checkpoints,
+    cut_when,
+    from_checkpoint,
+)
 from .distillation.students import (
     NARROW,
     cut_student,
     depth_dim,
     same_shape,
+    settled_width,
     student_subject,
     unfit,
-    whole_width,
     width_dim,
 )
 
 MAPS = {"uniform": "uniform", "top": "last", "bottom": "first"}
 """The paper's names of maps -> ours."""
+STARTS = (CUT, "random")
+"""Where students start that are cut to ``layers`` and ``width``."""
 PROJECTION_RATE = 1e-3
 BATCH = 32
 """Texts in a step on unlabelled text."""
@@ -50,11 +62,17 @@ MATCHED = ("layers", "hidden", "heads", "vocabulary")
 TARGETS = {"scores": "attention_scores", "probabilities": "attention_probs"}
 
 
-def pairs(params: Params, teacher: int) -> list[tuple[int, int]]:
-    """(student's, teacher's) hidden states that go together, 1-based: by ``custom_map`` or the map of that name."""
+def pairs(params: Params, teacher: int, student: int | None = None) -> list[tuple[int, int]]:
+    """(student's, teacher's) hidden states that go together, 1-based: by ``custom_map`` or the map of that name.
+
+    Args:
+        params: with ``layers`` where ``student`` is left out.
+        teacher: its layers.
+        student: its layers, where they are not for the parameters to say.
+    """
     if custom := written_layers(str(params.get("custom_map", "")), 1, teacher):
         return list(enumerate(custom, start=1))
-    return layer_pairs(MAPS[str(params["layer_map"])], int(params["layers"]), teacher)
+    return layer_pairs(MAPS[str(params["layer_map"])], student or int(params["layers"]), teacher)
 
 
 def tinybert_matches(params: Params, mapped: Sequence[tuple[int, int]]) -> tuple[Match, ...]:
@@ -114,14 +132,14 @@ class TinyBert(Method):
 
     def search_space(self, teacher: Subject) -> Mapping[str, Dim]:
         """``width`` is the part of the teacher's that is *kept*; ``custom_map`` lists its layers, from 1."""
-        named = {"custom_map": ("",)}
+        named, cut = {"custom_map": ("",)}, cut_when(teacher, *STARTS)
         projected = {"projection": ("shared", "per_layer")}
         space = {
             "custom_map": Dim.text(partial(written_layers, lowest=1, highest=teacher.layers)),
-            "layers": depth_dim(teacher, when=named),
-            "width": width_dim(teacher),
+            "layers": depth_dim(teacher, when=named | cut),
+            "width": width_dim(teacher, when=cut),
             "layer_map": Dim.choice(tuple(MAPS), "uniform", when=named),
-            "start": Dim.choice(("teacher", "random"), "teacher", expert=True),
+            "start": Dim.choice((*STARTS, *checkpoints(teacher)), CUT, expert=True),
             "embedding_weight": Dim.real(0.01, 10.0, 1.0, log=True, expert=True),
             "hidden_weight": Dim.real(0.01, 10.0, 1.0, log=True, expert=True),
             "attention_weight": Dim.real(0.01, 10.0, 1.0, log=True),
@@ -147,30 +165,30 @@ class TinyBert(Method):
 
     def effective(self, subject: Subject, params: Params) -> Params:
         """A width of whole heads; an empty map says nothing."""
-        found = {**params, "width": whole_width(subject, float(params["width"]))}
+        found = settled_width(subject, params)
         if not found.get("custom_map"):
             found.pop("custom_map", None)
         return found
 
     def faults(self, subject: Subject, params: Params) -> Mapping[str, str]:
         """A student of its teacher's own shape or without a projection that it needs; what the study lacks."""
-        depth, width = len(pairs(params, subject.layers)), float(params["width"])
-        if fault := same_shape(subject, depth, width):
-            return {"custom_map" if "custom_map" in params else "layers": fault}
-        if params["projection"] == "none" and width < 1:
-            return {"projection": NARROW}
+        if fault := _shape_faults(subject, params):
+            return fault
         general = float(params.get("general_fraction", 0.0)) and unlike_teacher(subject, MATCHED)
         words = params.get("augment") and words_stay(subject)
         found = {"general_fraction": f"{params.get('general_fraction')}: {general}"} if general else {}
         return found | ({"augment": f"true, and {words}"} if words else {})
 
     def missing(self, teacher: Subject) -> Mapping[str, str]:
-        """Text without labels, a tokenizer by which words can be replaced, and a CRF to learn from."""
+        """Text without labels, a tokenizer by which words can be replaced, a CRF, and a checkpoint to start as."""
         spelt = dict.fromkeys(() if _spells_words(teacher) else ("augment", "variants"), WORDPIECE)
-        return spelt | text_missing(teacher, "general_fraction") | crf_missing(teacher)
+        start = {} if checkpoints(teacher) else {f"start: {CHECKPOINT}": NO_CHECKPOINT}
+        return spelt | start | text_missing(teacher, "general_fraction") | crf_missing(teacher)
 
     def after(self, subject: Subject, params: Params) -> Subject:
-        """Fewer layers and, by ``width``, narrower ones with as many heads."""
+        """Fewer layers and, by ``width``, narrower ones with as many heads; or the checkpoint's own."""
+        if params["start"] == CHECKPOINT:
+            return checkpoint_subject(subject)
         return student_subject(subject, len(pairs(params, subject.layers)), float(params["width"]))
 
     def trains(self, params: Params) -> bool:
@@ -180,8 +198,11 @@ class TinyBert(Method):
     def apply(self, candidate: Candidate, params: Params, context: Context) -> Candidate:
         """Make the student, then train its layers, then its answers."""
         examples = _examples(candidate, params, context)
-        student = start(candidate, params, context.seed)
-        matches = tinybert_matches(params, pairs(params, candidate.subject.layers))
+        if params["start"] == CHECKPOINT:
+            student = from_checkpoint(candidate, context)
+        else:
+            student = start(candidate, params, context.seed)
+        matches = tinybert_matches(params, pairs(params, candidate.subject.layers, student.subject.layers))
         matching = Matching.between(matches, student.network, context.teacher, context.seed)
         matching.projections.to(context.device)
         terms = train(student, matching, params, context, examples)
@@ -191,6 +212,30 @@ class TinyBert(Method):
         """The unweighted terms of the last steps of each phase, by kind."""
         terms: Mapping[str, float] = candidate.notes.get("tinybert", {})
         return terms
+
+
+def _shape_faults(subject: Subject, params: Params) -> dict[str, str]:
+    """A student of its teacher's own shape, or that cannot be compared with its teacher."""
+    if params["start"] == CHECKPOINT:
+        fault = begun_faults(subject, params).get("start") or _misfit(subject, params)
+        return {"start": fault} if fault else {}
+    depth, width = len(pairs(params, subject.layers)), float(params["width"])
+    if fault := same_shape(subject, depth, width):
+        return {"custom_map" if "custom_map" in params else "layers": fault}
+    return {"projection": NARROW} if params["projection"] == "none" and width < 1 else {}
+
+
+def _misfit(subject: Subject, params: Params) -> str | None:
+    """Why the checkpoint cannot be compared with the teacher; None where it can."""
+    student = checkpoint_subject(subject)
+    mapped = pairs(params, subject.layers, student.layers)
+    if len(mapped) != student.layers:
+        return f"{CHECKPOINT}, of {student.layers} layers, and custom_map lists {len(mapped)}: expected as many"
+    try:
+        check_matches(tinybert_matches(params, mapped), *map(Shapes.described, (student, subject)))
+    except TrialError as error:
+        return f"{CHECKPOINT}, and {error.message}"
+    return None
 
 
 def _spells_words(teacher: Subject) -> bool:

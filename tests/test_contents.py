@@ -24,7 +24,12 @@ from compress_search.teacher.contents import teacher_digests
 from tests import tiny
 
 METHODS = ["quantization"]
-WITH_ALL = ("data.unlabeled=[data/more.jsonl]", "teacher.ensemble=[other]", "teacher.masked_lm=teacher")
+WITH_ALL = (
+    "data.unlabeled=[data/more.jsonl]",
+    "teacher.ensemble=[other]",
+    "teacher.masked_lm=teacher",
+    "teacher.student_start=teacher",
+)
 
 
 def more(folder: Path) -> None:
@@ -53,7 +58,7 @@ def test_every_file_that_a_study_names_counts(tiny_study: Callable[..., Path], t
 
     before = contents()
     assert list(before) == [
-        *("teacher.model", "teacher.ensemble", "teacher.masked_lm"),
+        *("teacher.model", "teacher.ensemble", "teacher.masked_lm", "teacher.student_start"),
         *("data.train", "data.validation", "data.test", "data.unlabeled"),
     ]
     for split in ("train", "validation", "test", "more"):

@@ -134,6 +134,11 @@ class TeacherConfig(Section):
         description="a masked language model of the same vocabulary, such as the teacher before it was fine-tuned: "
         "a directory or hub id; for methods that learn from one, or write further examples with it",
     )
+    student_start: Annotated[str, AfterValidator(located(model_source))] | None = Field(
+        default=None,
+        description="a small pretrained encoder of the same vocabulary and family, such as RBT3 or a general "
+        "TinyBERT: a directory or hub id; for methods whose students can start from one (`start: checkpoint`)",
+    )
 
     @field_validator("fine_tune", mode="before")
     @classmethod

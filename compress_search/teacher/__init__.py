@@ -24,7 +24,7 @@ from compress_search.encoders import Pieces, layer_drop, subject_of
 from compress_search.recipe import digest
 from compress_search.study import Study
 from compress_search.tasks import Task
-from compress_search.teacher import ensemble, masked_lm, pretrained, scratch
+from compress_search.teacher import ensemble, masked_lm, pretrained, scratch, student_start
 from compress_search.teacher.networks import HEADS, auto_class, quiet, restore_crf
 from compress_search.training import fit, planned_steps, task_loss
 
@@ -32,23 +32,25 @@ from compress_search.training import fit, planned_steps, task_loss
 def teacher_subject(study: Study, task: Task) -> Subject:
     """The teacher's shapes, from its configuration alone: no weights are read and nothing is created.
 
-    Its traits say what is unlike it of the study's masked language model.
+    Its traits say what is unlike it of the study's masked language model, and of the network that students start
+    from.
 
     Raises:
         StudyError: the model cannot be found or read, its family is not supported, or it does not fit the task,
-            the data's labels or ``data.max_length``; the same of each further teacher, and of the masked language
-            model, whose vocabularies are the teacher's.
+            the data's labels or ``data.max_length``; the same of each further teacher, the masked language model
+            and the network that students start from, whose vocabularies are the teacher's.
     """
     config = _config(study, task)
     ensemble.check(study, task)
     masked_lm.check(study, task)
-    if study.teacher.ensemble or study.teacher.masked_lm:
+    student_start.check(study, task)
+    if study.teacher.ensemble or study.teacher.masked_lm or study.teacher.student_start:
         _check_vocabularies(study, _known_tokenizer(study))
     with no_init_weights(), torch.device("meta"), quiet():
         network = auto_class(task.tokens).from_config(config)
         attach_crf(network)
         subject = subject_of(network, task.name, _device(study))
-        unlike = masked_lm.unlike(study, task, subject)
+        unlike = masked_lm.unlike(study, task, subject) | student_start.unlike(study, task, subject)
     if study.teacher.ensemble and crf_of(network):
         raise study.error("teacher.ensemble", "the teacher has a CRF, whose transitions cannot be averaged")
     return subject.having(*unlike)
@@ -64,6 +66,7 @@ def _check_vocabularies(study: Study, tokenizer: PreTrainedTokenizerBase | None)
     if tokenizer:
         ensemble.check_vocabularies(study, tokenizer)
         masked_lm.check_vocabulary(study, tokenizer)
+        student_start.check_vocabulary(study, tokenizer)
 
 
 def teacher_pieces(study: Study) -> tuple[str, int]:

@@ -23,6 +23,7 @@ def teacher_digests(study: Study) -> dict[str, str]:
         "model": [teacher.model],
         "ensemble": teacher.ensemble,
         "masked_lm": [teacher.masked_lm],
+        "student_start": [teacher.student_start],
     }
     found = {}
     for key, models in named.items():

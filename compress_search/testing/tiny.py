@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 WORDS = tuple(f"{first}{second}" for first in "bdfgklmnprst" for second in ("a", "e", "i", "o", "u", "ai", "ou"))
 """The 84 words of the tiny language; the first half votes for label 0, the second half for label 1."""
 
+START_LAYERS = 2
+"""Layers of the small network that students of the tiny task may start from."""
+
 LABELS = {
     "text-classification": ("first", "second"),
     "text-regression": (),
@@ -178,6 +181,16 @@ class TinyContext:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             network: nn.Module = type(self.candidate.network)(self.candidate.network.config)  # type: ignore[operator]
+        attach_crf(network)
+        return network.eval()
+
+    def student_start(self) -> nn.Module | None:
+        """A network of the candidate's family and width with :data:`START_LAYERS` layers and random weights."""
+        config: Any = deepcopy(self.candidate.network.config)
+        config.num_hidden_layers = START_LAYERS
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            network: nn.Module = type(self.candidate.network)(config)  # type: ignore[operator]
         attach_crf(network)
         return network.eval()
 

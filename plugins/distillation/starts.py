@@ -1,13 +1,28 @@
-"""Where a network starts that is to be trained anew: with the weights that the teacher once started with.
+"""Where a network starts that is no part of the trained teacher.
 
-Trains nothing and chooses no shape.
+As the teacher once started, or as the small pretrained network that a study names (``start: checkpoint``). Owns
+what such a student's shapes are, and what is wrong with them. Trains nothing.
+
+Source of the latter: Turc et al. 2019, Well-Read Students Learn Better.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
-from compress_search import Candidate, Context, Subject, TrialError
+from compress_search import Candidate, Context, Dim, Params, Subject, TrialError
+
+from .layer_maps import source_layers
+from .students import cut_student, same_shape, student_subject
+
+CUT, CHECKPOINT = "teacher", "checkpoint"
+"""What ``start`` is called where a student starts as the study's small pretrained network, of its shapes."""
+NO_CHECKPOINT = "a small pretrained network of the teacher's vocabulary: name one under teacher.student_start"
+_TRAIT = "student-start"
+_THE_TEACHERS = ("family", "vocabulary", "token_types")
+"""What has to be the teacher's: it reads the same inputs."""
 
 CAME_TRAINED = (
     "the teacher came trained, so that nothing is known of its start: have it trained by teacher.fine_tune"
@@ -42,3 +57,93 @@ def started_anew(candidate: Candidate, start: nn.Module | None) -> nn.Module:
         fitting = {name: fresh[name] for name, value in own.items() if fresh[name].shape == value.shape}
         network.load_state_dict({**own, **fitting})
     return network
+
+
+def checkpoints(teacher: Subject) -> tuple[str, ...]:
+    """The option of ``start`` that is only there where a study names a network for it."""
+    return (CHECKPOINT,) if _TRAIT in teacher.traits else ()
+
+
+def cut_when(teacher: Subject, *starts: str) -> dict[str, tuple[str, ...]]:
+    """When dimensions of a student's shape say something: where it starts otherwise than as that network."""
+    return {"start": starts} if checkpoints(teacher) else {}
+
+
+def start_space(teacher: Subject) -> dict[str, Dim]:
+    """Where students start that are else cut out of their teacher; nothing to choose without such a network."""
+    other = checkpoints(teacher)
+    return {"start": Dim.choice((CUT, *other), CUT, expert=True)} if other else {}
+
+
+def start_missing(teacher: Subject) -> dict[str, str]:
+    """What :func:`start_space` would need, for ``Method.missing``."""
+    return {} if checkpoints(teacher) else {"start": NO_CHECKPOINT}
+
+
+def checkpoint_subject(subject: Subject) -> Subject:
+    """The shapes of a student that starts as the study's small pretrained network."""
+    found = _unlike(subject)
+    numbers = {name: float(value) for name, value in found.items() if name not in _THE_TEACHERS}
+    sizes = {name: type(getattr(subject, name))(number) for name, number in numbers.items()}
+    student = subject.having("lossy", **sizes)
+    return student.having(head_dim=round(student.hidden / student.heads))
+
+
+def checkpoint_fault(subject: Subject) -> str | None:
+    """Why no student can start as the study's small pretrained network; None where one can."""
+    found = _unlike(subject)
+    wrong = [f"{name} {found[name]} and not {getattr(subject, name)}" for name in _THE_TEACHERS if name in found]
+    if wrong:
+        return f"checkpoint, and teacher.student_start is unlike the teacher: {', '.join(wrong)}"
+    student = checkpoint_subject(subject)
+    if student.layers > subject.layers or student.parameters >= subject.parameters:
+        return (
+            f"checkpoint, and teacher.student_start, with {student.layers} layers and "
+            f"{student.parameters} parameters, is no smaller than the teacher"
+        )
+    return None
+
+
+def _unlike(subject: Subject) -> Mapping[str, str]:
+    """The shapes of the small network that are not the teacher's."""
+    named = (trait.removeprefix(f"{_TRAIT}:") for trait in subject.traits if trait.startswith(f"{_TRAIT}:"))
+    pairs = (shape.partition("=") for shape in sorted(named))
+    return {name: value for name, _, value in pairs}
+
+
+def from_checkpoint(candidate: Candidate, context: Context) -> Candidate:
+    """The student that starts as the study's small pretrained network, with a head that knows nothing yet.
+
+    Raises:
+        TrialError: the study names none, or it cannot be a student.
+    """
+    network = context.student_start()
+    if network is None:
+        raise TrialError(f"this needs {NO_CHECKPOINT}")
+    if fault := checkpoint_fault(candidate.subject):
+        raise TrialError(fault)
+    return candidate.replace(network=network, subject=checkpoint_subject(candidate.subject))
+
+
+def begun_subject(subject: Subject, params: Params) -> Subject:
+    """The shapes of :func:`begun`'s result."""
+    if params.get("start") == CHECKPOINT:
+        return checkpoint_subject(subject)
+    return student_subject(subject, int(params["layers"]), float(params["width"]))
+
+
+def begun_faults(subject: Subject, params: Params) -> dict[str, str]:
+    """A student that is no smaller than its teacher, or a network that is none, by dimension."""
+    if params.get("start") == CHECKPOINT:
+        fault = checkpoint_fault(subject)
+        return {"start": fault} if fault else {}
+    fault = same_shape(subject, int(params["layers"]), float(params["width"]))
+    return {"layers": fault} if fault else {}
+
+
+def begun(candidate: Candidate, params: Params, context: Context) -> Candidate:
+    """A student before any training, by ``start`` and, where it is cut out, ``layers``, ``width`` and ``init``."""
+    if params.get("start") == CHECKPOINT:
+        return from_checkpoint(candidate, context)
+    sources = source_layers(str(params["init"]), int(params["layers"]), candidate.subject.layers)
+    return cut_student(candidate, sources, float(params["width"]))

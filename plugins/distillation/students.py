@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
-from compress_search import Candidate, Dim, Subject
+from compress_search import Candidate, Dim, Params, Subject
 from compress_search.encoders import (
     attach_crf,
     backbone,
@@ -59,12 +59,18 @@ def whole_width(teacher: Subject, width: float) -> float:
     return min(narrower, key=lambda size: abs(size - teacher.hidden * width)) / teacher.hidden
 
 
-def width_dim(teacher: Subject) -> Dim:
+def settled_width(teacher: Subject, params: Params) -> dict[str, int | float | str]:
+    """The parameters with a width, where they have one, that leaves whole heads; for ``Method.effective``."""
+    found = dict(params)
+    return {**found, "width": whole_width(teacher, float(found["width"]))} if "width" in found else found
+
+
+def width_dim(teacher: Subject, when: Mapping[str, tuple[str, ...]] | None = None) -> Dim:
     """The part of the teacher's width that is *kept*: one of :func:`widths`, or what a study names.
 
     To be put through :func:`whole_width`; TinyBERT's 312 of 768 is 0.40625.
     """
-    return Dim.real(sizes(teacher)[0] / teacher.hidden, 1.0, 1.0, usual=widths(teacher))
+    return Dim.real(sizes(teacher)[0] / teacher.hidden, 1.0, 1.0, when=when, usual=widths(teacher))
 
 
 def depth_dim(teacher: Subject, when: Mapping[str, tuple[str, ...]] | None = None) -> Dim:

@@ -54,7 +54,7 @@ class Case:
     def written(self, **changes):
         """The phases that ``layer_match`` makes of such dimensions."""
         params = settled(METHOD, self.teacher, layers=2, **changes)
-        matching = self.matching(_matches(params, 4))
+        matching = self.matching(_matches(params, 4, 2))
         return objectives(self.student, matching, params, self.context)
 
     def matching(self, matches):
