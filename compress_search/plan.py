@@ -1,33 +1,29 @@
 """From a study and the installed methods to the space of recipes a search may propose.
 
-Owns which methods take part, how a study narrows their dimensions, and the walk over the stages that turns
-suggested values into a legal recipe. Knows nothing of trials that ran, of storage or of weights.
+Owns which methods take part, and the walk over the stages that turns suggested values into a legal recipe. Knows
+nothing of trials that ran, of storage or of weights; :mod:`.narrowing` makes of a study's words a method's space.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations, islice
 from typing import Any
 
-from optuna.distributions import CategoricalDistribution, IntDistribution, distribution_to_json
+from optuna.distributions import distribution_to_json
 from optuna.trial import BaseTrial
 
 from compress_search.candidate import Subject
-from compress_search.errors import PluginError
 from compress_search.method import Method, Stage
+from compress_search.narrowing import asked, closest, idle, narrowed
 from compress_search.recipe import Recipe, Step, digest
 from compress_search.registry import Registry
-from compress_search.space import Dim, Params, Value, defaults, fix_experts, narrow, suggest, unmet
+from compress_search.space import Dim, Params, Value, defaults, suggest
 from compress_search.study import Study
 
 NONE = "none"
 MAX_STARTING_POINTS = 6
-MOST_VARIED, MOST_TRIED = 3, 20_000
-"""Dimensions that are varied at a time in the search for defaults without a fault, and how many sets of them."""
 
 
 @dataclass(frozen=True)
@@ -159,17 +155,7 @@ class Plan:
         return Recipe(tuple(steps))
 
     def _hook(self, name: str, hook: str, *arguments: Any) -> Any:
-        return _asked(name, self.methods[name], hook, *arguments)
-
-
-def _asked(name: str, method: Method, hook: str, *arguments: Any) -> Any:
-    """What a method's pure hook says; one that raises breaks the contract, whatever the recipe."""
-    try:
-        return getattr(method, hook)(*arguments)
-    except Exception as error:
-        raise PluginError(
-            f"{hook} must not raise, and raised {type(error).__name__}: {error}", entry_point=name
-        ) from error
+        return asked(name, self.methods[name], hook, *arguments)
 
 
 def make_plan(study: Study, registry: Registry, teacher: Subject) -> Plan:
@@ -183,12 +169,12 @@ def make_plan(study: Study, registry: Registry, teacher: Subject) -> Plan:
     """
     wanted = _wanted(study, registry)
     spaces = {
-        name: _narrowed(study, name, registry[name], teacher, narrowing)
+        name: narrowed(study, name, registry[name], teacher, narrowing)
         for name, narrowing in sorted(wanted.items(), key=lambda item: (registry[item[0]].stage, item[0]))
     }
     plan = Plan(study, registry, teacher, spaces, _slots(study, registry, list(spaces), wanted))
     if study.methods != "all":
-        _check_reachable(plan)
+        _check_reachable(plan, wanted)
     return plan
 
 
@@ -197,97 +183,8 @@ def _wanted(study: Study, registry: Registry) -> dict[str, Mapping[str, Any]]:
         return {name: {} for name in registry if registry.unavailable(name) is None}
     for name in study.methods:
         if name not in registry:
-            raise study.error(study.method_key(name), f"unknown method {name}{_hint(name, registry)}")
+            raise study.error(study.method_key(name), f"unknown method {name}{closest(name, registry)}")
     return dict(study.methods)
-
-
-def _narrowed(study: Study, name: str, method: Method, teacher: Subject, to: Mapping[str, Any]) -> dict[str, Dim]:
-    """The method's space under the study's words; one learning rate for all unless a method has its own."""
-    space = method.search_space(teacher)
-    narrowed = dict(space)
-    wishes = {dim: (f"methods.{name}.{dim}", value) for dim, value in to.items() if dim != "use"}
-    if "learning_rate" in space:
-        wishes.setdefault("learning_rate", ("training.learning_rate", study.training.learning_rate))
-    for dim, (key, value) in wishes.items():
-        if dim not in space:
-            need = method.missing(teacher).get(dim)
-            raise study.error(key, f"needs {need}" if need else f"unknown dimension{_hint(dim, space)}")
-        try:
-            narrowed[dim] = narrow(space[dim], value)
-        except ValueError as error:
-            needs = _needs(method.missing(teacher), dim, value)
-            raise study.error(key, "; ".join([str(error), *needs])) from error
-    narrowed = fix_experts(narrowed)
-    for dim in to:
-        if dim != "use" and (need := unmet(narrowed, dim)):
-            raise study.error(f"methods.{name}.{dim}", f"has no effect: it needs {need}")
-    return _faultless(study, name, method, teacher, narrowed)
-
-
-def _needs(missing: Mapping[str, str], dim: str, value: Any) -> list[str]:
-    """What the first choice of a study would need that the space lacks, where its method says so."""
-    values = value if isinstance(value, list) else [value]
-    return [f"{choice} needs {missing[f'{dim}: {choice}']}" for choice in values if f"{dim}: {choice}" in missing][
-        :1
-    ]
-
-
-def _faultless(study: Study, name: str, method: Method, teacher: Subject, space: dict[str, Dim]) -> dict[str, Dim]:
-    """The space with defaults that can be applied to the teacher: as few others as possible where they cannot be.
-
-    A fault of a value that the study fixed is not mended by others under which the value means nothing.
-
-    Raises:
-        StudyError: a study that names its methods leaves none.
-    """
-
-    def ask(hook: str, *arguments: Any) -> Any:
-        return _asked(name, method, hook, teacher, *arguments)
-
-    def settled(space: Mapping[str, Dim]) -> Params:
-        return ask("effective", defaults(space))  # type: ignore[no-any-return]
-
-    def mends(near: Mapping[str, Dim]) -> bool:
-        params = settled(near)
-        return not ask("faults", params) and fixed <= params.keys()
-
-    if ask("unsupported"):  # what comes before it decides
-        return space
-
-    found = dict(ask("faults", settled(space)))
-    if not found:
-        return space
-    named = () if study.methods == "all" else study.methods[name]
-    fixed = {dim for dim in found if dim in named and space[dim].fixed}
-    if close := next(filter(mends, islice(_neighbours(space), MOST_TRIED)), None):
-        return close
-    if study.methods == "all":
-        return space
-    dim, fault = next(iter(found.items()))
-    raise study.error(f"{study.method_key(name)}.{dim}", fault)
-
-
-def _neighbours(space: Mapping[str, Dim]) -> Iterator[dict[str, Dim]]:
-    """The space with other defaults of a few dimensions, of as few as possible first; real numbers stay."""
-    others = [
-        (name, replace(dim, default=value))
-        for name, dim in space.items()
-        for value in _values(dim)
-        if value != dim.default
-    ]
-    for count in range(1, MOST_VARIED + 1):
-        for changes in combinations(others, count):
-            if len(dict(changes)) == count:
-                yield {**space, **dict(changes)}
-
-
-def _values(dim: Dim) -> Sequence[Value]:
-    distribution = dim.distribution
-    if isinstance(distribution, CategoricalDistribution):
-        return distribution.choices  # type: ignore[return-value]  # what a Dim was made of
-    if isinstance(distribution, IntDistribution):
-        return range(distribution.low, distribution.high + 1, distribution.step)
-    return ()
 
 
 def _slots(
@@ -311,16 +208,25 @@ def _slots(
     return tuple(made)
 
 
-def _check_reachable(plan: Plan) -> None:
-    """Refuse a named method that fits neither the teacher nor what the steps before it leave."""
+def _check_reachable(plan: Plan, wanted: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse a named method that fits neither the teacher nor what steps before it leave, and values in vain."""
     for name, method in plan.methods.items():
-        before = [other for other, m in plan.methods.items() if m.stage < method.stage]
-        subjects = [plan.teacher]
-        for kept in (before, *([other] for other in before)):
-            subjects.append(_after(plan, kept))
-        reasons = [method.unsupported(subject) for subject in subjects]
-        if all(reasons):
-            raise plan.study.error(plan.study.method_key(name), f"cannot be used in this study: {reasons[0]}")
+        subjects = list(_subjects(plan, name))
+        fitting = [subject for subject in subjects if method.unsupported(subject) is None]
+        if not fitting:
+            reason = method.unsupported(subjects[0])
+            raise plan.study.error(plan.study.method_key(name), f"cannot be used in this study: {reason}")
+        named = [dim for dim in wanted[name] if dim != "use"]
+        for dim, fault in idle(named, name, method, plan.teacher, plan.spaces[name], fitting).items():
+            raise plan.study.error(f"methods.{name}.{dim}", fault)
+
+
+def _subjects(plan: Plan, name: str) -> Iterator[Subject]:
+    """What a method may find: the teacher, and what all methods before it leave, or one of them, at defaults."""
+    before = [other for other, method in plan.methods.items() if method.stage < plan.methods[name].stage]
+    yield plan.teacher
+    for kept in (before, *([other] for other in before)):
+        yield _after(plan, kept)
 
 
 def _after(plan: Plan, names: Iterable[str]) -> Subject:
@@ -333,9 +239,3 @@ def _after(plan: Plan, names: Iterable[str]) -> Subject:
 
 def _conditions(dim: Dim) -> dict[str, list[Value]]:
     return {name: sorted(allowed, key=str) for name, allowed in dim.when.items()}
-
-
-def _hint(name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    return f' (did you mean "{close[0]}"?)' if close else f"; there are: {', '.join(sorted(known))}"

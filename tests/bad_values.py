@@ -100,6 +100,32 @@ CASES = {
         codebook="uniform",
         accuracy_level=0,
     ),
+    "groups where a scale is a channel's": case(
+        "quantization",
+        "group_size",
+        "has no effect: it needs weight_bits: 4",
+        OBJECTIVES=SIZE,
+        weight_bits=8,
+        scheme="dynamic_int8",
+        group_size=64,
+    ),
+    "a teacher for weights that are not trained": case(
+        "quantization", "qat_kd", "has no effect: it needs qat: true", qat_kd=False
+    ),
+    "inner states without a teacher": case(
+        "quantization",
+        "qat_features",
+        "has no effect: it needs qat_kd: true",
+        qat=True,
+        qat_kd=False,
+        qat_features="last_hidden",
+    ),
+    "activations of few bits where time counts": case(
+        "quantization",
+        "activation_bits",
+        "needs a kernel that is real here, as time counts: see compress-search doctor",
+        activation_bits=4,
+    ),
     "sixteen bits where time counts": case(
         "quantization",
         "weight_bits",
