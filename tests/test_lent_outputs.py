@@ -51,12 +51,8 @@ def test_outputs_are_the_teachers_and_come_from_disk_for_training_rows(bench: An
     torch.testing.assert_close(found["hidden.1"][real], expected["hidden.1"][real], atol=1e-5, rtol=1e-5)
     assert not found["hidden.1"].requires_grad
     assert workbench.materials.outputs.directory.is_relative_to(workbench.cache)
-    assert {path.name for path in workbench.materials.outputs.directory.iterdir()} == {
-        "hidden.1",
-        "key.1",
-        "query.1",
-        "lock",
-    }
+    made = {path.name for path in workbench.materials.outputs.directory.iterdir() if path.is_dir()}
+    assert made == {"hidden.1", "key.1", "query.1"}
 
 
 def test_a_study_may_forbid_the_disk(bench: Any, tmp_path: Path) -> None:

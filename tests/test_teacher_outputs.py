@@ -1,17 +1,21 @@
 """What the teacher computes on the way is the same from disk as from a forward pass, and keeps to its limit."""
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from compress_search.data import Split, read, tokenize, training_batches
 from compress_search.encoders import read_features
 from compress_search.study import load_study
 from compress_search.teacher import load_teacher, outputs, prepare_teacher
 from compress_search.teacher.outputs import FILE, TeacherOutputs
+from compress_search.teacher.room import hold
 from tests import tiny
 
 NAMES = ["hidden.0", "hidden.2", "query.1", "value.0", "scores.1", "probabilities.1", "values.0", "logits"]
@@ -198,3 +202,68 @@ def test_several_workers_share_one_pass(prepared, tmp_path, monkeypatch):
         first, *others = workers.map(ask, range(3))
     assert len(passes) == 1
     assert all(torch.equal(first[name], found[name]) for found in others for name in first)
+
+
+class TestRoomOfAllStudies:
+    """Two teachers of one cache, each of whose hidden states takes two thirds of the limit."""
+
+    def two(self, prepared, tmp_path):
+        key, network, split = prepared()
+        limit = 1.5 * int(split.offsets[-1]) * 32 * 4
+        made = [TeacherOutputs(network, name, split, tmp_path, limit) for name in (key, "another")]
+        return *made, batches(split, 1)[0]
+
+    def test_what_an_earlier_study_left_goes_first(self, prepared, tmp_path):
+        earlier, later, batch = self.two(prepared, tmp_path)
+        earlier(batch, ["hidden.1"])
+        earlier.__dict__.update(_open={}, _sign=None)  # as its process ends
+        later(batch, ["hidden.1"])
+        assert (kept(earlier), kept(later)) == ([], ["hidden.1"])
+        later(batch, ["hidden.2"])
+        assert kept(later) == ["hidden.2"]
+        assert not list(earlier.directory.glob("*.reader"))
+
+    def test_what_another_study_reads_stays(self, prepared, tmp_path):
+        other, own, batch = self.two(prepared, tmp_path)
+        other(batch, ["hidden.1"])
+        own(batch, ["hidden.1"])
+        assert (kept(other), kept(own)) == (["hidden.1"], ["hidden.1"])
+        own(batch, ["hidden.2"])
+        assert (kept(other), kept(own)) == (["hidden.1"], ["hidden.2"])
+
+    def test_who_is_just_making_something_is_not_waited_for(self, prepared, tmp_path):
+        other, own, batch = self.two(prepared, tmp_path)
+        other(batch, ["hidden.1"])
+        other.__dict__.update(_open={}, _sign=None)
+        with FileLock(other.directory / "lock"):
+            own(batch, ["hidden.1"])
+        assert (kept(other), kept(own)) == (["hidden.1"], ["hidden.1"])
+
+    def test_signs_of_processes_that_died_hold_nothing(self, prepared, tmp_path):
+        other, own, batch = self.two(prepared, tmp_path)
+        other(batch, ["hidden.1"])
+        code = "import os, sys, filelock; sign = filelock.FileLock(sys.argv[1]); sign.acquire(); os._exit(1)"
+        subprocess.run([sys.executable, "-c", code, str(other.directory / "its.reader")], check=False)
+        assert len(list(other.directory.glob("*.reader"))) == 2
+        other.__dict__.update(_open={}, _sign=None)
+        own(batch, ["hidden.1"])
+        assert kept(other) == []
+
+    def test_enough_room_for_both_leaves_both(self, prepared, tmp_path):
+        first, second, batch = self.two(prepared, tmp_path)
+        first(batch, ["hidden.1"])
+        first.__dict__.update(_open={}, _sign=None)
+        second.limit *= 2
+        second(batch, ["hidden.1"])
+        assert (kept(first), kept(second)) == (["hidden.1"], ["hidden.1"])
+
+    def test_a_sign_is_one_until_it_is_released(self, prepared, tmp_path):
+        other, own, batch = self.two(prepared, tmp_path)
+        other(batch, ["hidden.1"])
+        other.__dict__.update(_open={}, _sign=None)
+        sign = hold(other.directory)
+        own(batch, ["hidden.1"])
+        assert kept(other) == ["hidden.1"]
+        sign.release()
+        own(batch, ["hidden.2"])
+        assert kept(other) == []

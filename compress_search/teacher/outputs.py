@@ -2,7 +2,8 @@
 
 Owns the files and the rule of what is kept: a request whose features fit into the limit together is answered from
 disk, any other by a forward pass, whatever was asked before. So a recipe's numbers never depend on its history.
-To make room, what was longest out of use goes. Knows nothing of the losses these go into.
+To make room, what was longest out of use goes, other studies' first if it is older, but nothing that another study
+reads from now. Knows nothing of the losses these go into.
 
 Each feature is a directory: ``values.npy`` is (tokens, …), flat as the split's tokens are, or (N, …) for
 ``pooled`` and ``logits`` of whole texts. All workers share them; the first that needs one runs the whole split.
@@ -28,12 +29,12 @@ from compress_search.data import Split, ordered_batches
 from compress_search.encoders.features import derive, feature_shape, parse, primitives, read_features
 from compress_search.mixed_precision import Precision, computing_in
 from compress_search.recipe import digest
+from compress_search.teacher.room import FILE, LOCK, hold, make_room
 from compress_search.training import to_device
 
 if TYPE_CHECKING:
     from compress_search.method import Batch
 
-FILE = "values.npy"
 BATCH = 64
 """Rows at a time, where the whole split is run."""
 
@@ -59,12 +60,14 @@ class TeacherOutputs:
             key: names the teacher by its content.
             split: the training rows.
             cache: holds the directory with the outputs.
-            limit: bytes that the outputs of this teacher and split may take on disk.
+            limit: bytes that the outputs of this teacher and split may take on disk, with those of others that
+                nobody uses.
             precision: of the teacher's forward passes; what is kept and given is float32.
         """
         self.teacher, self.split, self.limit, self.precision = teacher, split, limit, precision
-        self.directory = cache / digest(["outputs", key, split.path.name, precision])
+        self.directory = cache / "outputs" / digest(["outputs", key, split.path.name, precision])
         self._open: dict[str, Array] = {}
+        self._sign: FileLock | None = None
 
     def __call__(self, batch: Batch, features: Collection[str]) -> dict[str, Tensor]:
         """The features of a batch, without gradients, on the teacher's device.
@@ -105,14 +108,15 @@ class TeacherOutputs:
         if not all(name in self._open for name in names):
             self.directory.mkdir(parents=True, exist_ok=True)
             # one worker computes or makes room; the others wait, for it may be computing just what they need
-            with FileLock(self.directory / "lock"):
+            with FileLock(self.directory / LOCK):
+                self._sign = self._sign or hold(self.directory)
                 self._make(names)
                 self._open = {name: np.load(self.directory / name / FILE, mmap_mode="r") for name in names}
         return self._open
 
     def _make(self, names: Collection[str]) -> None:
         missing = [name for name in names if not (self.directory / name).is_dir()]
-        self._make_room(sum(self._bytes(name) for name in missing), keep=names)
+        make_room(self.directory, sum(self._bytes(name) for name in missing), self.limit, names)
         unfinished = self.directory / "unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)  # left behind by a process that died
         if missing:
@@ -125,15 +129,6 @@ class TeacherOutputs:
             unfinished.rmdir()
         for name in names:
             os.utime(self.directory / name)
-
-    def _make_room(self, needed: int, keep: Collection[str]) -> None:
-        """Delete what was longest out of use until so many bytes fit; who still reads it keeps its own view."""
-        kept = [path for path in self.directory.iterdir() if path.is_dir() and (path / FILE).exists()]
-        free = self.limit - sum((path / FILE).stat().st_size for path in kept)
-        for path in sorted(kept, key=lambda path: path.stat().st_mtime):
-            if free < needed and path.name not in keep:
-                free += (path / FILE).stat().st_size
-                shutil.rmtree(path)
 
     def _padded(self, name: str, values: Array, rows: Array, width: int) -> Tensor:
         """(B, S, …) from flat tokens, zero at padding, or (B, …); heads before tokens for projections."""

@@ -180,7 +180,7 @@ class Case:
         written |= {"logit_weight": 0.0, "hard_weight": hard}
         fixed = {name: narrow(dim, written[name]) if name in written else dim for name, dim in space.items()}
         params = method.effective(subject, defaults(fixed))
-        matching = Matching.between(_matches(params, 4), self.student.network, self.teacher.network, seed=0)
+        matching = Matching.between(_matches(params, 4, 2), self.student.network, self.teacher.network, seed=0)
         [phase] = objectives(self.student, matching, params, self.context)
         return phase
 
