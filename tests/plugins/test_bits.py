@@ -12,6 +12,7 @@ from compress_search_plugins.precision.bits import (
     CLIP,
     CODEBOOK,
     Grid,
+    Kind,
     digits,
     fake_quantize,
     fake_quantize_activations,
@@ -117,6 +118,23 @@ def test_binary_weights_are_the_nearest_of_one_size(weight: torch.Tensor) -> Non
     assert all(error(weight, grid) <= float((weight - rounded * c).square().mean().sqrt()) for c in (0.9, 1.1))
 
 
+@quick
+@given(NORMAL, st.sampled_from(("ternary", "binary")), st.floats(0.1, 10))
+def test_scales_of_codebooks_are_a_rows_own_and_grow_with_it(
+    weight: torch.Tensor, kind: Kind, factor: float
+) -> None:
+    """As TernaryBERT has it of embeddings; of a matrix with one scale the rows' differences are lost."""
+    grid = Grid(kind, len(CODEBOOK[kind]) - 1)
+    grown = weight.clone()
+    grown[0] *= factor
+    rounded = grid.round(grown)
+    torch.testing.assert_close(rounded[0], factor * grid.round(weight)[0], rtol=1e-5, atol=1e-6)
+    assert torch.equal(rounded[1:], grid.round(weight)[1:])
+    kept = rounded[0] != 0
+    assert kept.equal(weight[0].abs() > 0.7 * weight[0].abs().mean()) or kind == "binary"
+    torch.testing.assert_close(rounded[0][kept].abs().mean(), grown[0][kept].abs().mean(), rtol=1e-5, atol=1e-6)
+
+
 def test_seven_bits_do_not_saturate_a_pair_of_products() -> None:
     assert Grid("signed", 8, reduced=True).codes == (-64, 64)
     assert 255 * 64 * 2 <= 2**15 < 255 * 127 * 2
@@ -197,7 +215,9 @@ def test_as_many_codes_as_fit_are_in_a_byte() -> None:
 @pytest.mark.parametrize(
     ("grid", "bits_per_weight"),
     [
+        (Grid("block", 8, 64), 8 + 32 / 64),
         (Grid("block", 4, 32), 4 + 32 / 32),
+        (Grid("block", 4, 16), 4 + 32 / 16),
         (Grid("block", 2, 128), 2 + 32 / 128),
         (Grid("signed", 8), 8 + 40 / 768),
         (Grid("ternary", 2, "tensor"), 8 / 5),

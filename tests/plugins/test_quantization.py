@@ -172,7 +172,7 @@ def bare_logging() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("excluded", [(), EXCLUDABLE[::2], EXCLUDABLE[1::2]])
-@pytest.mark.parametrize("name", ["dynamic_int8", "static_int8", "weight_only 4", "weight_only 2"])
+@pytest.mark.parametrize("name", ["dynamic_int8", "static_int8", "weight_only 8", "weight_only 4", "weight_only 2"])
 def test_the_closed_form_predicts_the_bytes(name: str, excluded: tuple[str, ...], quantize: Quantize) -> None:
     candidate = distinct(layers=3, hidden=64, intermediate=128)
     chosen = params(name, **{f"exclude_{part}": True for part in excluded})
@@ -245,6 +245,20 @@ def test_companions_and_padding_change_nothing_without_run_time_ranges(name: str
     run, feed = load_runner(quantize(candidate, SCHEMES[name]), 1), feed_of(candidate)
     alone = {key: value[:1] for key, value in feed.items()}
     np.testing.assert_allclose(run(alone), run(feed)[:1], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("dynamic_int8", {}), ("weight_only 4", {"activation_bits": 4}), ("ternary", {"activation_bits": 8})],
+)
+def test_companions_count_where_ranges_are_found_at_run_time(
+    name: str, changes: dict[str, Any], quantize: Quantize
+) -> None:
+    """So that whatever is lowered is scored in the batches that it is deployed in."""
+    candidate = distinct(layers=2)
+    run, feed = load_runner(quantize(candidate, params(name, **changes)), 1), feed_of(candidate)
+    alone = {key: value[:1] for key, value in feed.items()}
+    assert np.abs(run(alone) - run(feed)[:1]).max() > 1e-4
 
 
 @pytest.mark.parametrize("part", EXCLUDABLE)
