@@ -23,8 +23,9 @@ from ..distillation.matches import Match
 from ..distillation.matching import Matching
 from ..distillation.objective import Objective, reader
 from ..distillation.soft_targets import SoftTerm
-from .bits import Grid, fake_quantize, fake_quantize_activations
+from .bits import Grid, fake_quantize, fake_quantize_activations, straight_through
 from .number_formats import Features
+from .weight_maps import linear_maps
 
 FIRST_STAGE = 0.5
 """The part of the training that inner states take where they come first."""
@@ -40,6 +41,14 @@ class Rounded(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """(outputs, inputs) to the same shape."""
         return fake_quantize(weight, self.grid)
+
+
+class Kept(nn.Module):
+    """A parametrization: weights that are zero stay so, and the others are what they are."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """A matrix of any shape to the same."""
+        return straight_through(weight, weight, weight != 0)
 
 
 def embedding_tables(network: nn.Module) -> list[nn.Embedding]:
@@ -60,7 +69,7 @@ def train_rounded(
 
     Args:
         network: no parametrizations in it; left in evaluation mode.
-        grids: path of a linear map -> where its weights lie; the others stay as they are.
+        grids: path of a linear map -> where its weights lie; the others stay as exact as they are, and as sparse.
         table_grid: where embedding tables lie; None leaves them as they are.
         stages: of :func:`objectives`; of two the first has :data:`FIRST_STAGE` of the budget.
         learning_rate: the peak.
@@ -69,6 +78,9 @@ def train_rounded(
     maps = [network.get_submodule(path) for path in grids]
     for module, grid in zip(maps, grids.values(), strict=True):
         parametrize.register_parametrization(module, "weight", Rounded(grid))
+    for module in linear_maps(network).values():
+        if module not in maps and not module.weight.all():
+            parametrize.register_parametrization(module, "weight", Kept())
     for table in embedding_tables(network) if table_grid else []:
         parametrize.register_parametrization(table, "weight", Rounded(table_grid))  # type: ignore[arg-type]
     shares = [1.0] if len(stages) == 1 else [FIRST_STAGE, 1 - FIRST_STAGE]

@@ -121,6 +121,16 @@ def test_zeros_stay_zero_through_training() -> None:
         assert not torch.equal(weight, up), "the others have moved"
 
 
+def test_zeros_stay_in_the_maps_that_are_left_alone() -> None:
+    candidate = distinct(layers=1)
+    down = parts(layers(candidate.network)[0]).down.weight
+    down.data[:, ::2] = 0
+    result = METHOD.apply(candidate, trained("ternary", exclude_ffn_down=True), tiny_context(candidate, steps=3))
+    weight = parts(layers(result.network)[0]).down.weight
+    assert (weight[:, ::2] == 0).all()
+    assert not torch.equal(weight, down), "the others have moved"
+
+
 def test_shared_layers_stay_shared_through_training() -> None:
     candidate = distinct(layers=3)
     set_layers(candidate.network, [layers(candidate.network)[0]] * 3)
