@@ -47,12 +47,12 @@ def stored_bits(subject: Subject, setting: Setting) -> tuple[float, float]:
     if setting.format.bits == 16:
         return 16.0, 16.0
     maps = _maps(subject, setting.excluded)
-    quantized = sum(m.count - m.kept for m in maps)
+    quantized = sum(m.count - m.kept for m in (*maps, *_projections(subject)))
     spared = min(1.0, setting.high_precision_layers / quantized) if quantized else 0.0
     parameters = subject.encoder_parameters + subject.head_parameters
     rest = parameters - sum(m.weights for m in maps)
     bits = sum(m.bits(setting, spared) for m in maps) + 32 * rest
-    return bits / parameters, _embedding_bits(subject, setting) / subject.embedding_parameters
+    return bits / parameters, _embedding_bits(subject, setting, spared) / subject.embedding_parameters
 
 
 def _maps(subject: Subject, excluded: tuple[str, ...]) -> list[Matrix]:
@@ -82,15 +82,20 @@ def _layer_maps(subject: Subject, excluded: tuple[str, ...]) -> list[Matrix]:
     return found
 
 
-def _embedding_bits(subject: Subject, setting: Setting) -> float:
-    """Stored bits of the tables, of what projects them, and of the norm in float32."""
+def _projections(subject: Subject) -> list[Matrix]:
+    """The matrices that widen word embeddings, and then all embeddings."""
     width, hidden, rank = subject.embedding_size or subject.hidden, subject.hidden, subject.word_rank
-    tables = [(subject.vocabulary, rank or width), (subject.positions + subject.token_types, width)]
-    projections = [Matrix(width, rank, 1)] if rank else []
-    projections += [Matrix(hidden, width, 1)] if width != hidden else []
+    found = [Matrix(width, rank, 1)] if rank else []
+    return found + ([Matrix(hidden, width, 1)] if width != hidden else [])
+
+
+def _embedding_bits(subject: Subject, setting: Setting, spared: float) -> float:
+    """Stored bits of the tables, of what projects them, and of the norm in float32."""
+    width, projections = subject.embedding_size or subject.hidden, _projections(subject)
+    tables = [(subject.vocabulary, subject.word_rank or width), (subject.positions + subject.token_types, width)]
     counted = sum(rows * size for rows, size in tables) + sum(m.weights for m in projections)
     bits = sum(rows * _row_bits(size, setting.embedding_bits) for rows, size in tables)
-    return bits + sum(m.bits(setting) for m in projections) + 32 * (subject.embedding_parameters - counted)
+    return bits + sum(m.bits(setting, spared) for m in projections) + 32 * (subject.embedding_parameters - counted)
 
 
 def _row_bits(width: int, bits: int) -> float:
