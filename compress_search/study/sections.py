@@ -241,8 +241,8 @@ class TrainingConfig(Section):
         default=4.0,
         ge=0,
         description="GB (10⁹ bytes) of disk for teachers' hidden states and attention on training data, this "
-        "study's and those that earlier ones left, of which the oldest go; what a recipe needs of them is computed again at "
-        "each step where it would take more",
+        "study's and those that earlier ones left, of which the oldest go; what a recipe needs of them is computed "
+        "again at each step where it would take more",
     )
 
     def identity(self) -> dict[str, Any]:
