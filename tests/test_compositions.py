@@ -349,7 +349,8 @@ def holds_the_bytes(directory: Path, plan: Plan, recipe: Recipe, candidate: Cand
     """
     arrays, subjects = arrays_of(directory), closed_forms(plan, recipe, candidate)
     low, high = sorted(replace(subject, density=1.0).megabytes * 1e6 for subject in subjects)
-    constants, nodes = (GRAPH, sparse_onnx.OVERHEAD) if (directory / "model.onnx").exists() else (8, 0)
+    crf = 4 * subjects[0].crf_parameters  # beside an ONNX file, in one of weights
+    constants, nodes = (GRAPH, sparse_onnx.OVERHEAD) if (directory / "model.onnx").exists() else (crf + 8, 0)
     assert 0.99 * low - constants <= sum(array.whole for array in arrays) <= 1.01 * high + constants
     if "sparse" not in candidate.subject.traits:
         return
