@@ -56,6 +56,21 @@ CASES = {
     "a target without a budget": case(
         "structured_pruning", "target", "has no effect: it needs budget: macs or latency", target=0.6
     ),
+    "a target below the smallest network": case(
+        "structured_pruning",
+        "target",
+        "0.1 is outside the space: expected a number from",
+        budget="macs",
+        target=0.1,
+    ),
+    "a target below what all blocks come to": case(
+        "structured_pruning",
+        "target",
+        "0.3 of the multiply-accumulates, and what these layers can be cut to has",
+        budget="macs",
+        target=0.3,
+        whole_blocks=False,
+    ),
     "energy without its mode": case("low_rank", "energy", "has no effect: it needs rank_mode: energy", energy=0.9),
     "a rank above the break-even": case(
         "low_rank",

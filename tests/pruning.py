@@ -10,8 +10,9 @@ from compress_search_plugins.structured_pruning import StructuredPruning
 from torch import Tensor, nn
 
 from compress_search import Candidate, Subject
+from compress_search.encoders import layers, parts
 from compress_search.space import active
-from compress_search.testing import tiny_batches
+from compress_search.testing import TinyContext, tiny_batches
 
 FAMILIES = ("bert", "distilbert", "roberta", "electra")
 BASE = Subject("bert", "text-classification", 12, 12, 64, 768, 3072, 30522, 512, 2, 2)
@@ -47,3 +48,20 @@ def random_masks(network: nn.Module, seed: int = 0, *, hidden: bool = True, soft
         units = [mask * (0.5 + torch.rand(mask.shape, generator=generator)) for mask in units]
     masks.units = Units(units[0], units[1], units[2] if hidden else torch.ones_like(units[2]))
     return masks
+
+
+def layer_shapes(candidate: Candidate) -> list[tuple[int, int]]:
+    """Heads and neurons of each layer."""
+    return [(view.heads, view.neurons) for view in map(parts, layers(candidate.network))]
+
+
+def recorded(context: TinyContext) -> list[dict[str, Any]]:
+    """What each call of the context's fit is asked, and the size of the network it is asked to train."""
+    calls, fit = [], context.fit
+
+    def recording(network: Any, **options: Any) -> None:
+        calls.append(options | {"parameters": sum(p.numel() for p in network.parameters())})
+        fit(network, **options)
+
+    context.fit = recording  # type: ignore[method-assign]
+    return calls

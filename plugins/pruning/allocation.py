@@ -117,13 +117,14 @@ class Blocks:
     """All attentions or all feed-forwards: what their units matter, how these go, and what they cost.
 
     ``scores`` are (rows, units), −inf where a unit is masked already; ``uses`` (rows,) says how many layers use
-    each. ``price`` is what a block of so many units costs more than one of none. Units go in groups of
-    ``multiple``; a block that stays keeps ``least``.
+    each. ``price`` is what a block of so many units costs more than one of none, ``beyond`` (rows,) what is lost
+    with a whole block beside its units. Units go in groups of ``multiple``; a block that stays keeps ``least``.
     """
 
     scores: Tensor
     uses: Tensor
     price: Callable[[int], float]
+    beyond: Tensor
     multiple: int = 1
     least: int = 1
 
@@ -137,7 +138,7 @@ class Blocks:
         ladder = Ladder.of(self.scores[alive], self.multiple, self.least, even=even)
         counts = ladder.counts.new_zeros(len(ladder.counts), len(alive))
         counts[:, alive] = ladder.counts
-        return Ladder(counts, ladder.importance)
+        return Ladder(counts, ladder.importance - self.beyond[self.alive & ~alive].sum())
 
     @cached_property
     def prices(self) -> Tensor:
@@ -151,10 +152,11 @@ class Blocks:
         return self.prices[counts // self.multiple] * self.uses
 
     def worth(self, counts: Tensor) -> Tensor:
-        """What the best so many units of each block matter together for what they cost, (rows,)."""
+        """What each block matters, with the best so many units, for what they cost, (rows,)."""
         ranked = self.scores.double().sort(dim=1, descending=True).values
         best = torch.arange(ranked.shape[1], device=ranked.device) < counts[:, None]
-        return torch.where(best, ranked, 0.0).sum(1) / self.costs(counts).clamp(min=1e-12)
+        matters = torch.where(best, ranked, 0.0).sum(1) + self.beyond
+        return matters / self.costs(counts).clamp(min=1e-12)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,6 @@ from compress_search.encoders import layers, parts, stream
 
 from .masks import Masks, Units
 
-NEED_GRADIENTS = ("taylor", "fisher")
-
 
 @torch.no_grad()
 def magnitude(network: nn.Module, masks: Masks) -> Units:
@@ -73,6 +71,32 @@ def taylor(gradients: Units) -> Units:
 def fisher(gradients: Units) -> Units:
     """The sum over batches of (∂L/∂ξ)², the diagonal of the empirical Fisher information (Kwon 2022, 4.1)."""
     return Units(*(gradient.square().sum(0) for gradient in gradients))
+
+
+CRITERIA = {"taylor": taylor, "fisher": fisher}
+NEED_GRADIENTS = tuple(CRITERIA)
+
+
+def of_blocks(criterion: str, gradients: Units) -> tuple[Tensor, Tensor]:
+    """What the criterion says of whole attentions and feed-forwards, (rows,) each.
+
+    One mask variable for all units of a block has the sum of their gradients, so that units which stand in for each
+    other, and matter little one by one, count together.
+    """
+    heads, neurons, _ = CRITERIA[criterion](Units(*(gradient.sum(2, keepdim=True) for gradient in gradients)))
+    return heads[:, 0], neurons[:, 0]
+
+
+def beyond_units(scores: Tensor, blocks: Tensor) -> Tensor:
+    """What each block matters more than its units do one by one, (rows,); what blocks matter is told in their unit.
+
+    Args:
+        scores: of units, (rows, units); −inf where they are masked.
+        blocks: of the blocks as wholes, (rows,), in any unit.
+    """
+    units = scores.masked_fill(scores.isinf(), 0.0).double().sum(1)
+    whole = blocks.double() * units.sum() / blocks.double().sum().clamp(min=1e-30)
+    return (whole - units).clamp(min=0)
 
 
 def normalised(scores: Units) -> Units:

@@ -48,6 +48,7 @@ class Pruner:
         self.criterion = str(params["criterion"])
         self.masks = Masks(network)
         self.budget = budget_of(subject, cut, params, context)
+        self.of_blocks: tuple[Tensor, Tensor] | None = None
         self.even = context.dry or params["scope"] == "per_layer"
         if self.budget:
             self._within_budget(self.masks.units, 1.0)  # whether it can be met at all, before any training
@@ -131,9 +132,18 @@ class Pruner:
             # heads and neurons are not told in one unit: what is average of its kind is worth what it costs
             costs = of_heads(scores.heads.shape[1]), of_neurons(scores.neurons.shape[1])
             weights = costs[0] / finite_sum(scores.heads), costs[1] / finite_sum(scores.neurons)
-        heads = Blocks(weights[0] * scores.heads, uses[0], of_heads, 1, cut.min_heads)
-        neurons = Blocks(weights[1] * scores.neurons, uses[1], of_neurons, cut.multiple, cut.multiple)
-        return heads, neurons
+        heads, neurons = (weight * score for weight, score in zip(weights, scores[:2], strict=True))
+        beyond = self._beyond_units(heads, neurons)
+        return (
+            Blocks(heads, uses[0], of_heads, beyond[0], 1, cut.min_heads),
+            Blocks(neurons, uses[1], of_neurons, beyond[1], cut.multiple, cut.multiple),
+        )
+
+    def _beyond_units(self, *scores: Tensor) -> list[Tensor]:
+        """What is lost with whole blocks beside their units; nothing where the criterion only tells of units."""
+        if self.of_blocks is None:
+            return [score.new_zeros(len(score)).double() for score in scores]
+        return [importance.beyond_units(*pair) for pair in zip(scores, self.of_blocks, strict=True)]
 
     def uses(self) -> tuple[Tensor, Tensor]:
         """How many layers use each row of heads and of neurons."""
@@ -166,8 +176,7 @@ class Pruner:
         elif self.context.dry or self.criterion not in importance.NEED_GRADIENTS:
             scores = importance.magnitude(self.network, self.masks)
         else:
-            gradients = self.gradients()
-            scores = importance.taylor(gradients) if self.criterion == "taylor" else importance.fisher(gradients)
+            scores = importance.CRITERIA[self.criterion](self.gradients())
         return self.scoped(scores)
 
     def scoped(self, scores: Units) -> Units:
@@ -175,9 +184,11 @@ class Pruner:
         return importance.normalised(scores) if self.params["scope"] == "global_layer_normalised" else scores
 
     def gradients(self) -> Units:
-        """The loss's gradient by every mask variable, batch by batch."""
+        """The loss's gradient by every mask variable, batch by batch; what they say of blocks is kept."""
         batches = self.context.calibration(int(self.params["calib_examples"]))
-        return importance.mask_gradients(self.network, self.masks, batches, self.context.task_loss)
+        found = importance.mask_gradients(self.network, self.masks, batches, self.context.task_loss)
+        self.of_blocks = importance.of_blocks(self.criterion, found)
+        return found
 
     # at once, without training
 

@@ -63,7 +63,8 @@ def cost(heads: int, neurons: int) -> float:
 def blocks(
     scores: Tensor, price: Callable[[int], float], multiple: int = 1, least: int = 1, uses: Sequence[int] = ()
 ) -> Blocks:
-    return Blocks(scores, torch.tensor(uses or [1] * len(scores)), price, multiple, least)
+    rows = len(scores)
+    return Blocks(scores, torch.tensor(uses or [1] * rows), price, torch.zeros(rows), multiple, least)
 
 
 def of_heads(scores: Tensor, least: int = 1, uses: Sequence[int] = (), fixed: float = 0.0) -> Blocks:
@@ -141,6 +142,16 @@ def test_a_block_goes_when_what_it_costs_keeps_more_elsewhere() -> None:
     assert counts_of(within_budget(*kinds, 100, whole_blocks=True)) == ([2, 2, 2], [1, 1, 1]), (
         "there is room for all"
     )
+
+
+def test_a_block_whose_units_matter_more_together_than_one_by_one_stays() -> None:
+    heads, cap = torch.tensor([[5.0, 4.0], [5.0, 4.0], [0.2, 0.1]]), 3 * 1.25 + 2 * 16 + 1.0
+    kinds = of_heads(heads, fixed=10.0), of_neurons(torch.ones(3, 1))
+    together = replace(kinds[0], beyond=torch.tensor([0.0, 0.0, 9.0]))
+    found = within_budget(together, kinds[1], cap, whole_blocks=True)
+    assert counts_of(found) in ((([2, 0, 2]), [1, 1, 1]), ([0, 2, 2], [1, 1, 1]))
+    assert found is not None
+    assert found.importance == pytest.approx(5 + 4 + 0.3 + 3)
 
 
 @given(st.integers(0, 200), st.floats(0.05, 1.0), st.floats(0, 20), st.floats(0, 20))

@@ -72,24 +72,47 @@ def test_taylor_is_the_change_of_the_loss_to_first_order(kind: int) -> None:
     assert abs(losses[1] - losses[0]) / 0.02 == pytest.approx(scores[0, unit].item(), rel=0.02)
 
 
-def test_importance_of_a_shared_block_is_of_all_its_uses() -> None:
+def test_importance_of_a_shared_block_is_of_all_its_uses_at_once() -> None:
+    """The gradient of the one variable is the sum over the layers that use it, Fisher information its square."""
+    shared = tiny_candidate(layers=2)
+    share_parts(shared.network, ("query", "key", "value", "attention_output", "up", "down"), {1: 0})
+    apart = tiny_candidate(layers=2)
+    apart.network.load_state_dict(shared.network.state_dict())
+    (_, one), (_, two) = gradients(shared, 3), gradients(apart, 3)
+    for together, each in zip(one[:2], two[:2], strict=True):
+        assert (together.shape[1], each.shape[1]) == (1, 2)
+        torch.testing.assert_close(together, each.sum(1, keepdim=True), rtol=1e-4, atol=1e-6)
+    summed = Units(*(each.sum(1, keepdim=True) for each in two))
+    torch.testing.assert_close(importance.fisher(one).heads, importance.fisher(summed).heads, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "fisher"])
+def test_a_block_has_the_importance_of_one_mask_on_all_its_units(criterion: str) -> None:
     candidate = tiny_candidate(layers=2)
-    apart = candidate.copy()
-    share_parts(candidate.network, ("query", "key", "value", "attention_output"), {1: 0})
-    share_parts(apart.network, ("query", "key", "value"), {1: 0})
-    for name in ("weight", "bias"):
-        ours, theirs = (getattr(parts(layers(apart.network)[i]).attention_output, name) for i in (0, 1))
-        theirs.data.copy_(ours.data)
-    together = gradients(candidate)[1].heads
-    assert together.shape == (1, 1, 4)
-    loss, total = tiny_context(candidate).task_loss, []
-    batch = next(tiny_batches(candidate, examples=8))
-    for value in (0.99, 1.01):
-        masks = Masks(candidate.network)
-        masks.units.heads[0, 2] = value
-        total.append(loss(candidate.network, batch).item())
-        masks.remove()
-    assert (total[1] - total[0]) / 0.02 == pytest.approx(together[0, 0, 2].item(), rel=0.02)
+    masks, found = gradients(candidate, 2)
+    whole = importance.of_blocks(criterion, found)
+    loss, given = tiny_context(candidate).task_loss, list(tiny_batches(candidate, examples=16))
+    slopes = []
+    for batch in given:
+        losses = []
+        for value in (0.999, 1.001):
+            masks.units.heads[1] = value
+            losses.append(loss(candidate.network, batch).item())
+        slopes.append((losses[1] - losses[0]) / 0.002)
+    expected = sum(map(abs, slopes)) / 2 if criterion == "taylor" else sum(slope**2 for slope in slopes)
+    assert whole[0][1].item() == pytest.approx(expected, rel=0.05)
+
+
+def test_units_that_stand_in_for_each_other_make_their_block_matter_more_than_they_do() -> None:
+    alike, opposed = torch.tensor([[1.0, 1.0], [2.0, 2.0]]), torch.tensor([[1.0, -1.0], [2.0, -2.0]])
+    heads = torch.stack([alike, opposed], 1)  # (batches, rows, units)
+    found = Units(heads, heads, heads)
+    blocks, _ = importance.of_blocks("fisher", found)
+    assert blocks.tolist() == [4 + 16, 0]
+    scores = importance.fisher(found).heads  # 5 each, 20 in all, as the blocks have
+    assert importance.beyond_units(scores, blocks).tolist() == [10, 0]
+    scores[1, 0] = -math.inf
+    assert importance.beyond_units(scores, blocks).tolist() == [5, 0]
 
 
 def test_gradients_leave_mode_weights_and_gradients_alone() -> None:
@@ -236,6 +259,16 @@ def test_normal_equations_are_those_of_the_contributions() -> None:
     gram, moment = rescale.normal_equations(x, w, missing, width=2)
     torch.testing.assert_close(gram, contributions.T @ contributions)
     torch.testing.assert_close(moment, contributions.T @ missing.flatten())
+
+
+@given(st.integers(0, 99), st.integers(1, 6), st.integers(1, 3))
+def test_scales_never_leave_more_missing_than_no_scales(seed: int, units: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (9, units * width), (5, units * width), (9, 5)
+    x, w, missing = (torch.randn(*size, generator=generator).double() for size in sizes)
+    change = rescale.solve(*rescale.normal_equations(x, w, missing, width))
+    left = missing - (x * change.repeat_interleave(width)) @ w.T
+    assert left.norm() <= missing.norm() * (1 + 1e-9)
 
 
 def tuned(candidate: Candidate, masks: Masks) -> Tensor:

@@ -15,31 +15,19 @@ from compress_search_plugins.pruning.gradual import train_while_pruning
 from compress_search_plugins.pruning.masks import Units
 from compress_search_plugins.pruning.pruner import CRITERIA, Pruner
 from compress_search_plugins.pruning.recovery import RECOVERIES, TRAINED
+from compress_search_plugins.sharing import Sharing
 from compress_search_plugins.structured_pruning import SCOPES, StructuredPruning
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compress_search import Candidate, TrialError
 from compress_search.encoders import layers, parts, share_parts, subject_of
 from compress_search.runtimes import load_runner, lower
 from compress_search.space import defaults, fix_experts
-from compress_search.testing import TinyContext, tiny_batches, tiny_candidate, tiny_context
-from tests.pruning import BASE, FAMILIES, inputs, logits, parameters
+from compress_search.testing import tiny_candidate, tiny_context
+from tests.pruning import BASE, FAMILIES, inputs, layer_shapes, logits, parameters, recorded
 
 METHOD = StructuredPruning()
 UNTRAINED = {"recover": "none"}
-
-
-def recorded(context: TinyContext) -> list[dict[str, Any]]:
-    """What each call of the context's fit is asked, and the size of the network it is asked to train."""
-    calls, fit = [], context.fit
-
-    def recording(network: Any, **options: Any) -> None:
-        calls.append(options | {"parameters": sum(p.numel() for p in network.parameters())})
-        fit(network, **options)
-
-    context.fit = recording  # type: ignore[method-assign]
-    return calls
 
 
 # Sizes promised from the subject alone
@@ -140,71 +128,6 @@ def test_a_narrower_network_is_saved_exported_and_run(family: str, tmp_path: Pat
     np.testing.assert_allclose(found, logits(result.network, given).numpy(), atol=1e-4)
 
 
-# Budgets
-
-
-def layer_shapes(candidate: Candidate) -> list[tuple[int, int]]:
-    return [(view.heads, view.neurons) for view in map(parts, layers(candidate.network))]
-
-
-@pytest.mark.parametrize(
-    ("criterion", "scope"), [*((name, "global") for name in CRITERIA), ("taylor", "per_layer")]
-)
-@pytest.mark.parametrize("budget", ["macs", "latency"])
-def test_a_budget_is_kept_and_used(criterion: str, scope: str, budget: str) -> None:
-    candidate = tiny_candidate()
-    params = parameters(
-        candidate.subject, budget=budget, target=0.6, criterion=criterion, scope=scope, ffn_multiple=8
-    )
-    context = tiny_context(candidate, steps=8)
-    result = METHOD.apply(candidate, params, context)
-    assert result.subject == METHOD.after(candidate.subject, params)
-    cost = context.layer_latency(candidate.subject)
-    if budget == "macs":
-        lengths = [int(n) for b in context.calibration(512) for n in b["attention_mask"].sum(1)]
-        length = round(sum(lengths) / len(lengths))
-        cost = lambda k, f: length * (4 * k * 8 * 32 + 2 * f * 32) + 2 * length**2 * k * 8  # noqa: E731
-    spent, cap = sum(cost(*shape) for shape in layer_shapes(result)), 0.6 * 4 * cost(4, 64)
-    assert spent <= cap * (1 + 1e-9)
-    rows = 4 if scope == "per_layer" else 1
-    assert spent + rows * cost(0, 8) - rows * cost(0, 0) > cap
-
-
-def test_latency_is_a_part_of_the_teachers_whatever_came_before() -> None:
-    teacher = tiny_candidate(layers=4)
-    half = tiny_candidate(layers=2)
-    params = parameters(half.subject, budget="latency", target=0.5, recover="none")
-    same = METHOD.apply(half, params, tiny_context(teacher))
-    assert layer_shapes(same) == layer_shapes(half)
-    smaller = METHOD.apply(half, params, tiny_context(half))
-    assert sum(heads for heads, _ in layer_shapes(smaller)) + sum(f for _, f in layer_shapes(smaller)) < 2 * 68
-
-
-def test_a_latency_that_no_shape_reaches_is_refused_with_the_least(monkeypatch: pytest.MonkeyPatch) -> None:
-    candidate = tiny_candidate()
-    params = parameters(candidate.subject, budget="latency", target=0.55, recover="kd")
-    context = tiny_context(candidate)
-    calls = recorded(context)
-    # on this machine a layer takes a millisecond before it computes anything
-    monkeypatch.setattr(
-        context, "layer_latency", lambda subject: lambda heads, neurons: 1 + 1e-3 * (heads + neurons)
-    )
-    with pytest.raises(TrialError, match=r"target is 0.55 of the milliseconds .* no less than 0.9\d+"):
-        METHOD.apply(candidate, params, context)
-    assert calls == []
-
-
-@pytest.mark.parametrize("budget", ["macs", "latency"])
-def test_a_dry_run_under_a_budget_has_equal_layers_within_it(budget: str) -> None:
-    candidate = tiny_candidate()
-    params = parameters(candidate.subject, budget=budget, target=0.6, ffn_multiple=8)
-    context = tiny_context(candidate, dry=True)
-    shapes = layer_shapes(METHOD.apply(candidate, params, context))
-    assert len(set(shapes)) == 1
-    cost = context.layer_latency(candidate.subject)
-    assert sum(cost(*shape) for shape in shapes) <= 0.62 * 4 * cost(4, 64)
-
-
 # The course of a pruning
 
 
@@ -216,6 +139,7 @@ def test_ratio_zero_changes_nothing(recover: str) -> None:
     calls = recorded(context)
     result = METHOD.apply(candidate, params, context)
     assert not METHOD.trains(params)
+    assert METHOD.changes_nothing(candidate.subject, params)
     assert calls == []
     assert result.subject == candidate.subject
     assert torch.equal(logits(result.network, inputs(candidate)), logits(candidate.network, inputs(candidate)))
@@ -431,6 +355,19 @@ def test_shared_layers_lose_the_same_units_and_stay_shared(criterion: str) -> No
     assert measured.parameters == sum(p.numel() for p in result.network.parameters())
 
 
+def test_layers_that_lose_the_same_can_share_what_is_left_and_others_cannot() -> None:
+    candidate = tiny_candidate()
+    for scope, reason in (("per_layer", None), ("global", "its layers differ in shape")):
+        params = parameters(candidate.subject, scope=scope, ffn_multiple=8, **UNTRAINED)
+        assert Sharing().unsupported(METHOD.after(candidate.subject, params)) == reason
+    params = parameters(candidate.subject, head_ratio=0.5, scope="per_layer", ffn_multiple=8, **UNTRAINED)
+    pruned = METHOD.apply(candidate, params, tiny_context(candidate))
+    how = {"mode": "all", "groups": 1, "share_layernorm": True, "convert_init": "average", "align": True}
+    shared = Sharing().apply(pruned, how | UNTRAINED, tiny_context(pruned))
+    assert subject_of(shared.network, candidate.subject.task) == shared.subject.without("lossy")
+    assert (shared.subject.heads, shared.subject.intermediate, shared.subject.attention_sets) == (2, 32, 1)
+
+
 @pytest.mark.parametrize(
     ("trait", "reason"),
     [
@@ -451,36 +388,3 @@ def test_defaults_are_a_legal_recipe_for_any_teacher() -> None:
         space = METHOD.search_space(subject)
         assert all(dim.contains(dim.default) for dim in space.values())
         METHOD.after(subject, METHOD.effective(subject, defaults(space)))
-
-
-# Does it work
-
-
-@pytest.fixture(scope="module")
-def trained() -> Candidate:
-    """A network that has learned the tiny task with room to spare."""
-    candidate = tiny_candidate(layers=2, intermediate=128)
-    tiny_context(candidate, steps=150, batch_size=16).fit(candidate.network, learning_rate=2e-3)
-    return candidate
-
-
-def distance(candidate: Candidate, teacher: Candidate) -> float:
-    """How far the outputs lie from the teacher's, on other texts than those it was fitted on."""
-    batches = list(tiny_batches(teacher, batch_size=64, seed=99, examples=256))
-    pairs = [({k: b[k] for k in teacher.tokenizer.model_input_names}) for b in batches]
-    return float(sum((logits(candidate.network, p) - logits(teacher.network, p)).square().mean() for p in pairs))
-
-
-def test_without_retraining_fisher_beats_chance_and_scales_make_up_for_much(trained: Candidate) -> None:
-    context = tiny_context(trained)
-
-    def error(criterion: str, recover: str, seed: int = 0) -> float:
-        how = {"budget": "macs", "target": 0.35, "ffn_multiple": 8, "criterion": criterion, "recover": recover}
-        context.seed = seed
-        return distance(METHOD.apply(trained, parameters(trained.subject, **how), context), trained)
-
-    chance = sum(error("random", "none", seed) for seed in range(3)) / 3
-    assert error("fisher", "none") < 0.7 * chance
-    criteria = ("fisher", "taylor", "random")
-    left, scaled = (sum(error(criterion, recover) for criterion in criteria) for recover in ("none", "rescale"))
-    assert scaled < 0.9 * left
