@@ -45,6 +45,26 @@ def test_a_larger_layer_is_never_faster_however_noisy_the_machine(k: int, f: int
     assert table(min(4, k + more), min(64, f + wider)) >= table(k, f) - 1e-9
 
 
+def test_what_a_block_takes_before_its_first_unit_is_seen() -> None:
+    def starting(subject: Subject, stacks: Sequence[Stack]) -> list[float]:
+        return [3 + d * (0.1 + (k > 0) + 0.2 * k + 0.3 * (f > 0) + 0.01 * f) for d, k, f in stacks]
+
+    table = layer_table(TINY, starting)
+    assert table(1, 64) - table(0, 64) == pytest.approx(1.2)
+    assert table(4, 2) - table(4, 0) == pytest.approx(0.32)
+    assert table(0, 0) == pytest.approx(0.1)
+
+
+@given(st.integers(0, 99))
+def test_an_empty_layer_takes_some_time_and_no_more_than_a_whole_one(seed: int) -> None:
+    def jittery(subject: Subject, stacks: Sequence[Stack]) -> list[float]:
+        rng = np.random.default_rng(seed)
+        return [time * rng.uniform(0.8, 1.2) for time in clock(subject, stacks)]
+
+    table = layer_table(TINY, jittery)
+    assert -1e-9 <= table(0, 0) <= table(4, 64) + 1e-9
+
+
 def test_a_table_is_measured_once_for_a_machine_and_a_shape(tmp_path: Path) -> None:
     asked: list[Subject] = []
 
