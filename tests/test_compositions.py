@@ -52,6 +52,7 @@ GRAPH = 4096
 """Bytes of the constants in an ONNX file's graph, at most."""
 SIMULATED = {"ternary", "binary", "rounded activations"}
 """Arithmetic that no kernel has: of use where no clock runs."""
+ENDS = ("exclude_first_layer", "exclude_last_layer")
 CLOSED = {("runtimes", "engine"): (COMPILE,)}
 """Choices that stay out, for they take minutes a recipe."""
 
@@ -331,15 +332,26 @@ def quantizes(ground: Ground, plan: Plan, recipe: Recipe) -> None:
 
 
 def closed_forms(plan: Plan, recipe: Recipe, candidate: Candidate) -> list[Subject]:
-    """Of the network as it is; twice, for which maps have a higher precision only weights tell: none, and all."""
+    """Of the network as it is; several where which maps have a higher precision is not told by a mean layer.
+
+    Where weights decide it none and all have it; where unequal layers are left in float32 none and all are.
+    """
     late = late_steps(plan, recipe)
     early = Recipe(tuple(step for step in recipe.steps if step not in late))
-    bounds = [as_it_is(candidate, settle(early, plan.registry, plan.teacher)[1])] * 2
+    found = [as_it_is(candidate, settle(early, plan.registry, plan.teacher)[1])]
     for step in late:
-        method, spares = plan.registry[step.method], step.params.get("high_precision_layers", 0) > 0
-        ends = [step.params | ({"high_precision_layers": spared} if spares else {}) for spared in (0, 10**6)]
-        bounds = [method.after(subject, params) for subject, params in zip(bounds, ends, strict=True)]
-    return bounds
+        before, after = found, plan.registry[step.method].after
+        found = [after(subject, params) for subject in before for params in precisions(step)]
+        left = {name for name in ENDS if step.params.get(name)}
+        if left and "non-uniform" in candidate.subject.traits:
+            found += [replace(found[0], bits=32.0), after(before[0], step.params | dict.fromkeys(left, False))]
+    return found
+
+
+def precisions(step: Step) -> list[dict[str, Any]]:
+    """The parameters; with none and with all of the maps spared, where some are."""
+    spared = (0, 10**6) if step.params.get("high_precision_layers") else ()
+    return [step.params | {"high_precision_layers": number} for number in spared] or [step.params]
 
 
 def holds_the_bytes(directory: Path, plan: Plan, recipe: Recipe, candidate: Candidate) -> None:
@@ -348,10 +360,11 @@ def holds_the_bytes(directory: Path, plan: Plan, recipe: Recipe, candidate: Cand
     Where bits are mixed, the closed form of what zeros leave of the file takes their mean for those of each.
     """
     arrays, subjects = arrays_of(directory), closed_forms(plan, recipe, candidate)
-    low, high = sorted(replace(subject, density=1.0).megabytes * 1e6 for subject in subjects)
+    whole = [replace(subject, density=1.0).megabytes * 1e6 for subject in subjects]
     crf = 4 * subjects[0].crf_parameters  # beside an ONNX file, in one of weights
     constants, nodes = (GRAPH, sparse_onnx.OVERHEAD) if (directory / "model.onnx").exists() else (crf + 8, 0)
-    assert 0.99 * low - constants <= sum(array.whole for array in arrays) <= 1.01 * high + constants
+    found = sum(array.whole for array in arrays)
+    assert 0.99 * min(whole) - constants <= found <= 1.01 * max(whole) + constants
     if "sparse" not in candidate.subject.traits:
         return
     in_blocks = any(str(step.params.get("pattern")).startswith("block") for step in recipe.steps)
