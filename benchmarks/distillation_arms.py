@@ -36,6 +36,7 @@ from compress_search.driver import prepare
 from compress_search.losses import attention_mse, hidden_mse, kl
 from compress_search.measure.bench import peak_memory
 from compress_search.method import Batch
+from compress_search.mixed_precision import Precision
 from compress_search.pipeline import Budget, StepContext
 from compress_search.study import load_study
 from compress_search.training import to_device
@@ -91,9 +92,10 @@ def same_batches(split: Split) -> Iterator[Batch]:
 # the engine
 
 
-def open_bench(folder: Path, *, cached: bool = True) -> Workbench:
+def open_bench(folder: Path, *, cached: bool = True, precision: Precision = "fp32") -> Workbench:
     """The belongings of a worker; nothing outside of the folder is written."""
-    study = load_study(folder / "study.yaml", [] if cached else ["training.teacher_cache_gb=0"])
+    changes = [f"training.precision={precision}", *([] if cached else ["training.teacher_cache_gb=0"])]
+    study = load_study(folder / "study.yaml", changes)
     return Workbench(replace(prepare(study).brief, cache=str(folder / "cache")))
 
 
@@ -116,8 +118,8 @@ def matches(setup: Setup) -> tuple[Match, ...]:
 class Engine:
     """What the plugin ``layer_match`` does in its one phase, by ``context.fit``."""
 
-    def __init__(self, setup: Setup, *, cached: bool) -> None:
-        bench = open_bench(setup.folder, cached=cached)
+    def __init__(self, setup: Setup, *, cached: bool, precision: Precision = "fp32") -> None:
+        bench = open_bench(setup.folder, cached=cached, precision=precision)
         self.materials = bench.materials
         self.network = make_student(bench).network.requires_grad_(True)
         budget = Budget(ENDLESS, on_rung=None)
@@ -235,6 +237,10 @@ class TextBrewer(Others):
 class HfTrainer(Others):
     """transformers' Trainer with the teacher in ``compute_loss``, fed by its own collator."""
 
+    def __init__(self, setup: Setup, precision: Precision = "fp32") -> None:
+        super().__init__(setup)
+        self.precision = precision
+
     def _trainer(self, feed: Batches | None = None) -> Any:
         from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
@@ -259,6 +265,7 @@ class HfTrainer(Others):
             report_to="none",
             disable_tqdm=True,
             use_cpu=True,
+            bf16=self.precision == "bf16",
         )
         collator = DataCollatorWithPadding(AutoTokenizer.from_pretrained(self.setup.teacher))
         return Distilling(self.network, arguments, data_collator=collator, train_dataset=self.dataset)
@@ -300,8 +307,11 @@ ARMS: dict[str, tuple[Callable[[Setup], Arm], tuple[str, ...]]] = {
     "engine, cached": (lambda setup: Engine(setup, cached=True), ()),
     "TextBrewer": (TextBrewer, ("textbrewer",)),
     "Trainer": (HfTrainer, ("accelerate",)),
+    "engine, bf16": (lambda setup: Engine(setup, cached=False, precision="bf16"), ()),
+    "engine, bf16, cached": (lambda setup: Engine(setup, cached=True, precision="bf16"), ()),
+    "Trainer, bf16": (lambda setup: HfTrainer(setup, "bf16"), ("accelerate",)),
 }
-"""Name -> how it is made, and the packages that takes besides our own."""
+"""Name -> how it is made, and the packages that takes besides our own. TextBrewer's 16 bits are CUDA's alone."""
 
 
 # a process

@@ -53,8 +53,7 @@ def eager_ratio(ground: Ground, directory: Path, folder: Path) -> str:
     if not reference.exists():
         teacher = ground.materials.teacher.replace(runtime={"engine": "torch"})
         lower(teacher, reference, ground.materials.task)
-    split = ground.materials.validation.path
-    found = ground.bench.bench.latency(directory, reference, split, repeats=100)
+    found = ground.bench.latency(directory, reference=reference, repeats=100, seed=0)
     return f"{1 / found.ratio:.1f} ({1 / found.high:.1f} … {1 / found.low:.1f})"
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,7 @@ import yaml
 
 from benchmarks import tables
 from benchmarks.ground import Ground, Methods
-from compress_search.errors import TrialError
-from compress_search.measure import Latency
+from compress_search.errors import StudyError, TrialError
 from compress_search.runtimes import lower, size_mb
 
 LENGTH = 64
@@ -38,23 +37,46 @@ SHARED_ATTENTION: Methods = {"sharing": {"mode": "attention"}}
 NARROW_EMBEDDING: Methods = {"embedding_factorization": {"embedding_size": 128}}
 SMALL_VOCABULARY: Methods = {"vocabulary_pruning": {}}
 
+
+def bits(weight_bits: int, **more: Any) -> Methods:
+    """Rounded to so many bits."""
+    return {"quantization": {"weight_bits": weight_bits, **more}}
+
+
 ALONE: Mapping[str, Methods] = {
     "fp32": {},
     "dynamic int8": INT8,
+    "static int8": bits(8, scheme="static_int8"),
+    "weight-only 8 bits": bits(8, scheme="weight_only"),
+    "weight-only 4 bits": bits(4),
+    "weight-only 2 bits": bits(2),
+    "bfloat16": bits(16),
     "3 of 6 layers": HALF_LAYERS,
     "theseus, 2 of 6 layers": {"theseus": {"block_size": 3}},
     "heads 6 of 12": HALF_HEADS,
     "FFN 768": HALF_FFN,
     "FFN 384": QUARTER_FFN,
     "heads 6 + FFN 768": HALF_BOTH,
+    "hidden width 288": {"structured_pruning": {**LAYERS, "hidden_ratio": 0.25}},
     "all layers shared": SHARED_ALL,
+    "FFN shared": {"sharing": {"mode": "ffn"}},
     "attention shared": SHARED_ATTENTION,
     "embedding E = 128": NARROW_EMBEDDING,
     "low-rank FFN": {"low_rank": {}},
     "vocabulary pruned": SMALL_VOCABULARY,
     "80 % unstructured zeros": {"unstructured_pruning": {"sparsity": 0.8}},
+    "2:4 zeros": {"unstructured_pruning": {"pattern": "2:4"}},
+    "inputs cut to 32 tokens": {"runtimes": {"max_length": LENGTH // 2}},
     "torch eager": {"runtimes": {"engine": "torch"}},
+    "torch.compile": {"runtimes": {"engine": "compile"}},
 }
+SIMULATED: Mapping[str, Methods] = {
+    "ternary": bits(2, codebook="ternary"),
+    "binary": bits(1),
+    "ternary, 8-bit activations": bits(2, codebook="ternary", activation_bits=8),
+}
+"""Small on disk, expanded when loaded: a study in which time counts does not offer them, so none is timed."""
+
 TOGETHER: Mapping[str, Methods] = {
     "3 layers + int8": {**HALF_LAYERS, **INT8},
     "2 layers + int8": {"theseus": {"block_size": 3}, **INT8},
@@ -98,7 +120,7 @@ EARLIER: Mapping[str, float] = {
 """Ratios to fp32 on ONNX Runtime of an earlier series with hand-made networks, on another AMD EPYC of two cores."""
 
 
-def write_study(folder: Path, shared: Path) -> Path:
+def write_study(folder: Path, shared: Path, objectives: Sequence[str]) -> Path:
     """A study whose every example has 64 tokens and whose teacher is hardly trained."""
     text = "of all the films made this year it is the one that we will remember " * (LENGTH // 15 + 1)
     for name, rows in {"train": 64, "validation": 32}.items():
@@ -109,11 +131,11 @@ def write_study(folder: Path, shared: Path) -> Path:
         "task": "text-classification",
         "teacher": {"model": str(shared / "models/all-minilm-l6-v2"), "fine_tune": {"epochs": 1}},
         "data": {"train": "train.jsonl", "validation": "validation.jsonl", "max_length": LENGTH},
-        "objectives": ["accuracy", "latency_ms", "size_mb"],
+        "objectives": list(objectives),
         "methods": ["quantization"],
         "output": "run",
     }
-    path = folder / "knobs.yaml"
+    path = folder / f"{'-'.join(objectives)}.yaml"
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
     return path
 
@@ -123,38 +145,42 @@ class Stand:
 
     def __init__(self, folder: Path, shared: Path, repeats: int) -> None:
         self.folder, self.repeats = folder, repeats
-        self.ground = Ground(write_study(folder, shared))
+        sized = Ground(write_study(folder, shared, ["accuracy", "size_mb"]))
+        self.ground = Ground(write_study(folder, shared, ["accuracy", "latency_ms", "size_mb"]))
+        self.grounds = {True: self.ground, False: sized}
         teacher, task = self.ground.materials.teacher, self.ground.materials.task
         self.references = {"onnxruntime": folder / "reference-onnx", "torch": folder / "reference-torch"}
         for engine, directory in self.references.items():
             lower(teacher.replace(runtime={"engine": engine}), directory, task)
 
-    def row(self, number: int, name: str, methods: Methods) -> list[object]:
-        """Bytes and the two ratios of one combination."""
+    def row(self, name: str, methods: Methods, *, timed: bool) -> list[object]:
+        """Bytes and, where time counts, the two ratios of one combination."""
+        ground, directory = (
+            self.grounds[timed],
+            self.folder / f"artifact-{name}".replace(" ", "-").replace(":", "-"),
+        )
         try:
-            recipe = self.ground.recipe(methods)
-            candidate, _ = self.ground.apply(recipe, self.folder / "scratch", dry=True)
-            directory = self.folder / f"artifact-{number}"
-            lower(candidate, directory, self.ground.materials.task)
-        except TrialError as error:
-            return [name, "not here", str(error).splitlines()[0], "", ""]
-        ratios = [self.ratio(directory, reference) for reference in self.references.values()]
-        simulated = " (simulated)" if candidate.simulated else ""
+            recipe = ground.recipe(methods)
+            candidate, _ = ground.apply(recipe, self.folder / "scratch", dry=True)
+            lower(candidate, directory, ground.materials.task)
+        except (TrialError, StudyError) as error:
+            return [name, "not here", str(error).splitlines()[0].rpartition("; ")[2], "", "", ""]
+        assert candidate.simulated != timed, "what is simulated is not timed"
+        ratios = [self.ratio(directory, reference) if timed else "" for reference in self.references.values()]
         sizes = [f"{size_mb(directory):.1f}", f"{candidate.subject.megabytes:.1f}"]
-        return [name + simulated, *sizes, *ratios, EARLIER.get(name, "")]
+        return [name, *sizes, *ratios, EARLIER.get(name, "")]
 
     def ratio(self, directory: Path, reference: Path) -> str:
         """Latency against a reference, with its 95 % interval."""
-        split = self.ground.materials.validation.path
-        found: Latency = self.ground.bench.bench.latency(directory, reference, split, repeats=self.repeats)
+        found = self.ground.bench.latency(directory, reference=reference, repeats=self.repeats, seed=0)
         noisy = " (noisy)" if found.noisy else ""
         return f"{found.ratio:.3f} ({found.low:.3f} … {found.high:.3f}){noisy}"
 
 
-def rows(stand: Stand, wanted: Mapping[str, Methods]) -> Iterator[list[object]]:
+def rows(stand: Stand, wanted: Mapping[str, Methods], *, timed: bool) -> Iterator[list[object]]:
     """One row a combination; told as they come, since each takes a while."""
-    for number, (name, methods) in enumerate(wanted.items()):
-        row = stand.row(number, name, methods)
+    for name, methods in wanted.items():
+        row = stand.row(name, methods, timed=timed)
         click.echo(" | ".join(map(str, row)))
         yield row
 
@@ -183,10 +209,12 @@ def main(shared: Path, repeats: int, only: str | None) -> None:
     parts = [f"6 layers × 384, 12 heads, FFN 1536, {told}"]
     with tempfile.TemporaryDirectory() as folder:
         stand = Stand(Path(folder), shared.resolve(), repeats)
-        for title, knobs in (("Each alone", ALONE), ("Together", TOGETHER)):
+        for title, knobs in (("Each alone", ALONE), ("Simulated", SIMULATED), ("Together", TOGETHER)):
             if wanted := selected(knobs, only):
-                parts += [f"## {title}", tables.table(header, rows(stand, wanted))]
-        stand.ground.bench.close()
+                found = rows(stand, wanted, timed=knobs is not SIMULATED)
+                parts += [f"## {title}", tables.table(header, found)]
+        for ground in stand.grounds.values():
+            ground.bench.close()
     click.echo(tables.write("knobs", "What each knob does to bytes and latency", parts))
 
 

@@ -248,12 +248,15 @@ class Workbench:
             directory, split.path, task, batch_size, as_they_come=as_deployed, timeout=patience(len(split))
         )
 
-    def latency(self, directory: Path, *, repeats: int, seed: int) -> Latency:
-        """Time an artefact against the teacher on the validation data's own lengths, as the teacher reads it."""
+    def latency(self, directory: Path, *, repeats: int, seed: int, reference: Path | None = None) -> Latency:
+        """Time an artefact on the validation data's own lengths, each text as who is timed reads it.
+
+        Against the teacher, or another artefact of the teacher.
+        """
         buckets = Artifact.read(directory).buckets
         return self.bench.latency(
             directory,
-            self.reference,
+            reference or self.reference,
             self.as_read(directory, "validation").path,
             reference_split=self.materials.validation.path,
             batch_size=self.study.measure.batch_size,
