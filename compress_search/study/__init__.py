@@ -38,7 +38,7 @@ from compress_search.study.goals import (
     parse_objectives,
     plain_objective,
 )
-from compress_search.study.narrowing import parse_methods
+from compress_search.study.methods import parse_methods
 from compress_search.study.sections import (
     Architecture,
     ArtifactsConfig,
