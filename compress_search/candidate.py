@@ -103,7 +103,7 @@ class Subject:
         """
         if "estimated" not in promised.traits:
             return self == promised
-        open_ones: dict[str, Any] = {"ranks": (), "bits": 0.0}
+        open_ones: dict[str, Any] = {"ranks": (), "bits": 0.0, "embedding_bits": 0.0}
         traits = promised.traits - {"estimated", "low-rank"} | (self.traits & {"low-rank"})
         return replace(self, **open_ones) == replace(promised, traits=traits, **open_ones)
 
