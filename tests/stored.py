@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from onnx import numpy_helper
 from safetensors.torch import load_file
 
@@ -59,13 +60,11 @@ def _packed(values: np.ndarray[Any, Any], gaps: np.ndarray[Any, Any], elements: 
 
 
 def _of_weights(directory: Path) -> list[Stored]:
-    import torch
-
     tensors, forms = load_file(directory / manifest.WEIGHTS), manifest.read(directory)["sparse"]
-    whole = {2: torch.int16, 4: torch.int32}
+    numbers = {2: torch.int16, 4: torch.int32}  # numpy has no bfloat16
     arrays = {
-        n: t.view(whole[t.element_size()]).numpy() if t.is_floating_point() else t.numpy()
-        for n, t in tensors.items()
+        name: (tensor.view(numbers[tensor.element_size()]) if tensor.is_floating_point() else tensor).numpy()
+        for name, tensor in tensors.items()
     }
     found = [
         _packed(arrays.pop(f"{name}.values"), arrays.pop(f"{name}.gaps"), int(np.prod(form["shape"])))
@@ -78,12 +77,9 @@ def _of_graph(graph: onnx.GraphProto) -> list[Stored]:
     constants = [a.t for node in graph.node for a in node.attribute if a.type == onnx.AttributeProto.TENSOR]
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     makers = {name: node for node in graph.node for name in node.output}
+    names = [n.removeprefix(_PREFIX) for n in arrays if n.startswith(_PREFIX) and n.endswith("/values")]
     found = []
-    for name in [
-        n.removeprefix(_PREFIX).removesuffix("/values")
-        for n in arrays
-        if n.endswith("/values") and n.startswith(_PREFIX)
-    ]:
+    for name in (n.removesuffix("/values") for n in names):
         empty = makers[makers[makers[name].input[0]].input[0]]  # reshaped, scattered into what is filled
         fill = numpy_helper.to_array(empty.attribute[0].t)
         values, gaps = (arrays.pop(f"{_PREFIX}{name}/{part}") for part in ("values", "gaps"))

@@ -89,6 +89,16 @@ def test_both_factors_of_a_product_are_quantized(name: str, exclude: bool, tmp_p
     assert stored_bytes(artifact) / 1e6 == pytest.approx(predicted, rel=0.02)
 
 
+def test_what_projects_word_embeddings_can_have_a_higher_precision_too(tmp_path: Path) -> None:
+    """Of a layer's seven maps and the projection, all eight."""
+    candidate = factored(distinct(layers=1, hidden=256, intermediate=1024), 64)
+    chosen = params("weight_only 4", high_precision_layers=8, exclude_pooler=True, exclude_classifier=True)
+    artifact = quantize(candidate, {**chosen, "calibration_examples": 32}, tmp_path / "artifact")
+    predicted = METHOD.after(candidate.subject, chosen)
+    assert predicted.embedding_bits > METHOD.after(candidate.subject, params("weight_only 4")).embedding_bits
+    assert stored_bytes(artifact) / 1e6 == pytest.approx(predicted.megabytes, rel=0.02)
+
+
 def test_the_closed_form_holds_for_cut_networks_and_for_the_file(tmp_path: Path) -> None:
     candidate = distinct(layers=2, hidden=256, intermediate=1024)
     prune_heads(candidate.network, {0: [1], 1: [0, 2]})
