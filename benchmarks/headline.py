@@ -10,7 +10,7 @@ validation data, and the test score is shown beside it.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import click
@@ -20,6 +20,7 @@ from benchmarks import tables
 from benchmarks.ground import Ground
 from compress_search import driver
 from compress_search.finish import feasible
+from compress_search.report import searched
 from compress_search.runtimes import lower
 from compress_search.storage import Store, TrialRow
 from compress_search.study import Study, load_study
@@ -47,54 +48,66 @@ def chosen(rows: Sequence[TrialRow], metric: str, teacher: TrialRow) -> list[tup
     return found
 
 
-def eager_ratio(ground: Ground, directory: Path, folder: Path) -> str:
-    """Speed-up over the teacher in eager torch, with its 95 % interval."""
-    reference = folder / "eager"
-    if not reference.exists():
-        teacher = ground.materials.teacher.replace(runtime={"engine": "torch"})
-        lower(teacher, reference, ground.materials.task)
-    found = ground.bench.latency(directory, reference=reference, repeats=100, seed=0)
-    return f"{1 / found.ratio:.1f} ({1 / found.high:.1f} … {1 / found.low:.1f})"
+class Finished:
+    """A study that has ended: what it stored, and its artefacts."""
 
+    def __init__(self, study: Study, path: Path) -> None:
+        self.study, self.ground = study, Ground(path)
+        self.metric = self.ground.materials.task.primary
+        store = Store(study.storage)
+        self.info, self.rows = store.study(study.name), store.trials(study.name)
+        self.again = store.measurements(study.name, kind="final")
+        self.teacher = next(row for row in self.rows if row.baseline == "teacher")
+        names = (name.partition(".") for name in searched(self.info.identity["space"]))
+        self.shown = {(method, key) for method, _, key in names}
 
-def answers(study: Study, path: Path) -> str:
-    """The table of one finished study."""
-    store = Store(study.storage)
-    rows = store.trials(study.name)
-    teacher = next(row for row in rows if row.baseline == "teacher")
-    again = store.measurements(study.name, kind="final")
-    ground, lines = Ground(path), []
-    metric = ground.materials.task.primary
-    with tempfile.TemporaryDirectory() as folder:
-        for question, row in [("teacher", teacher), *chosen(rows, metric, teacher)]:
-            low, high = row.intervals.get("speedup", (float("nan"),) * 2)
-            test = again.get(row.number, {}).get("final", {}).get("test", {}).get("metrics", {}).get(metric)
-            assert row.artifact is not None, "a complete trial has an artefact"
-            directory = study.output / row.artifact
-            eager = eager_ratio(ground, directory, Path(folder)) if directory.exists() else "not kept"
-            scores = [
-                f"{100 * row.metrics[metric]:.1f}",
-                f"{100 * test:.1f}" if test is not None else "not on the front",
-            ]
-            speed = [f"{row.metrics['speedup']:.2f} ({low:.2f} … {high:.2f})", eager]
-            size = [f"{row.metrics['size_mb']:.1f}", f"{teacher.metrics['size_mb'] / row.metrics['size_mb']:.1f}"]
-            lines.append([question, row.number, *scores, *speed, *size, row.recipe if row.recipe else ""])
-    ground.bench.close()
-    header = [
-        "",
-        "trial",
-        f"{metric} validation",
-        "test",
-        "× ONNX Runtime fp32",
-        "× torch eager",
-        "MB",
-        "× smaller",
-        "recipe",
-    ]
-    count = sum(row.state == "complete" and feasible(study, row.metrics) for row in rows)
-    minutes = store.study(study.name).seconds / 60
-    told = f"{len(rows)} trials, {count} complete and within the constraints, {minutes:.0f} minutes."
-    return f"{told}\n\n{tables.table(header, lines)}"
+    def summary(self) -> str:
+        """What it took."""
+        count = sum(row.state == "complete" and feasible(self.study, row.metrics) for row in self.rows)
+        minutes = f"{self.info.seconds / 60:.0f} minutes"
+        return f"{len(self.rows)} trials, {count} complete and within the constraints, {minutes}."
+
+    def answer(self, question: str, row: TrialRow, eager: str) -> list[object]:
+        """A row of the table."""
+        low, high = row.intervals.get("speedup", (float("nan"),) * 2)
+        final = self.again.get(row.number, {}).get("final", {})
+        test = final.get("test", {}).get("metrics", {}).get(self.metric)
+        return [
+            question,
+            row.number,
+            f"{100 * row.metrics[self.metric]:.1f}",
+            f"{100 * test:.1f}" if test is not None else "not on the front",
+            f"{row.metrics['speedup']:.2f} ({low:.2f} … {high:.2f})",
+            eager,
+            f"{row.metrics['size_mb']:.1f}",
+            f"{self.teacher.metrics['size_mb'] / row.metrics['size_mb']:.1f}",
+            row.recipe.only(self.shown) if row.recipe and row.recipe.steps else "",
+        ]
+
+    def eager_ratio(self, row: TrialRow, reference: Path) -> str:
+        """Speed-up over an artefact of the teacher, with its 95 % interval."""
+        assert row.artifact is not None, "a complete trial has an artefact"
+        directory = self.study.output / row.artifact
+        if not directory.exists():
+            return "not kept"
+        found = self.ground.bench.latency(directory, reference=reference, repeats=100, seed=0)
+        return f"{1 / found.ratio:.1f} ({1 / found.high:.1f} … {1 / found.low:.1f})"
+
+    def answers(self) -> Iterator[list[object]]:
+        """The teacher's row, then one a question."""
+        materials = self.ground.materials
+        with tempfile.TemporaryDirectory() as folder:
+            reference = Path(folder) / "eager"
+            lower(materials.teacher.replace(runtime={"engine": "torch"}), reference, materials.task)
+            for question, row in [("teacher", self.teacher), *chosen(self.rows, self.metric, self.teacher)]:
+                yield self.answer(question, row, self.eager_ratio(row, reference))
+        self.ground.bench.close()
+
+    def table(self) -> str:
+        """All of it."""
+        scores = [f"{self.metric} validation", "test"]
+        header = ["", "trial", *scores, "× ONNX Runtime fp32", "× torch eager", "MB", "× smaller", "recipe"]
+        return f"{self.summary()}\n\n{tables.table(header, self.answers())}"
 
 
 @click.command()
@@ -107,7 +120,7 @@ def main(studies: Sequence[Path], executor: driver.ExecutorName) -> None:
     for path in studies or STUDIES:
         study = load_study(path)
         driver.run(study, executor=executor, on_event=lambda event: click.echo(str(event)[:200]))
-        parts += [f"## {study.name}", answers(study, path)]
+        parts += [f"## {study.name}", Finished(study, path).table()]
         click.echo(parts[-1])
     click.echo(tables.write("headline", "The fastest and the smallest that keep the score", parts))
 
