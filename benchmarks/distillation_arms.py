@@ -103,7 +103,8 @@ def make_student(bench: Workbench) -> Candidate:
     """The teacher's first, middle and last layers, or such, in half its depth."""
     teacher = bench.materials.teacher
     depth = teacher.subject.layers
-    return cut_student(teacher, source_layers("spread", depth // 2, depth), 1.0)
+    student: Candidate = cut_student(teacher, source_layers("spread", depth // 2, depth), 1.0)
+    return student
 
 
 def matches(setup: Setup) -> tuple[Match, ...]:
@@ -134,7 +135,8 @@ class Engine:
 
     def loss(self, batch: Batch) -> Tensor:
         """By the plugins' objective."""
-        return self.objective(self.network, batch)
+        value: Tensor = self.objective(self.network, batch)
+        return value
 
     def train(self, batches: Iterator[Batch]) -> None:
         """By the engine's loop."""

@@ -36,7 +36,8 @@ def start(study: Path, executor: str, output: Path) -> subprocess.Popen[bytes]:
 def descendants(process: psutil.Process) -> list[psutil.Process]:
     """Every process below this one, Ray's included while their parent lives."""
     try:
-        return process.children(recursive=True)
+        found: list[psutil.Process] = process.children(recursive=True)
+        return found
     except psutil.NoSuchProcess:
         return []
 

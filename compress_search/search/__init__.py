@@ -19,7 +19,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -113,7 +113,7 @@ class Search:
         environment: Mapping[str, Any] | None = None,
         contents: Contents | None = None,
         **options: Any,
-    ) -> Search:
+    ) -> Self:
         """Begin the study in a created database, or continue it.
 
         Raises:
