@@ -49,9 +49,9 @@ def rows(ground: Ground, folder: Path) -> Iterator[list[object]]:
         scores = [ground.bench.score(directory, split, as_deployed=True) for split in ("validation", "test")]
         latency = ground.bench.latency(directory, repeats=100, seed=0)
         speed = f"{1 / latency.ratio:.2f} ({1 / latency.high:.2f} … {1 / latency.low:.2f})"
-        row: list[object] = [name, *(f"{100 * score.metrics[metric]:.1f}" for score in scores), speed, f"{seconds:.0f}"]
+        row = [name, *(f"{100 * score.metrics[metric]:.1f}" for score in scores), speed, f"{seconds:.0f}"]
         click.echo(" | ".join(row))
-        yield row
+        yield [*row]
 
 
 def trained(path: Path) -> Iterator[list[object]]:
