@@ -120,6 +120,14 @@ EARLIER: Mapping[str, float] = {
 """Ratios to fp32 on ONNX Runtime of an earlier series with hand-made networks, on another AMD EPYC of two cores."""
 
 
+EXPLAINED = """Shared layers are still run one by one, word tables are still looked up row by row, and no kernel here
+is faster for zeros: these knobs are for bytes. Weight-only formats expand the weights for every product, and at 64
+tokens a product waits for arithmetic and not for memory. Static int8 rounds each map's input and expands its output
+as dynamic int8 does, so that what it saves, finding the ranges, is little. Half the tokens leave what a layer costs
+once per call. torch's matrix products take about twice ONNX Runtime's time on this processor, and compiling them
+changes what lies between them alone."""
+
+
 def write_study(folder: Path, shared: Path, objectives: Sequence[str]) -> Path:
     """A study whose every example has 64 tokens and whose teacher is hardly trained."""
     text = "of all the films made this year it is the one that we will remember " * (LENGTH // 15 + 1)
@@ -213,6 +221,7 @@ def main(shared: Path, repeats: int, only: str | None) -> None:
             if wanted := selected(knobs, only):
                 found = rows(stand, wanted, timed=knobs is not SIMULATED)
                 parts += [f"## {title}", tables.table(header, found)]
+        parts += ["## What does not pay in time", EXPLAINED.replace("\n", " ")]
         for ground in stand.grounds.values():
             ground.bench.close()
     click.echo(tables.write("knobs", "What each knob does to bytes and latency", parts))
