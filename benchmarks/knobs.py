@@ -120,12 +120,12 @@ EARLIER: Mapping[str, float] = {
 """Ratios to fp32 on ONNX Runtime of an earlier series with hand-made networks, on another AMD EPYC of two cores."""
 
 
-EXPLAINED = """Shared layers are still run one by one, word tables are still looked up row by row, and no kernel here
-is faster for zeros: these knobs are for bytes. Weight-only formats expand the weights for every product, and at 64
-tokens a product waits for arithmetic and not for memory. Static int8 rounds each map's input and expands its output
-as dynamic int8 does, so that what it saves, finding the ranges, is little. Half the tokens leave what a layer costs
-once per call. torch's matrix products take about twice ONNX Runtime's time on this processor, and compiling them
-changes what lies between them alone."""
+EXPLAINED = """Shared layers are still run one by one, word tables are still looked up row by row, and no kernel
+here is faster for zeros: these knobs are for bytes. Weight-only formats expand the weights for every product,
+and at 64 tokens a product waits for arithmetic and not for memory. Static int8 rounds each map's input and
+expands its output as dynamic int8 does, so that what it saves, finding the ranges, is little. Half the tokens
+leave what a layer costs once per call. torch's matrix products take about twice ONNX Runtime's time on this
+processor, and compiling them changes what lies between them alone."""
 
 
 def write_study(folder: Path, shared: Path, objectives: Sequence[str]) -> Path:
