@@ -110,11 +110,13 @@ def test_words_in_vain_are_refused_with_what_they_need(
     ],
 )
 def test_words_that_count_in_some_proposal_are_not(plan: Callable[..., Plan], words: dict[str, Any]) -> None:
-    plan(**words)
+    space = plan(**words).spaces["bits"]
+    assert all(space[name].contains(value) for name, value in words.items() if name != "use" and space[name].fixed)
+    assert words.keys() - {"use"} <= space.keys()
 
 
 def test_words_that_count_on_what_an_earlier_step_leaves_are_not(plan: Callable[..., Plan]) -> None:
-    plan("student", notes="many")
+    assert plan("student", notes="many").spaces["bits"]["notes"].default == "many"
 
 
 def test_nothing_is_asked_of_studies_of_all_methods(tiny_study: Callable[..., Path]) -> None:
