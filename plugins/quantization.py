@@ -181,6 +181,7 @@ def _dimensions(teacher: Subject, formats: tuple[Format, ...]) -> dict[str, Dim]
     saturates = {name: name in teacher.traits for name in kernels} == kernels
     return {
         "group_size": Dim.choice(BLOCKS, 32, usual=(32, 64, 128), expert=_integers_are_best(formats, teacher)),
+        "symmetric": Dim.flag(True, expert=True),
         "embedding_bits": Dim.choice((32, 16, 8, 4), 8, usual=(32, 8, 4)),
         "granularity": Dim.choice(("per_channel", "per_tensor"), "per_channel", expert=True),
         **{f"exclude_{part}": Dim.flag(False, expert=True) for part in EXCLUDABLE},
@@ -296,7 +297,12 @@ def _activations(setting: Setting, kept: tuple[str, ...]) -> tuple[Transform, ..
 
 
 def _packed(setting: Setting, grid: Grid, kept: tuple[str, ...], spared: tuple[str, ...]) -> tuple[Transform, ...]:
-    pack = partial(pack_weights, group_size=setting.group_size, accuracy_level=setting.accuracy_level)
+    pack = partial(
+        pack_weights,
+        group_size=setting.group_size,
+        accuracy_level=setting.accuracy_level,
+        symmetric=setting.symmetric,
+    )
     first = (partial(pack, bits=8, only=spared),) if setting.format.spare == 8 and spared else ()
     if grid.kind in CODEBOOK:
         return (*first, partial(encode_weights, grid=grid, excluded=kept))

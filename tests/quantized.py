@@ -30,6 +30,7 @@ PACKED: dict[str, Params] = {
     "weight_only 8": {"weight_bits": 8, "scheme": "weight_only", "group_size": 32, "embedding_bits": 8},
     "weight_only 4": {"weight_bits": 4, "group_size": 32, "embedding_bits": 4},
     "weight_only 4 in 64": {"weight_bits": 4, "group_size": 64, "embedding_bits": 8},
+    "weight_only 4, asymmetric": {"weight_bits": 4, "symmetric": False, "group_size": 32, "embedding_bits": 4},
     "weight_only 2": {"weight_bits": 2, "codebook": "uniform", "group_size": 32, "embedding_bits": 16},
 }
 CODEBOOKS: dict[str, Params] = {

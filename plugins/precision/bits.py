@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Kind = Literal["signed", "block", "ternary", "binary"]
+Kind = Literal["signed", "block", "affine", "ternary", "binary"]
 Share = Literal["tensor", "channel"] | int
 """Which weights of a matrix (outputs, inputs) share a scale: all, a row, or so many neighbours in a row."""
 
@@ -37,8 +37,9 @@ class Grid:
 
     ``signed``: codes from −m to m, scale max|w| / m, where m = 2^(bits−1) − 1 (64 when ``reduced``, so that pairs
     of products fit 16 bits). ``block``: codes from −2^(bits−1) to 2^(bits−1) − 1, and the scale takes the weight of
-    the largest magnitude to the lowest code. ``ternary``: −α, 0, α, with α the mean magnitude beyond the threshold.
-    ``binary``: ±α, with α the mean magnitude; it alone has no zero.
+    the largest magnitude to the lowest code. ``affine``: codes from −z to 2^bits − 1 − z, with a zero point z and a
+    scale that spread all codes between the extremes of the weights, 0 among them. ``ternary``: −α, 0, α, with α the
+    mean magnitude beyond the threshold. ``binary``: ±α, with α the mean magnitude; it alone has no zero.
     """
 
     kind: Kind
@@ -48,9 +49,11 @@ class Grid:
 
     @property
     def codes(self) -> tuple[int, int]:
-        """The lowest and the highest code."""
+        """The lowest and the highest code; of ``affine`` grids before their zero points are taken off."""
         if self.kind in CODEBOOK:
             return -1, 1
+        if self.kind == "affine":
+            return 0, (1 << self.bits) - 1
         half = 1 << (self.bits - 1)
         if self.kind == "block":
             return -half, half - 1
@@ -65,7 +68,8 @@ class Grid:
             return rows.sign() * (rows.abs() > _threshold(rows)), scales
         if self.kind == "binary":
             return torch.where(rows < 0, -1.0, 1.0).to(rows), scales
-        return (rows / scales).round().clamp(*self.codes), scales
+        zeros = self._zeros(rows, scales)
+        return ((rows / scales).round() + zeros).clamp(*self.codes) - zeros, scales
 
     def round(self, weight: Tensor) -> Tensor:
         """The nearest values on the grid, in the shape (outputs, inputs) of the matrix."""
@@ -83,7 +87,8 @@ class Grid:
             return weight.abs() <= CLIP
         rows = _rows(weight, self.share)
         low, high = self.codes
-        steps = rows / self._scales(rows)
+        scales = self._scales(rows)
+        steps = rows / scales + self._zeros(rows, scales)
         return _matrix((steps >= low - 0.5) & (steps <= high + 0.5), weight)
 
     def stored_bits(self, outputs: float, inputs: float) -> float:
@@ -93,7 +98,9 @@ class Grid:
         if self.kind in CODEBOOK:
             return 8 * math.ceil(number / digits(len(CODEBOOK[self.kind]))) + 32 * scales
         if isinstance(self.share, int):
-            return math.ceil(inputs / self.share) * outputs * (self.share * self.bits + 32)
+            groups = math.ceil(inputs / self.share)
+            zeros = 8 * math.ceil(groups * self.bits / 8) if self.kind == "affine" else 0
+            return outputs * (groups * (self.share * self.bits + 32) + zeros)
         return number * self.bits + scales * (32 + 8)  # a zero point beside each scale
 
     def _scales(self, rows: Tensor) -> Tensor:
@@ -105,9 +112,18 @@ class Grid:
             scales = (magnitudes * kept).sum(dim=1, keepdim=True) / kept.sum(dim=1, keepdim=True).clamp(min=1)
         elif self.kind == "signed":
             scales = magnitudes.amax(dim=1, keepdim=True) / self.codes[1]
+        elif self.kind == "affine":
+            low, high = rows.amin(dim=1, keepdim=True).clamp(max=0), rows.amax(dim=1, keepdim=True).clamp(min=0)
+            scales = (high - low) / self.codes[1]
         else:
             scales = rows.gather(1, magnitudes.argmax(dim=1, keepdim=True)) / self.codes[0]
         return torch.where(scales == 0, torch.ones_like(scales), scales)  # nothing but zeros: any scale will do
+
+    def _zeros(self, rows: Tensor, scales: Tensor) -> Tensor:
+        """The code of 0, of each row (rows, 1); only ``affine`` grids choose one."""
+        if self.kind != "affine":
+            return torch.zeros_like(scales)
+        return (-rows.amin(dim=1, keepdim=True).clamp(max=0) / scales).round().clamp(*self.codes)
 
 
 def digits(levels: int) -> int:

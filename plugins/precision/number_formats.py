@@ -66,7 +66,7 @@ class Format:
 
 
 _INT8 = (*_MAPS, "granularity", "reduce_range", "qat", *_TRAINING)
-_PACKED = (*_MAPS, "group_size", "accuracy_level", "qat", *_TRAINING)
+_PACKED = (*_MAPS, "group_size", "symmetric", "accuracy_level", "qat", *_TRAINING)
 _CODEBOOK = (*_MAPS, "granularity", "activation_bits", *_TRAINING)
 
 FORMATS = (
@@ -152,6 +152,7 @@ class Setting:
 
     format: Format
     group_size: int = 32
+    symmetric: bool = True
     granularity: Literal["per_channel", "per_tensor"] = "per_channel"
     embedding_bits: int = 8
     excluded: tuple[str, ...] = ()
@@ -199,19 +200,23 @@ class Setting:
         if self.format.name in ("ternary", "binary"):
             return Grid(self.format.name, bits, self._share)  # type: ignore[arg-type]
         if self.format.blocks:
-            return Grid("block", bits, self.group_size)
+            return Grid(self._packed, bits, self.group_size)
         return Grid("signed", bits, self._share, self.reduce_range) if bits == 8 else None
 
     @property
     def spare_grid(self) -> Grid | None:
         """Where those of the layers with a higher precision lie; None for float32."""
-        return Grid("block", 8, self.group_size) if self.format.spare == 8 else None
+        return Grid(self._packed, 8, self.group_size) if self.format.spare == 8 else None
 
     @property
     def table_grid(self) -> Grid | None:
         """Where embedding tables lie; None for floats."""
         grids = {8: Grid("signed", 8), 4: Grid("block", 4, TABLE_GROUP)}
         return grids.get(self.embedding_bits) if self.format.bits != 16 else None
+
+    @property
+    def _packed(self) -> Literal["block", "affine"]:
+        return "block" if self.symmetric else "affine"
 
     @property
     def _share(self) -> Share:

@@ -124,17 +124,21 @@ def pack_weights(
     bits: int,
     group_size: int,
     accuracy_level: int = 4,
+    symmetric: bool = True,
     excluded: Sequence[str] = (),
     only: Sequence[str] | None = None,
 ) -> None:
-    """Every linear map (or ``only`` those) as MatMulNBits: packed weights, a scale per group of inputs."""
+    """Every linear map (or ``only`` those) as MatMulNBits: packed weights, a scale per group of inputs.
+
+    Unless it is ``symmetric``, a group has a zero point too.
+    """
     import onnx
 
     left = nodes(source, excluded)
     if only is not None:
         left += sorted(set(nodes(source, [""])) - set(nodes(source, only)))
-    settings = {"bits": bits, "block_size": group_size, "accuracy_level": accuracy_level}
-    _pack(onnx.load(source), target, "MatMul", nodes_to_exclude=left, **settings)
+    kernel = {"bits": bits, "block_size": group_size, "accuracy_level": accuracy_level, "is_symmetric": symmetric}
+    _pack(onnx.load(source), target, "MatMul", nodes_to_exclude=left, **kernel)
 
 
 def pack_embeddings(source: Path, target: Path, *, group_size: int) -> None:
@@ -147,7 +151,8 @@ def pack_embeddings(source: Path, target: Path, *, group_size: int) -> None:
     model = version_converter.convert_version(model, 21)  # the first to know 4-bit tensors
     model.ir_version = 10
     model.metadata_props.extend(prepared)
-    _pack(model, target, "Gather", bits=4, block_size=group_size, accuracy_level=4, quant_axes=(("Gather", 1),))
+    kernel = {"bits": 4, "block_size": group_size, "accuracy_level": 4, "is_symmetric": True}
+    _pack(model, target, "Gather", quant_axes=(("Gather", 1),), **kernel)
 
 
 def quantize_embeddings(source: Path, target: Path, *, grid: Grid | None) -> None:
@@ -251,7 +256,7 @@ def _restore_residuals(path: Path) -> None:
 def _pack(model: Any, target: Path, operator: str, **settings: Any) -> None:
     with _quiet_quantizer():
         from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-    quantizer = MatMulNBitsQuantizer(model, is_symmetric=True, op_types_to_quantize=(operator,), **settings)
+    quantizer = MatMulNBitsQuantizer(model, op_types_to_quantize=(operator,), **settings)
     with np.errstate(invalid="ignore"):  # a group of zeros, as in the padding token's row, has scale 0
         quantizer.process()
     quantizer.model.save_model_to_file(str(target))

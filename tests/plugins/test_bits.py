@@ -34,7 +34,9 @@ MATRICES = arrays(np.float32, array_shapes(min_dims=2, max_dims=2, max_side=40),
 )
 UNIFORM = st.one_of(
     st.builds(Grid, st.just("signed"), st.integers(2, 16), st.sampled_from(("tensor", "channel", 16))),
-    st.builds(Grid, st.just("block"), st.sampled_from((2, 4, 8)), st.sampled_from((16, 32, "channel"))),
+    st.builds(
+        Grid, st.sampled_from(("block", "affine")), st.sampled_from((2, 4, 8)), st.sampled_from((16, 32, "channel"))
+    ),
 )
 ANY = UNIFORM | st.builds(
     Grid, st.sampled_from(("ternary", "binary")), st.just(2), st.sampled_from(("tensor", "channel"))
@@ -56,7 +58,7 @@ def test_a_weight_moves_by_half_a_step_at_most_unless_it_is_clipped(weight: torc
     slack = steps * 1e-4 + weight.abs() * 2 * torch.finfo(torch.float32).eps
     assert (distance[inside] <= (steps * 0.5 + slack)[inside]).all()
     assert (distance <= steps + slack).all(), "the lone lowest code costs the other end one step"
-    assert grid.kind == "block" or inside.all(), "symmetric codes clip nothing"
+    assert grid.kind == "block" or inside.all(), "codes from end to end clip nothing"
 
 
 @quick
@@ -140,20 +142,26 @@ def test_seven_bits_do_not_saturate_a_pair_of_products() -> None:
     assert 255 * 64 * 2 <= 2**15 < 255 * 127 * 2
 
 
+@pytest.mark.parametrize("kind", ["block", "affine"])
 @pytest.mark.parametrize(
     ("bits", "quantizer"), [(2, quantize_matmul_2bits), (4, quantize_matmul_4bits), (8, quantize_matmul_8bits)]
 )
-def test_packed_codes_and_scales_are_those_of_onnx_runtime(bits: int, quantizer: object) -> None:
+def test_packed_codes_and_scales_are_those_of_onnx_runtime(bits: int, quantizer: object, kind: Kind) -> None:
     outputs, inputs, group = 5, 96, 32
     weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(bits))
     packed = np.zeros((outputs, inputs // group, group * bits // 8), np.uint8)
     scales = np.zeros((outputs, inputs // group), np.float32)
-    zeros = np.zeros((outputs, 4), np.uint8)
+    points = np.zeros((outputs, math.ceil(inputs // group * bits / 8)), np.uint8)
     columns = np.ascontiguousarray(weight.T.numpy())
-    quantizer(packed, columns, scales, zeros, group, outputs, inputs, True)  # type: ignore[operator]
-    fields = [packed >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)]
-    theirs = np.stack(fields, axis=-1).reshape(-1, group).astype(int) - (1 << bits - 1)
-    codes, steps = Grid("block", bits, group).encode(weight)
+    quantizer(packed, columns, scales, points, group, outputs, inputs, kind == "block")  # type: ignore[operator]
+
+    def fields(packed: np.ndarray) -> np.ndarray:
+        found = [packed >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)]
+        return np.stack(found, axis=-1).astype(int)
+
+    zeros = fields(points).reshape(outputs, -1)[:, : inputs // group].reshape(-1, 1)
+    theirs = fields(packed).reshape(-1, group) - (1 << bits - 1 if kind == "block" else zeros)
+    codes, steps = Grid(kind, bits, group).encode(weight)
     np.testing.assert_array_equal(codes.numpy(), theirs)
     np.testing.assert_array_equal(steps.numpy().ravel(), scales.ravel())
 
@@ -219,6 +227,7 @@ def test_as_many_codes_as_fit_are_in_a_byte() -> None:
         (Grid("block", 4, 32), 4 + 32 / 32),
         (Grid("block", 4, 16), 4 + 32 / 16),
         (Grid("block", 2, 128), 2 + 32 / 128),
+        (Grid("affine", 4, 32), 4 + 36 / 32),
         (Grid("signed", 8), 8 + 40 / 768),
         (Grid("ternary", 2, "tensor"), 8 / 5),
         (Grid("binary", 1), 1 + 32 / 768),
