@@ -1,7 +1,8 @@
 """The search: what to try next, what to make of what came back, and when to stop.
 
-Owns proposals, duplicates, retries, budgets and the order of writes that makes a crash harmless: rows first, what
-:mod:`.telling` tells last. Knows nothing of processes, of Ray or of how a recipe is carried out.
+Owns proposals, duplicates, retries and budgets. The order of writes, which makes a crash harmless, is owned by
+:mod:`.telling`, what becomes of trials whose driver died by :mod:`.recovery`. Knows nothing of processes, of Ray or
+of how a recipe is carried out.
 
 A trial's states, as Optuna knows them, and what they mean here:
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Self
 
 import optuna
@@ -28,31 +29,23 @@ from compress_search.errors import StorageError
 from compress_search.method import Stage
 from compress_search.plan import Plan
 from compress_search.recipe import Recipe
-from compress_search.records import FINISHED, Assignment, Failure, Result, Rung
+from compress_search.records import Assignment, Failure, Result, Rung
 from compress_search.search.aims import Aims
 from compress_search.search.asktell import AskTell
 from compress_search.search.early_stop import Entry, Rungs
 from compress_search.search.identity import Contents, identity, refuse_change
 from compress_search.search.ledger import Baselines, Ledger
 from compress_search.search.neighbours import unseen_neighbour
+from compress_search.search.recovery import MAX_LOST, Counts, ReadResult, Recovery
 from compress_search.search.samplers import derive_seed, make_sampler
 from compress_search.search.telling import Teller
-from compress_search.storage import LastAttempt, Store
+from compress_search.storage import Store
+
+__all__ = ["MAX_LOST", "TEACHER", "Counts", "Search"]
 
 TEACHER = "teacher"
 REASKS = 3
 """Duplicates in a row after which the sampler, which learns nothing from them, is no longer asked."""
-MAX_LOST = 5
-"""Driver deaths that a trial may be running at before it is taken for their cause."""
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What :meth:`Search.reconcile` found: results told late, trials put back, trials given up."""
-
-    told: int = 0
-    requeued: int = 0
-    given_up: int = 0
 
 
 class Search:
@@ -297,9 +290,7 @@ class Search:
             return
         self._blocked = False
         self._keep_time()
-        result = self.aims.checked(replace(result, attempt=attempt.attempt))
-        self.store.write_result(self.name, result)
-        self._teller.tell(result, attempt)
+        self._teller.commit(result, attempt)
 
     def died(self, number: int, attempt: int, failure: Failure) -> bool:
         """Take back an attempt whose process died or overran; whether :meth:`next` will hand out another one.
@@ -328,73 +319,15 @@ class Search:
                     self.store.end_attempt(self.name, trial.number, attempt.attempt, "released")
                 self._optuna.requeue(trial.number)
 
-    def reconcile(self, read_result: Callable[[int], Result | None]) -> Counts:
+    def reconcile(self, read_result: ReadResult) -> Counts:
         """Bring the database to where it would be had the last driver not died; call it before anything else.
 
         Args:
             read_result: what the workers of a trial left behind, by its number.
         """
-        counts, ledger = Counts(), self._ledger()
-        for trial in self._optuna.trials():
-            running, attempt = trial.state is TrialState.RUNNING, ledger.get(trial.number)
-            if trial.state.is_finished() or (attempt is None and not running):
-                continue
-            if attempt is None:
-                self._optuna.requeue(trial.number)
-                counts = replace(counts, requeued=counts.requeued + 1)
-            elif self._tell_late(attempt, read_result):
-                counts = replace(counts, told=counts.told + 1)
-            elif running:
-                given_up = self._take_back(attempt)
-                name = "given_up" if given_up else "requeued"
-                counts = replace(counts, **{name: getattr(counts, name) + 1})
-        self._try_teacher_again()
-        return counts
-
-    def _try_teacher_again(self) -> None:
-        """Put in another teacher where the last one failed: without one there is nothing to compare with."""
-        name = next(name for name, recipe in self.baselines if not recipe.steps)
-        tried = [attempt.state for attempt in self._ledger().attempts.values() if attempt.baseline == name]
-        waiting = [trial for trial in self._optuna.trials() if trial.state is TrialState.WAITING]
-        again = any(trial.user_attrs.get("baseline") == name for trial in waiting)
-        if not self.reference and "failed" in tried and not again:
-            self._optuna.enqueue({}, baseline=name, recipe=[])
-
-    def _tell_late(self, attempt: LastAttempt, read_result: Callable[[int], Result | None]) -> bool:
-        """Tell how a trial ended that no driver lived to tell; whether it did end."""
-        if attempt.state == "duplicate":
-            self._teller.tell_duplicate(attempt.number, attempt.recipe, self._ledger())
-            return True
-        result = self._left_behind(attempt, read_result)
-        if result:
-            self._teller.tell(result, attempt)
-        return result is not None
-
-    def _left_behind(self, attempt: LastAttempt, read_result: Callable[[int], Result | None]) -> Result | None:
-        """The result of a trial that was not told: from its rows, or from what a worker wrote."""
-        if attempt.state in FINISHED:
-            return self.store.result(self.name, attempt.number, attempt.attempt)
-        result = read_result(attempt.number)
-        # a file of a former study in the same place is none of ours
-        if result is None or result.attempt > attempt.attempt:
-            return None
-        if result.measurements.get("study", self._token) != self._token:
-            return None
-        result = self.aims.checked(replace(result, attempt=attempt.attempt))
-        self.store.write_result(self.name, result)
-        return result
-
-    def _take_back(self, attempt: LastAttempt) -> bool:
-        """Requeue a trial whose driver died, or give it up as the likely cause; whether it was given up."""
-        lost = attempt.history.count("lost")
-        if attempt.state == "running":
-            if lost + 1 >= MAX_LOST:
-                message = f"the driver died {MAX_LOST} times while this trial ran"
-                self.finish(Result(attempt.number, attempt.attempt, "failed", failure=Failure("died", message)))
-                return True
-            self.store.end_attempt(self.name, attempt.number, attempt.attempt, "lost")
-        self._optuna.requeue(attempt.number)
-        return False
+        recovery = Recovery(self.name, self._token, self.store, self._optuna, self._teller)
+        teacher = next(name for name, recipe in self.baselines if not recipe.steps)
+        return recovery.reconcile(teacher, read_result)
 
     def _group(self, recipe: Recipe) -> str:
         """Whom a trial is compared with: those that make their student in the same way."""

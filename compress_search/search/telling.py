@@ -1,13 +1,14 @@
 """How an attempt's end reaches Optuna: the last write of a trial, after which it is finished for good.
 
-Owns what samplers are told of results, baselines and duplicates, and the metrics of the teacher that a study is
-compared with. Knows nothing of what is handed out, nor of how a result came here: its rows are written before.
+Owns what samplers are told of results, baselines and duplicates, the order of writes (rows first), and the metrics
+of the teacher that a study is compared with. Knows nothing of what is handed out, nor of how a result came here.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 from optuna.trial import TrialState
 
@@ -37,8 +38,14 @@ class Teller:
         self.reference = dict(reference)
         self._optuna = optuna_study
 
+    def commit(self, result: Result, attempt: LastAttempt) -> None:
+        """Write down what an attempt, or an older one of the same trial, came to, and tell it."""
+        result = self.aims.checked(replace(result, attempt=attempt.attempt))
+        self.store.write_result(self.name, result)
+        self.tell(result, attempt)
+
     def tell(self, result: Result, attempt: LastAttempt) -> None:
-        """The commit: attributes and constraints, then the end of the trial."""
+        """What is written already: attributes and constraints, then the end of the trial."""
         attributes = {"state": result.state, "recipe": str(attempt.recipe), "attempts": result.attempt + 1}
         attributes |= {name: value for name, value in result.metrics.items() if math.isfinite(value)}
         if result.failure:
