@@ -112,6 +112,23 @@ def test_beyond_the_limit_nothing_is_written_and_the_answer_is_the_same(prepared
     assert not computed.directory.exists()
 
 
+def test_what_is_sooner_computed_than_read_is_not_kept(prepared, tmp_path, monkeypatch):
+    key, network, split = prepared()
+    lent, batch = TeacherOutputs(network, key, split, tmp_path, limit=1e9), batches(split, 1)[0]
+    linear = sum(part.weight.numel() for part in network.modules() if isinstance(part, torch.nn.Linear))
+    states = 32 * 4 / outputs.READING  # seconds to read a token of one layer
+    monkeypatch.setattr(outputs, "ARITHMETIC", {"cpu": linear / (0.5 * states)})
+    close(lent(batch, ["hidden.1"]), read_features(network, batch, ["hidden.1"]), batch)
+    assert not lent.directory.exists()
+    lent(batch, ["logits"])  # two numbers a text
+    assert kept(lent) == ["logits"]
+    monkeypatch.setattr(outputs, "ARITHMETIC", {"cpu": linear / (1.5 * states)})
+    lent(batch, ["hidden.1"])
+    assert kept(lent) == ["hidden.1", "logits"]
+    close(lent(batch, ["hidden.1", "hidden.2"]), read_features(network, batch, ["hidden.1", "hidden.2"]), batch)
+    assert kept(lent) == ["hidden.1", "logits"], "both together are not"
+
+
 def test_whether_it_is_stored_does_not_depend_on_what_was_asked_before(prepared, tmp_path):
     key, network, split = prepared()
     one = int(split.offsets[-1]) * 32 * 4

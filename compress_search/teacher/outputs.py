@@ -1,7 +1,8 @@
 """What the teacher computes on the training rows, kept on disk within a limit, else computed again.
 
-Owns the files and the rule of what is kept: a request whose features fit into the limit together is answered from
-disk, any other by a forward pass, whatever was asked before. So a recipe's numbers never depend on its history.
+Owns the files and the rule of what is kept: a request whose features fit into the limit together, and are sooner
+read than computed, is answered from disk, any other by a forward pass, whatever was asked before. So a recipe's
+numbers never depend on its history.
 To make room, what was longest out of use goes, other studies' first if it is older, but nothing that another study
 reads from now. Knows nothing of the losses these go into.
 
@@ -37,6 +38,13 @@ if TYPE_CHECKING:
 
 BATCH = 64
 """Rows at a time, where the whole split is run."""
+
+READING = 1e9
+"""Bytes a second from a memory-mapped file to an accelerator: about what one fast disk gives."""
+ARITHMETIC = {"cuda": 2e13}
+"""Products a second of a forward pass, by type of device: a fraction of what data sheets promise of 16 bits.
+
+A CPU core reads any feature sooner than it computes one (benchmarks/results/distillation_speed.md)."""
 
 Array = NDArray[Any]
 
@@ -78,7 +86,7 @@ class TeacherOutputs:
         """
         wanted = primitives(features)
         rows = self.split.rows_of(batch)
-        if rows is None or not self.fits(wanted):
+        if rows is None or not (self.fits(wanted) and self.pays(wanted)):
             with torch.no_grad(), computing_in(self.precision, self.teacher):
                 return read_features(self.teacher, batch, features)
         device, width = batch["input_ids"].device, batch["input_ids"].shape[1]
@@ -95,6 +103,15 @@ class TeacherOutputs:
     def fits(self, names: Collection[str]) -> bool:
         """Whether these primitive features together stay within the limit."""
         return sum(self._bytes(name) for name in names) <= self.limit
+
+    def pays(self, names: Collection[str]) -> bool:
+        """Whether to read these primitive features takes less time than to compute them again, by an estimate."""
+        speed = ARITHMETIC.get(next(self.teacher.parameters()).device.type)
+        if speed is None:
+            return True
+        weights = sum(part.weight.numel() for part in self.teacher.modules() if isinstance(part, nn.Linear))
+        products = weights * int(self.split.offsets[-1])
+        return sum(self._bytes(name) for name in names) / READING < products / speed
 
     def _shape(self, name: str) -> tuple[int, ...]:
         rows = int(self.split.offsets[-1]) if _per_token(name, self.split) else len(self.split)
