@@ -150,10 +150,10 @@ class Context(Protocol):
     def training_batches(self) -> Iterator[Batch]:
         """Endless batches of the training rows on ``device`` as :meth:`fit` draws them, to be changed first."""
 
-    def unlabelled(self, batch_size: int) -> Iterator[Batch]:
-        """Endless batches of the study's unlabelled text; there is some if the subject has the trait "unlabelled".
+    def unlabelled(self, batch_size: int, *, once: bool = False) -> Iterator[Batch]:
+        """Batches of the study's unlabelled text; there is some if the subject has the trait "unlabelled".
 
-        Raises TrialError where there is none.
+        They are endless, or hold every text ``once``. Raises TrialError where there is none.
         """
 
     def calibration(self, examples: int, batch_size: int = 32) -> Iterator[Batch]:

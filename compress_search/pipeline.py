@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from compress_search import training
 from compress_search.candidate import Candidate, Subject
-from compress_search.data import Split, training_batches, unlabelled_batches
+from compress_search.data import Split, ordered_batches, training_batches, without_labels
 from compress_search.encoders import bake, kept_ids
 from compress_search.errors import CompressSearchError, TrialError
 from compress_search.method import Batch, Method, Stage
@@ -230,13 +230,14 @@ class StepContext:
         batches = training_batches(self.materials.train, self.materials.training.batch_size, seed)
         return (training.to_device(batch, self.device) for batch in batches)
 
-    def unlabelled(self, batch_size: int) -> Iterator[Batch]:
-        """Endless batches of unlabelled text on the device, in an order of this phase's own."""
+    def unlabelled(self, batch_size: int, *, once: bool = False) -> Iterator[Batch]:
+        """Batches of unlabelled text on the device: endless in an order of this phase's own, or every text once."""
         split = self.materials.unlabelled
         if split is None:
             raise TrialError("this needs unlabelled text: name some in the study, under data.unlabeled")
         seed = derive_seed(self.seed, self.budget.done)
-        return (training.to_device(batch, self.device) for batch in unlabelled_batches(split, batch_size, seed))
+        batches = ordered_batches(split, batch_size) if once else training_batches(split, batch_size, seed)
+        return (training.to_device(batch, self.device) for batch in without_labels(batches))
 
     def calibration(self, examples: int, batch_size: int = 32) -> Iterator[Batch]:
         """Batches of training examples on the device, the same ones for the same seed."""

@@ -2,7 +2,8 @@
 
 Owns which pieces stay. Fewer rows make a smaller model, not a faster one: a lookup costs what it did. Text made of
 kept pieces is read as before, and so gives the same outputs; other words are spelled in shorter pieces that stay,
-down to single characters or bytes. The tokenizer is rewritten, and goes with the model wherever that goes.
+down to single characters or bytes. The tokenizer is rewritten, and goes with the model wherever that goes. Text
+without labels, of which a study may have more, is counted on request.
 
 ``keep`` is the part of the vocabulary that *stays*. ``coverage`` and ``min_count`` let the data say how many pieces
 that is, so that the number is not known before: a subject's ``vocabulary`` is then an upper bound, which the trait
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,8 @@ from numpy.typing import NDArray
 from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subject, TrialError
 from compress_search.encoders import Pieces, keep_pieces, keep_tokens, refusal
 
+from .distillation.objective import text_missing
+
 Ids = NDArray[np.int64]
 
 LEAST = 2000
@@ -28,6 +32,10 @@ LEAST = 2000
 
 GRID = 0.05
 """Distance of the parts of a vocabulary that are tried: each has its tokenizer, and its own copy of the data."""
+
+
+COUNTED = 512
+"""Texts of a batch whose pieces are counted."""
 
 
 class VocabularyPruning(Method):
@@ -48,7 +56,12 @@ class VocabularyPruning(Method):
             "coverage": Dim.real(0.9, 1.0, 0.9999, when=by("coverage"), expert=True),
             "min_count": Dim.integer(1, 20, 1, when=by("min_count"), expert=True),
             "keep_characters": Dim.flag(True, expert=True),
+            **({"unlabelled_text": Dim.flag(False, expert=True)} if "unlabelled" in teacher.traits else {}),
         }
+
+    def missing(self, teacher: Subject) -> Mapping[str, str]:
+        """Text to count that has no labels."""
+        return text_missing(teacher, "unlabelled_text")
 
     def unsupported(self, subject: Subject) -> str | None:
         """Tokenizers out of which no pieces can be taken, where the engine knows which the teacher has."""
@@ -77,7 +90,8 @@ class VocabularyPruning(Method):
         if reason := refusal(pieces.kind):
             raise TrialError(reason)
         subject = candidate.subject
-        kept = choose(pieces, np.concatenate(list(_texts(context))), subject.vocabulary, params)
+        text = np.concatenate(list(_texts(context, unlabelled=bool(params.get("unlabelled_text")))))
+        kept = choose(pieces, text, subject.vocabulary, params)
         pruned = candidate.copy()
         keep_tokens(pruned.network, kept)
         tokenizer = keep_pieces(candidate.tokenizer, kept)
@@ -94,9 +108,10 @@ def _number(subject: Subject, params: Params) -> int:
     return min(subject.vocabulary, math.ceil(float(params["keep"]) * subject.vocabulary - 1e-6))
 
 
-def _texts(context: Context) -> Iterator[Ids]:
-    """The ids of all training rows, one after another without padding."""
-    for batch in context.calibration(context.examples, batch_size=512):
+def _texts(context: Context, unlabelled: bool) -> Iterator[Ids]:
+    """The ids of all training rows, and of the texts without labels, one after another without padding."""
+    batches = context.calibration(context.examples, batch_size=COUNTED)
+    for batch in chain(batches, context.unlabelled(COUNTED, once=True) if unlabelled else ()):
         yield batch["input_ids"][batch["attention_mask"].bool()].cpu().numpy()
 
 

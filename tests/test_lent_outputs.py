@@ -82,6 +82,8 @@ def test_unlabelled_text_is_lent_where_there_is_some(bench: Any, tmp_path: Path)
     assert len(first["input_ids"]) == 6
     again = next(context_of(workbench, tmp_path).unlabelled(6))
     assert torch.equal(first["input_ids"], again["input_ids"])
+    once = context_of(workbench, tmp_path).unlabelled(6, once=True)
+    assert sum(len(batch["input_ids"]) for batch in once) == len(workbench.splits["unlabelled"])
 
 
 def test_without_it_the_error_names_the_key(bench: Any, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from compress_search import StudyError
-from compress_search.data import read, tokenize, unlabelled_batches
+from compress_search.data import read, tokenize, training_batches, without_labels
 from compress_search.driver import prepare
 from compress_search.study import load_study
 from tests import tiny
@@ -35,7 +35,7 @@ def test_it_is_read_and_cut_as_the_training_text(tiny_study, tmp_path, kind):
     raw, task = read(study)
     assert len(raw.unlabelled) == len(ROWS[kind])
     split = tokenize(raw, tiny.tiny_tokenizer(), study, task, tmp_path)["unlabelled"]
-    batch = next(unlabelled_batches(split, 8, seed=0))
+    batch = next(without_labels(training_batches(split, 8, seed=0)))
     assert set(batch) == {"input_ids", "token_type_ids", "attention_mask"}
     assert len(batch["input_ids"]) == len(ROWS[kind])
 
@@ -51,10 +51,10 @@ def test_batches_are_endless_and_in_another_order_each_time(tiny_study, tmp_path
     study = with_text(tiny_study, "text-classification", [{"text": word} for word in tiny.GOOD * 8])
     raw, task = read(study)
     split = tokenize(raw, tiny.tiny_tokenizer(), study, task, tmp_path)["unlabelled"]
-    stream = unlabelled_batches(split, len(split), seed=1)
+    stream = without_labels(training_batches(split, len(split), seed=1))
     first, second = (next(stream)["input_ids"].numpy() for _ in range(2))
     assert not np.array_equal(first, second)
-    again = next(unlabelled_batches(split, len(split), seed=1))["input_ids"].numpy()
+    again = next(without_labels(training_batches(split, len(split), seed=1)))["input_ids"].numpy()
     assert np.array_equal(first, again)
 
 

@@ -10,7 +10,7 @@ A split is a directory: ``offsets.npy`` (N + 1,) says where each row starts in t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,7 @@ __all__ = [
     "tokenize",
     "tokenize_rows",
     "training_batches",
-    "unlabelled_batches",
+    "without_labels",
 ]
 
 FORMAT = 1
@@ -235,9 +235,9 @@ def training_batches(split: Split, batch_size: int, seed: int) -> Iterator[Batch
         epoch += 1
 
 
-def unlabelled_batches(split: Split, batch_size: int, seed: int) -> Iterator[Batch]:
-    """:func:`training_batches` without ``labels``, which mean nothing here, and without ``index``."""
-    for batch in training_batches(split, batch_size, seed):
+def without_labels(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Batches without ``labels``, which mean nothing where there are none, and without ``index``."""
+    for batch in batches:
         yield {name: tensor for name, tensor in batch.items() if name not in ("labels", "index")}
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from compress_search.candidate import Candidate, Subject
+from compress_search.data import without_labels
 from compress_search.encoders import attach_crf, read_features, subject_of
 from compress_search.method import Batch
 from compress_search.tasks import Task
@@ -248,10 +249,12 @@ class TinyContext:
         """Endless batches of the tiny task, others for each phase."""
         return tiny_batches(self.candidate, batch_size=self.batch_size, seed=self.seed + len(self.fits) + 2000)
 
-    def unlabelled(self, batch_size: int) -> Iterator[Batch]:
-        """Endless batches of the tiny task without labels and row numbers."""
-        for batch in tiny_batches(self.candidate, batch_size=batch_size, seed=self.seed + 1000):
-            yield {name: tensor for name, tensor in batch.items() if name not in ("labels", "index")}
+    def unlabelled(self, batch_size: int, *, once: bool = False) -> Iterator[Batch]:
+        """Batches of the tiny task without labels and row numbers, endless or of as many texts as it trains on."""
+        number = self.examples if once else None
+        return without_labels(
+            tiny_batches(self.candidate, batch_size=batch_size, seed=self.seed + 1000, examples=number)
+        )
 
     def calibration(self, examples: int, batch_size: int = 32) -> Iterator[Batch]:
         """Batches of the tiny task, the same ones for the same seed."""

@@ -278,6 +278,24 @@ def test_coverage_keeps_the_fewest_that_cover_and_min_count_what_occurs_so_often
     assert extra(criterion="min_count", min_count=9) == {frequent, second}
 
 
+@pytest.mark.parametrize("counted", [False, True])
+def test_text_without_labels_is_counted_on_request(monkeypatch, counted: bool) -> None:
+    candidate = tiny_candidate()
+    context, pieces = tiny_context(candidate), Pieces(candidate.tokenizer)
+    context.examples = 2
+    seen = {int(i) for batch in context.calibration(context.examples) for i in batch["input_ids"].unique()}
+    rare = max(set(pieces.ids.values()) - seen - pieces.reserved - pieces.characters)
+    ones = torch.ones(1, 3, dtype=torch.long)
+    texts = [{"input_ids": rare * ones, "attention_mask": ones}]
+    monkeypatch.setattr(context, "unlabelled", lambda size, once: iter(texts) if once else pytest.fail("endless"))
+    subject = candidate.subject.having("unlabelled")
+    assert "unlabelled_text" in METHOD.search_space(subject)
+    params = {"criterion": "min_count", "min_count": 1, "keep_characters": True, "unlabelled_text": counted}
+    result = METHOD.apply(candidate.replace(subject=subject), params, context)
+    piece = candidate.tokenizer.convert_ids_to_tokens(rare)
+    assert (piece in result.tokenizer.get_vocab()) is counted
+
+
 # --- what is refused ---
 
 
