@@ -70,7 +70,7 @@ SETS: Mapping[str, Mapping[str, Any]] = {
     },
     "cluener": {
         "task": "token-classification",
-        "teacher": {**CHINESE, "fine_tune": {"epochs": 4, "learning_rate": 5e-4}},
+        "teacher": {**CHINESE, "fine_tune": {"epochs": 12, "learning_rate": 5e-4}},
         "max_length": 64,
     },
     "stsb": {
@@ -112,7 +112,7 @@ class Cell:
     seconds: float
 
 
-def write_study(folder: Path, shared: Path, name: str, steps: int) -> Path:
+def write_study(folder: Path, shared: Path, name: str, steps: int, objectives: Sequence[str] = ()) -> Path:
     """The data set's study, with a budget of about ``steps`` of 32 examples for a trial."""
     facts = SETS[name]
     teacher = json.loads(json.dumps(facts["teacher"]))
@@ -131,6 +131,7 @@ def write_study(folder: Path, shared: Path, name: str, steps: int) -> Path:
         "methods": ["quantization"],
         "training": {"epochs": steps * BATCH / rows, "batch_size": BATCH, "precision": "bf16"},
         "output": str(folder / name),
+        **({"objectives": list(objectives)} if objectives else {}),
     }
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
