@@ -69,7 +69,7 @@ def finalize(study: Study, executor: Executor, store: Store) -> None:
 
 def keep_artifacts(folder: Path, members: set[str], limit: float) -> None:
     """Delete the oldest artefacts that are no ``members`` until the others fit into ``limit`` bytes."""
-    folders = [path for path in folder.iterdir() if path.is_dir()]
+    folders = [path for path in folder.glob("*") if path.is_dir()]  # of none where nothing was ever tried
     for path in folders:
         if path.name.startswith("."):  # half made or half deleted, by a process that was killed
             shutil.rmtree(path)

@@ -12,7 +12,8 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ os.environ.update(
 
 import ray
 from ray import tune
+from ray.exceptions import RayError
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
@@ -50,7 +52,7 @@ _workers: dict[str, Worker] = {}
 
 
 class ForwardingSearcher(Searcher):
-    """Tune asks, the search answers."""
+    """Tune asks, the search answers. What goes wrong in an answer ends the run: Tune makes a traceback of it."""
 
     def __init__(self, search: Search, read_death: ReadDeath) -> None:
         super().__init__(metric=None, mode=None)
@@ -68,18 +70,37 @@ class ForwardingSearcher(Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         """The next assignment, None for "ask again", FINISHED when the search is done."""
-        if self.error or self.search.done:
-            return Searcher.FINISHED
-        assignment = self.search.next()
-        if assignment is None:
-            return Searcher.FINISHED if self.search.done else None
-        self.live[trial_id] = assignment
-        return {"assignment": json.dumps(assignment.to_dict())}
+        with self.keeping_error():
+            if not self.error and not self.search.done:
+                if assignment := self.search.next():
+                    self.live[trial_id] = assignment
+                    return {"assignment": json.dumps(assignment.to_dict())}
+                if not self.search.done:
+                    return None
+        return Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Finish with what the worker returned, or with its death."""
+        """Finish with what the worker returned, or with its death; after an error all that runs is taken back."""
         assignment = self.live.pop(trial_id)
-        number, attempt = assignment.number, assignment.attempt
+        with self.keeping_error():
+            if not self.error:
+                self._tell(assignment.number, assignment.attempt, result, error)
+
+    def report(self, rung: Rung) -> bool:
+        """Whether the trial may go on."""
+        with self.keeping_error():
+            return not self.error and self.search.report(rung)
+        return False
+
+    @contextmanager
+    def keeping_error(self) -> Iterator[None]:
+        """The first error inside such blocks is the run's."""
+        try:
+            yield
+        except CompressSearchError as error:
+            self.error = self.error or error
+
+    def _tell(self, number: int, attempt: int, result: dict[str, Any] | None, error: bool) -> None:
         if result and "cs_result" in result:
             self.search.finish(Result.from_dict(json.loads(result["cs_result"])))
         elif result and "cs_error" in result:
@@ -103,16 +124,16 @@ class ForwardingSearcher(Searcher):
 class ForwardingScheduler(FIFOScheduler):
     """Tune reports, the search decides whether to go on."""
 
-    def __init__(self, search: Search) -> None:
+    def __init__(self, searcher: ForwardingSearcher) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.search = search
+        self.searcher = searcher
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """CONTINUE or STOP."""
-        if "cs_rung" in result and not self.search.report(Rung(**json.loads(result["cs_rung"]))):
+        if "cs_rung" in result and not self.searcher.report(Rung(**json.loads(result["cs_rung"]))):
             return str(TrialScheduler.STOP)
         return str(TrialScheduler.CONTINUE)
 
@@ -131,7 +152,7 @@ class RayExecutor:
             tune.with_resources(trainable(self.factory, self.brief), resources(self.study)),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
-                scheduler=ForwardingScheduler(search),
+                scheduler=ForwardingScheduler(searcher),
                 num_samples=-1,
                 max_concurrent_trials=self.study.search.concurrency,
                 reuse_actors=True,
@@ -151,7 +172,13 @@ class RayExecutor:
     def call(self, job: str, *arguments: Any) -> Any:
         """The value of a worker's method."""
         remote = ray.remote(_call).options(**_remote_resources(self.study))
-        return ray.get(remote.remote(self.factory, self.brief, job, arguments))
+        try:
+            kind, value = ray.get(remote.remote(self.factory, self.brief, job, arguments))
+        except RayError as error:
+            raise CompressSearchError(f"the worker process died during {job}") from error
+        if kind != "value":
+            raise raised(value)
+        return value
 
     def close(self) -> None:
         """End the local cluster if we started one; it takes every process on it along."""
@@ -228,12 +255,16 @@ def trainable(factory: Factory, brief: Any) -> Callable[[dict[str, Any]], None]:
     return run
 
 
-def _call(factory: Factory, brief: Any, job: str, arguments: tuple[Any, ...]) -> Any:
-    worker = factory(brief)
+def _call(factory: Factory, brief: Any, job: str, arguments: tuple[Any, ...]) -> tuple[str, Any]:
+    """The value of a worker's method, or the verdict on what it raised."""
     try:
-        return getattr(worker, job)(*arguments)
-    finally:
-        worker.close()
+        worker = factory(brief)
+        try:
+            return "value", getattr(worker, job)(*arguments)
+        finally:
+            worker.close()
+    except Exception as error:
+        return verdict(error)
 
 
 def _worker(factory: Factory, brief: Any) -> Worker:

@@ -14,9 +14,9 @@ from typing import Any
 import psutil
 import pytest
 
-from compress_search.errors import CompressSearchError, StudyError
+from compress_search.errors import CompressSearchError, StudyError, StudyLocked
 from compress_search.executor import Executor, LocalExecutor
-from compress_search.records import Rung
+from compress_search.records import Assignment, Result, Rung
 from compress_search.study import load_study
 from tests.workers import ScriptedSearch, ScriptedWorker, no_reason
 
@@ -156,8 +156,49 @@ def test_a_key_that_a_worker_blames_is_told_as_such(make: Make) -> None:
     assert caught.value.key == "teacher.model", "so that the driver can say where it stands"
 
 
+class TakenOver(ScriptedSearch):
+    """Finds that another driver has its study, at one kind of event."""
+
+    at = "finish"
+
+    def finish(self, result: Result) -> None:
+        self._fail("finish")
+        super().finish(result)
+
+    def report(self, rung: Rung) -> bool:
+        self._fail("report")
+        return super().report(rung)
+
+    def next(self) -> Assignment | None:
+        if self.open:  # not at once, but while a trial runs
+            self._fail("next")
+        return super().next()
+
+    def _fail(self, event: str) -> None:
+        if event == self.at:
+            raise StudyLocked("study 's' was taken over by process 7")
+
+
+@pytest.mark.parametrize("event", ["finish", "report", "next"])
+def test_an_error_of_the_search_ends_the_run_as_what_it_is(make: Make, event: str) -> None:
+    search = TakenOver(["reports", "fine", "fine"])
+    search.at = event
+    with pytest.raises(StudyLocked, match=r"^study 's' was taken over by process 7$"):
+        make(concurrency=2).run(search)  # type: ignore[arg-type]
+
+
 def test_jobs_that_are_no_trials(make: Make) -> None:
     assert make().call("double", 21) == 42
+
+
+def test_a_job_that_fails_says_why(make: Make) -> None:
+    with pytest.raises(CompressSearchError, match=r"^study.yaml:3: data.text: no such column$"):
+        make().call("refuse")
+
+
+def test_a_job_whose_process_dies_is_told_in_one_line(make: Make) -> None:
+    with pytest.raises(CompressSearchError, match=r"^the worker process died during die$"):
+        make().call("die")
 
 
 DRIVER = """

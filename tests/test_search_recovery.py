@@ -18,10 +18,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from optuna.trial import TrialState
 from sqlalchemy.exc import OperationalError
 
-from compress_search.errors import StorageError
+from compress_search.errors import StorageError, StudyLocked
 from compress_search.recipe import Recipe, Step
 from compress_search.records import Assignment, Failure, Result, Rung
 from compress_search.search import MAX_LOST, Counts
+from compress_search.storage import Store
 from tests.databases import database
 from tests.fake_plan import (
     DEATH,
@@ -35,6 +36,7 @@ from tests.fake_plan import (
     run,
     start,
     states,
+    url_of,
 )
 
 # ---- failures ---------------------------------------------------------------------------------------------------
@@ -99,6 +101,19 @@ def test_an_interrupt_takes_everything_back_and_holds_nothing_against_it(tmp_pat
         assert [a.number for a in start(search, 2)] == [first.number, second.number]
     search.finish(measured(first))
     assert states(search)[first.number] == "complete"
+
+
+def test_a_driver_that_was_replaced_takes_nothing_back(tmp_path: Path) -> None:
+    search = after_teacher(fake_search(tmp_path))
+    with search.store.lock("fake"):
+        (running,) = start(search, 1)
+        assert search.store._lock is not None
+        search.store._lock.release()  # as if the database had been away
+        with Store(url_of(tmp_path)).lock("fake"):
+            for write in (search.release, lambda: search.died(running.number, running.attempt, DEATH)):
+                with pytest.raises(StudyLocked, match="was taken over by"):
+                    write()
+            assert states(search)[-1] == "running"
 
 
 # ---- a driver that dies -----------------------------------------------------------------------------------------

@@ -301,6 +301,23 @@ def test_a_driver_that_lost_its_lock_to_another_stops(tmp_path: Path) -> None:
                 store.begin_attempt("s", Assignment(1, 0, RECIPE, 0))
 
 
+def test_a_driver_that_lost_its_lock_ends_no_attempt_of_the_other(store: Store) -> None:
+    other = Store(store.safe_url)
+    begin(store, "s")
+    with store.lock("s"):
+        store.begin_attempt("s", Assignment(0, 0, RECIPE, 0))
+        assert store._lock is not None
+        store._lock.release()
+        with other.lock("s"):
+            for write in (
+                lambda: store.end_attempt("s", 0, 0, "released"),
+                lambda: store.write_result("s", Result(0, 0, "complete")),
+            ):
+                with pytest.raises(StudyLocked, match="study 's' was taken over by"):
+                    write()
+            assert other.last_attempts("s")[0].state == "running"
+
+
 # ---- patience ---------------------------------------------------------------------------------------------------
 
 

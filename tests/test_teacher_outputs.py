@@ -149,7 +149,7 @@ def test_whether_it_is_stored_does_not_depend_on_what_was_asked_before(prepared,
     assert not fresh.directory.exists()
 
 
-def test_a_reader_keeps_what_another_worker_deletes(prepared, tmp_path):
+def test_a_reader_keeps_what_another_worker_deletes(prepared, tmp_path, monkeypatch):
     key, network, split = prepared()
     one = int(split.offsets[-1]) * 32 * 4
     first, second = (TeacherOutputs(network, key, split, tmp_path, limit=1.5 * one) for _ in range(2))
@@ -157,8 +157,20 @@ def test_a_reader_keeps_what_another_worker_deletes(prepared, tmp_path):
     first(batch, ["hidden.1"])
     second(batch, ["hidden.2"])
     assert kept(first) == ["hidden.2"]
+    assert not (first.directory / "hidden.1").exists()
     with torch.no_grad():
-        close(first(other, ["hidden.1"]), read_features(network, other, ["hidden.1"]), other)
+        expected = read_features(network, other, ["hidden.1"])
+    for name in ("_compute", "read_features"):
+        monkeypatch.setattr(outputs, name, lambda *_: pytest.fail("the teacher was run again"))
+    close(first(other, ["hidden.1"]), expected, other)
+
+
+def test_what_was_half_deleted_is_made_anew(prepared, tmp_path):
+    key, network, split = prepared()
+    stored, batch = TeacherOutputs(network, key, split, tmp_path, limit=1e9), batches(split, 1)[0]
+    (stored.directory / "hidden.1").mkdir(parents=True)
+    close(stored(batch, ["hidden.1"]), read_features(network, batch, ["hidden.1"]), batch)
+    assert kept(stored) == ["hidden.1"]
 
 
 def test_what_a_dead_process_left_is_made_anew(prepared, tmp_path):

@@ -70,6 +70,12 @@ class ScriptedWorker:
     def wait(self) -> None:
         time.sleep(600)
 
+    def refuse(self) -> None:
+        raise StudyError("no such column", file="study.yaml", line=3, key="data.text")
+
+    def die(self) -> None:
+        os._exit(9)
+
     def double(self, value: int) -> int:
         return 2 * value
 

@@ -310,7 +310,12 @@ class Search:
         return False
 
     def release(self) -> None:
-        """Take back everything that runs: it waits for the next session, and nothing is held against it."""
+        """Take back everything that runs: it waits for the next session, and nothing is held against it.
+
+        Raises:
+            StudyLocked: it runs under another driver by now.
+        """
+        self.store.renew_lock(self.name)
         self._keep_time()
         ledger = self._ledger()
         for trial in self._optuna.trials():

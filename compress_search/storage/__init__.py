@@ -81,8 +81,12 @@ class Store(Database):
         except SQLAlchemyError as error:
             raise self._fault(error) from error
 
-    def _renew_lock(self, name: str) -> None:
-        """Take the lock again if its connection broke, and stop if another driver was faster."""
+    def renew_lock(self, name: str) -> None:
+        """Take the lock again if its connection broke.
+
+        Raises:
+            StudyLocked: another driver was faster, and the study is its own now.
+        """
         if self._lock and not self._lock.held() and not self.patiently(self._lock.acquire):
             raise StudyLocked(f"study {name!r} was taken over by {self._holder(name)}")
 
@@ -156,7 +160,7 @@ class Store(Database):
 
     def begin_attempt(self, name: str, assignment: Assignment, state: str = "running") -> None:
         """Write down what is about to be handed out, or, in the state "duplicate", was not."""
-        self._renew_lock(name)
+        self.renew_lock(name)
 
         def work(session: Session) -> None:
             row = _upsert(
@@ -193,6 +197,7 @@ class Store(Database):
 
     def end_attempt(self, name: str, number: int, attempt: int, state: str, failure: Failure | None = None) -> None:
         """Write down that an attempt ended without a result."""
+        self.renew_lock(name)
 
         def work(session: Session) -> None:
             row = _attempt_row(session, name, number, attempt)
@@ -203,7 +208,7 @@ class Store(Database):
 
     def write_result(self, name: str, result: Result) -> None:
         """Write down what an attempt came to, its raw measurements included."""
-        self._renew_lock(name)
+        self.renew_lock(name)
 
         def work(session: Session) -> None:
             row = _attempt_row(session, name, result.number, result.attempt)

@@ -132,7 +132,7 @@ class TeacherOutputs:
         return self._open
 
     def _make(self, names: Collection[str]) -> None:
-        missing = [name for name in names if not (self.directory / name).is_dir()]
+        missing = [name for name in names if not (self.directory / name / FILE).is_file()]
         make_room(self.directory, sum(self._bytes(name) for name in missing), self.limit, names)
         unfinished = self.directory / "unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)  # left behind by a process that died

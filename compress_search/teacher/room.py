@@ -63,6 +63,9 @@ def _freed(feature: Path) -> int:
 
 def _deleted(feature: Path) -> int:
     size = _size(feature)
+    if not feature.name.startswith("."):  # which a process left half deleted
+        # whoever looks for it finds all of it or nothing, though a file that somebody reads may outlive its name
+        feature = feature.rename(feature.with_name(f".{feature.name}-{uuid4().hex}"))
     shutil.rmtree(feature, ignore_errors=True)
     return size
 
