@@ -422,6 +422,23 @@ def test_the_picture_is_an_svg_with_a_mark_for_every_model() -> None:
     chart = page.front_chart(found, "latency_ms", "accuracy")
     points = sum(len(trace["x"]) for trace in chart["traces"])
     assert len(list(circles)) == points + len(chart["traces"])
+    bars = [path.attrib["d"] for path in root.iter("{http://www.w3.org/2000/svg}path")]
+    assert any("V" in bar for bar in bars)
+    for bar in bars:  # M x y H x M x y V y
+        left, middle, right, _, low, high = map(float, re.findall(r"-?[\d.]+", bar))
+        assert 70 <= left <= right <= 700
+        assert 20 <= high <= middle <= low <= 370
+
+
+def test_the_line_goes_from_left_to_right_and_never_back_up() -> None:
+    found = sample()
+    line = page.front_chart(found, "latency_ms", "accuracy")["line"]
+    assert line["x"] == sorted(line["x"])
+    assert line["y"] == sorted(line["y"]), "who waits longer gets more"
+    assert set(line["x"]) <= {entry.metrics["latency_ms"] for entry in found.members}
+    root = ElementTree.fromstring(page.front_picture(found))
+    (drawn,) = root.iter("{http://www.w3.org/2000/svg}polyline")
+    assert len(drawn.attrib["points"].split()) == len(line["x"])
 
 
 @given(st.lists(st.floats(-1e6, 1e6, allow_subnormal=False), min_size=1))

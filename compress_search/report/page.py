@@ -15,7 +15,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from compress_search import __version__, formats, report
+from compress_search import __version__, formats, pareto, report
 from compress_search.report import Entry, Facts, Report, wording
 
 _TEMPLATES = Environment(
@@ -100,6 +100,18 @@ def front_chart(found: Report, x: str, y: str) -> dict[str, Any]:
         "log": bool(drawn) and min(drawn) > 0 and max(drawn) > 20 * min(drawn),
         "label": f"{len(drawn)} models, {len(found.front)} of them on the front, which the table lists.",
         "traces": [_trace(found, role, entries, x, y) for role, entries in groups.items() if entries],
+        "line": _line(found, x, y),
+    }
+
+
+def _line(found: Report, x: str, y: str) -> dict[str, list[float]]:
+    """From left to right through the members that no other beats in these two, whatever else counts."""
+    points = [(entry.metrics[x], entry.metrics[y]) for entry in found.members if {x, y} <= set(entry.metrics)]
+    rows = pareto.front(points, [found.objectives[x], found.objectives[y]])
+    ends = sorted(points[row] for row in rows)
+    return {
+        "x": [left * formats.style(x).scale for left, _ in ends],
+        "y": [up * formats.style(y).scale for _, up in ends],
     }
 
 
@@ -158,19 +170,38 @@ def _hover(entry: Entry, found: Report) -> str:
     return "<br>".join(lines + [escape(note) for note in wording.notes(entry)])
 
 
-_NO_CHART: Mapping[str, Any] = {"traces": [], "x": "", "y": "", "label": "A front needs two objectives."}
+_BARRED = ("front", "baseline", "teacher")
+"""Whose intervals are drawn; those of all would hide the points."""
+
+_NO_CHART: Mapping[str, Any] = {
+    "traces": [],
+    "line": None,
+    "x": "",
+    "y": "",
+    "label": "A front needs two objectives.",
+}
 
 
 def front_picture(found: Report) -> str:
     """The first picture of the front as an SVG that follows the reader's light or dark scheme."""
     chart = next((front_chart(found, x, y) for x, y in axes(found)), _NO_CHART)
-    x = Scale.over([value for trace in chart["traces"] for value in trace["x"]], 70, 700)
-    y = Scale.over([value for trace in chart["traces"] for value in trace["y"]], 370, 20)
+    x, y = Scale.over(_reach(chart, "x"), 70, 700), Scale.over(_reach(chart, "y"), 370, 20)
     # six pixels a character and thirty for the mark bring the legend's entries beside one another
     widths = [30 + 6 * len(trace["name"]) for trace in chart["traces"]]
     legend = [80 + sum(widths[:position]) for position in range(len(widths))]
     template = _TEMPLATES.get_template("front.svg.j2")
-    return template.render(study=found.study, chart=chart, x=x, y=y, legend=legend)
+    return template.render(study=found.study, chart=chart, x=x, y=y, legend=legend, barred=_BARRED)
+
+
+def _reach(chart: Mapping[str, Any], axis: str) -> list[float]:
+    """The values of one axis, and the ends of the intervals that are drawn along it."""
+    found = []
+    for trace in chart["traces"]:
+        found += trace[axis]
+        if trace["role"] in _BARRED:
+            for value, (below, above) in zip(trace[axis], trace[f"d{axis}"], strict=True):
+                found += [value - below, value + above]
+    return found
 
 
 class Scale:

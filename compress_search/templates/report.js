@@ -4,7 +4,7 @@ const color = (name) => getComputedStyle(document.documentElement).getPropertyVa
 const looks = {
   infeasible: { mode: "markers", symbol: "x-thin-open", size: 8 },
   dominated: { mode: "markers", symbol: "circle", size: 8 },
-  front: { mode: "lines+markers", symbol: "circle", size: 10 },
+  front: { mode: "markers", symbol: "circle", size: 10 },
   baseline: { mode: "markers", symbol: "diamond", size: 12 },
   teacher: { mode: "markers", symbol: "star", size: 16 },
   recommended: { mode: "markers", symbol: "circle-open", size: 20 },
@@ -26,9 +26,13 @@ function trace(data) {
     hovertemplate: data.text ? "%{text}<extra></extra>" : "trial %{x}: %{y:.4g}<extra></extra>",
     hoverinfo: data.role === "recommended" ? "skip" : undefined,
     error_x: quiet ? undefined : bars(data.dx, tint), error_y: quiet ? undefined : bars(data.dy, tint),
-    line: { color: tint, width: data.role === "front" ? 1 : 2, dash: data.role === "front" ? "dot" : "solid", shape: look.shape || "linear" },
+    line: { color: tint, width: 2, shape: look.shape || "linear" },
     marker: { color: tint, symbol: look.symbol, size: look.size, line: { color: tint, width: 2 } },
   };
+}
+
+function line(data) {
+  return { ...data, mode: "lines", type: "scatter", hoverinfo: "skip", showlegend: false, line: { color: color("front"), width: 1, dash: "dot" } };
 }
 
 function layout(chart) {
@@ -45,7 +49,8 @@ function layout(chart) {
 
 function draw() {
   for (const chart of charts) {
-    Plotly.react(chart.id, chart.traces.map(trace), layout(chart), { responsive: true, displaylogo: false, displayModeBar: false });
+    const lines = chart.line ? [line(chart.line)] : [];
+    Plotly.react(chart.id, [...lines, ...chart.traces.map(trace)], layout(chart), { responsive: true, displaylogo: false, displayModeBar: false });
   }
 }
 
