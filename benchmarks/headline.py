@@ -63,9 +63,10 @@ class Finished:
 
     def summary(self) -> str:
         """What it took."""
-        count = sum(row.state == "complete" and feasible(self.study, row.metrics) for row in self.rows)
+        searched = [row for row in self.rows if not row.baseline and row.state != "duplicate"]
+        count = sum(row.state == "complete" and feasible(self.study, row.metrics) for row in searched)
         minutes = f"{self.info.seconds / 60:.0f} minutes"
-        return f"{len(self.rows)} trials, {count} complete and within the constraints, {minutes}."
+        return f"{len(searched)} trials, {count} complete and within the constraints, {minutes}."
 
     def answer(self, question: str, row: TrialRow, eager: str) -> list[object]:
         """A row of the table."""

@@ -266,6 +266,7 @@ def _drive(search: Announced, executor: Executor, store: Store) -> None:
     try:
         executor.run(search)  # type: ignore[arg-type]  # the search, which also tells whoever watches
         if search.teacher_fault is None:
+            search.ended()
             finalize(search.search.plan.study, executor, store)
     except BaseException:
         executor.close()
@@ -336,6 +337,11 @@ class Announced:
         self.on_event(
             progress.StudyStarted(plan.study.name, plan.study.directions, search.trials, search.hours, earlier)
         )
+
+    def ended(self) -> None:
+        """Tell why nothing more is tried."""
+        if reason := self.search.reason:
+            self.on_event(progress.SearchEnded(reason))
 
     @property
     def done(self) -> bool:

@@ -56,13 +56,6 @@ class TrialFinished:
 
 
 @dataclass(frozen=True)
-class Waiting:
-    """Nothing can be handed out now, and why."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
 class StudyStarted:
     """A run of a study begins: its objectives, its budget, and what former runs of it have finished."""
 
@@ -73,7 +66,14 @@ class StudyStarted:
     earlier: Sequence[TrialFinished] = ()
 
 
-Event = StudyStarted | TrialStarted | RungReported | TrialFinished | Waiting
+@dataclass(frozen=True)
+class SearchEnded:
+    """Nothing more is tried in this run, and why; what is left is to look at the front once more."""
+
+    reason: str
+
+
+Event = StudyStarted | TrialStarted | RungReported | TrialFinished | SearchEnded
 OnEvent = Callable[[Event], None]
 
 
@@ -86,7 +86,6 @@ class Board:
     running: dict[int, TrialStarted] = field(default_factory=dict)
     rungs: dict[int, RungReported] = field(default_factory=dict)
     finished: dict[int, TrialFinished] = field(default_factory=dict)
-    waiting: str | None = None
     began: float = 0.0
 
     @property
@@ -112,7 +111,6 @@ class Board:
 
     def on(self, event: Event) -> None:
         """Take one event in."""
-        self.waiting = event.reason if isinstance(event, Waiting) else None
         match event:
             case StudyStarted():
                 self.study, self.began = event, self.clock()
@@ -159,8 +157,8 @@ def sentence(event: Event, directions: Mapping[str, Direction]) -> str:
     if isinstance(event, StudyStarted):
         before = sum(earlier.counted for earlier in event.earlier)
         return f"study {event.name}: {event.trials} trials" + (f", {before} of them done before" if before else "")
-    if isinstance(event, Waiting):
-        return f"waiting: {event.reason}"
+    if isinstance(event, SearchEnded):
+        return f"the search ended: {event.reason}"
     if isinstance(event, TrialStarted):
         again = f", attempt {event.attempt + 1}" if event.attempt else ""
         return f"trial {event.number} started{again}: {event.baseline or event.recipe}"
@@ -189,10 +187,7 @@ def display(stream: IO[str] | None = None) -> Iterator[OnEvent]:
 @contextmanager
 def _plain(board: Board, stream: IO[str]) -> Iterator[OnEvent]:
     def on_event(event: Event) -> None:
-        repeated = isinstance(event, Waiting) and event.reason == board.waiting
         board.on(event)
-        if repeated:
-            return
         line = sentence(event, board.study.directions)
         if isinstance(event, TrialFinished):
             line = f"{line} [{board.summary()}]"
@@ -217,7 +212,7 @@ def _live(board: Board, stream: IO[str]) -> Iterator[OnEvent]:
         def on_event(event: Event) -> None:
             with lock:
                 board.on(event)
-            if isinstance(event, TrialFinished):
+            if isinstance(event, TrialFinished | SearchEnded):
                 console.print(sentence(event, board.study.directions), markup=False, highlight=False)
 
         yield on_event
@@ -237,8 +232,6 @@ def screen(board: Board, best: int = 5) -> RenderableType:
     lines = [
         Text(f"  {_running(board, event)}", overflow="ellipsis", no_wrap=True) for event in board.running.values()
     ]
-    if board.waiting:
-        lines.append(Text(f"  waiting: {board.waiting}", style="dim"))
     return Group(head, *lines, *_front_lines(board.front()[:best], board.study.directions))
 
 

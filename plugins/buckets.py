@@ -50,17 +50,6 @@ def _lasts(starts: list[NDArray[np.int64]], last: int) -> list[int]:
     return found[::-1]
 
 
-def padding_cost(lengths: NDArray[np.int64], buckets: tuple[int, ...], cost: Callable[[int], float]) -> float:
-    """Mean cost of an input when each is padded to the first bucket that holds it: Σ P(len) · cost(bucket(len)).
-
-    Lengths beyond the last bucket run as they are.
-    """
-    widths = np.asarray(sorted(buckets))
-    places = np.searchsorted(widths, lengths)
-    padded = np.where(places < len(widths), widths[np.minimum(places, len(widths) - 1)], lengths)
-    return float(np.mean([cost(int(width)) for width in padded]))
-
-
 def quantile_length(lengths: NDArray[np.int64], part: float) -> int:
     """The least number of tokens that holds so large a part of the examples uncut."""
     return int(np.quantile(lengths, part, method="inverted_cdf"))

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from compress_search import progress
-from compress_search.progress import Board, RungReported, StudyStarted, TrialFinished, TrialStarted, Waiting
+from compress_search.progress import Board, RungReported, SearchEnded, StudyStarted, TrialFinished, TrialStarted
 
 DIRECTIONS = {"accuracy": "maximize", "latency_ms": "minimize"}
 
@@ -96,7 +96,7 @@ def test_the_front_holds_feasible_complete_trials_best_first() -> None:
             "trial 4 failed after 1 min: out of memory",
         ),
         (finished(4, state="infeasible", metrics={}), "trial 4 infeasible after 1 min"),
-        (Waiting("the teacher is being trained"), "waiting: the teacher is being trained"),
+        (SearchEnded("all 10 trials are done"), "the search ended: all 10 trials are done"),
         (
             StudyStarted("mine", DIRECTIONS, 10, earlier=[finished(0)]),
             "study mine: 10 trials, 1 of them done before",
@@ -107,21 +107,20 @@ def test_every_event_is_one_plain_line(event: progress.Event, line: str) -> None
     assert progress.sentence(event, DIRECTIONS) == line
 
 
-def test_without_a_terminal_every_event_is_a_line_and_waiting_is_said_once() -> None:
+def test_without_a_terminal_every_event_is_a_line() -> None:
     stream = io.StringIO()
     with progress.display(stream) as on_event:
         for event in (
             StudyStarted("mine", DIRECTIONS, 10),
-            Waiting("nothing to do"),
-            Waiting("nothing to do"),
             TrialStarted(0, "a"),
             finished(0),
+            SearchEnded("the budget of 1 hours is spent"),
         ):
             on_event(event)
     lines = stream.getvalue().splitlines()
-    assert lines[:3] == ["study mine: 10 trials", "waiting: nothing to do", "trial 0 started: a"]
-    assert lines[3].startswith("trial 0 complete after 1 min: accuracy 90.0 %, latency 5.00 ms [1/10 trials")
-    assert len(lines) == 4
+    assert lines[:2] == ["study mine: 10 trials", "trial 0 started: a"]
+    assert lines[2].startswith("trial 0 complete after 1 min: accuracy 90.0 %, latency 5.00 ms [1/10 trials")
+    assert lines[3:] == ["the search ended: the budget of 1 hours is spent"]
 
 
 class Terminal(io.StringIO):
@@ -136,20 +135,20 @@ def test_on_a_terminal_finished_trials_stay_above_the_live_picture(monkeypatch: 
         on_event(StudyStarted("mine", DIRECTIONS, 10))
         on_event(TrialStarted(0, "a[red]"))
         on_event(finished(0))
+        on_event(SearchEnded("all 10 trials are done"))
     assert "trial 0 complete after 1 min" in stream.getvalue()
+    assert "the search ended: all 10 trials are done" in stream.getvalue()
 
 
 def test_the_live_picture_shows_what_runs_and_the_front() -> None:
     from rich.console import Console
 
     board = board_of(finished(0), TrialStarted(1, "a[red]"), RungReported(1, 0, {}), TrialStarted(2, "b"))
-    board.on(Waiting("the bench is busy"))
     console = Console(file=io.StringIO(), width=100)
     console.print(progress.screen(board))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "1/10 trials · 2 running · front 1" in text
     assert "trial 1: a[red]  (rung 0)" in text
-    assert "waiting: the bench is busy" in text
     assert "recipe 0" in text
 
 

@@ -1,4 +1,4 @@
-"""The command line: reads arguments, calls the engine, prints what tables.py draws, exits with a documented code.
+"""The command line: reads arguments, calls the engine, prints what the reports draw, exits with a documented code.
 
 Thin: everything a command does is open to any caller of the package. Heavy imports stand inside the commands, so
 that ``--help`` answers at once.

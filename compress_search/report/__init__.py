@@ -1,7 +1,7 @@
 """What a study found, from its database rows alone: front, recommendation, failures, as one JSON document.
 
 Owns the document's schema (``docs/report.md``) and what is derived from the rows. Knows nothing of how the
-document is drawn (``tables.py``, ``page.py``) or of how the rows came about.
+document is drawn (``terminal.py``, ``page.py``) or of how the rows came about.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Entry(_Document):
 
 
 class Baseline(_Document):
-    """A reference that every study measures: the teacher in fp32, in int8, a network of the same shape."""
+    """A reference that every study measures: the teacher in fp32, and in int8."""
 
     name: str
     number: int

@@ -19,7 +19,8 @@ Schema = Mapping[str, Any]
 """A JSON schema, or a part of one."""
 
 COST_MEANINGS = {
-    "latency_ms": "median milliseconds of a batch: the ratio to the teacher, measured side by side, × its latency",
+    "latency_ms": "milliseconds of a batch, over the lengths of the data: the ratio to the teacher, measured side "
+    "by side, × its latency",
     "speedup": "the teacher's latency over the candidate's",
     "throughput": "examples a second",
     "size_mb": "MB (10⁶ bytes) of the files the runtime loads",

@@ -242,7 +242,7 @@ class TrainingConfig(Section):
         ge=0,
         description="GB (10⁹ bytes) of disk for teachers' hidden states and attention on training data, this "
         "study's and those that earlier ones left, of which the oldest go; what a recipe needs of them is computed "
-        "again at each step where it would take more",
+        "again at each step where it would take more, or where a GPU computes it sooner than it is read",
     )
 
     def identity(self) -> dict[str, Any]:

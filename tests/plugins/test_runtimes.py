@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from compress_search_plugins.buckets import optimal_buckets, padding_cost, quantile_length
+from compress_search_plugins.buckets import optimal_buckets, quantile_length
 from compress_search_plugins.quantization import Quantization
 from compress_search_plugins.runtimes import Runtimes, training_lengths
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from compress_search.candidate import Candidate, Subject
 from compress_search.recipe import Recipe, Step, settle
@@ -169,6 +171,17 @@ histograms = st.lists(st.integers(1, 30), min_size=1, max_size=40).map(np.array)
 
 def quadratic(width: int) -> float:
     return 3.0 * width + 0.5 * width * width
+
+
+def padding_cost(lengths: NDArray[np.int64], buckets: tuple[int, ...], cost: Callable[[int], float]) -> float:
+    """Mean cost of an input when each is padded to the first bucket that holds it: Σ P(len) · cost(bucket(len)).
+
+    Lengths beyond the last bucket run as they are.
+    """
+    widths = np.asarray(sorted(buckets))
+    places = np.searchsorted(widths, lengths)
+    padded = np.where(places < len(widths), widths[np.minimum(places, len(widths) - 1)], lengths)
+    return float(np.mean([cost(int(width)) for width in padded]))
 
 
 @given(histograms, st.integers(1, 4))
