@@ -119,6 +119,9 @@ EARLIER: Mapping[str, float] = {
 }
 """Ratios to fp32 on ONNX Runtime of an earlier series with hand-made networks, on another AMD EPYC of two cores."""
 
+EARLIER_TOLD = (
+    "`earlier`: of hand-made networks of these shapes, without this project, on another AMD EPYC of two cores."
+)
 
 EXPLAINED = """Shared layers are still run one by one, word tables are still looked up row by row, and no kernel
 here is faster for zeros: these knobs are for bytes. Weight-only formats expand the weights for every product,
@@ -214,7 +217,7 @@ def main(shared: Path, repeats: int, only: str | None) -> None:
         "earlier, × ONNX Runtime",
     ]
     told = f"{LENGTH} tokens, batch 1, 1 thread; ratios below 1 are faster. {repeats} interleaved rounds."
-    parts = [f"6 layers × 384, 12 heads, FFN 1536, {told}"]
+    parts = [f"6 layers × 384, 12 heads, FFN 1536, {told} {EARLIER_TOLD}"]
     with tempfile.TemporaryDirectory() as folder:
         stand = Stand(Path(folder), shared.resolve(), repeats)
         for title, knobs in (("Each alone", ALONE), ("Simulated", SIMULATED), ("Together", TOGETHER)):
