@@ -84,7 +84,7 @@ VARIANTS: Mapping[str, Mapping[str, Methods]] = {
     },
     "theseus": {
         "linear": theseus(schedule="linear"),
-        "constant 0.5": theseus(schedule="constant", base_rate=0.5),
+        "constant 0.5": theseus(schedule="constant"),
         "uniform mixture": theseus(mixing="uniform"),
         "deterministic mixture": theseus(mixing="deterministic"),
         "half of the steps in stage 1": theseus(stage1_fraction=0.5),

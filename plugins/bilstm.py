@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subject
 from compress_search.encoders import RecurrentConfig, crf_of, embeddings, new_recurrent
 
-from .distillation.soft_targets import SoftTerm, crf_missing, soft_space, soft_target_loss
+from .distillation.soft_targets import SoftTerm, crf_missing, idle_soft, soft_space, soft_target_loss
 
 UNITS = (32, 64, 128, 256, 512)
 
@@ -53,6 +53,11 @@ class BiLstm(Method):
     def missing(self, teacher: Subject) -> Mapping[str, str]:
         """A CRF to learn from."""
         return crf_missing(teacher)
+
+    def effective(self, subject: Subject, params: Params) -> Params:
+        """Without what is said of a soft term that has no weight."""
+        idle = idle_soft(subject, params)
+        return {name: value for name, value in params.items() if name not in idle}
 
     def after(self, subject: Subject, params: Params) -> Subject:
         """No transformer any more: recurrent layers, ``hidden`` being the width of both directions."""

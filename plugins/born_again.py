@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from compress_search import Batch, Candidate, Context, Dim, Method, Params, Stage, Subject
 
-from .distillation.soft_targets import SoftTerm, annealed_loss, crf_missing, logits_of, mix_space, soft_space
+from .distillation.soft_targets import (
+    SoftTerm,
+    annealed_loss,
+    crf_missing,
+    idle_soft,
+    logits_of,
+    mix_space,
+    soft_space,
+)
 from .distillation.starts import beginning, started_anew, startless
 
 NO_MEAN = "and several generations have no transitions in common: expected emission, or average: false"
@@ -43,8 +51,10 @@ class BornAgain(Method):
         return startless(subject)
 
     def effective(self, subject: Subject, params: Params) -> Params:
-        """The first generation has one network to learn from: nothing to average."""
-        return {**params, "average": bool(params["average"]) and params["generations"] != 1}
+        """The first generation has one network to learn from: nothing to average; and nothing of no soft term."""
+        found = {**params, "average": bool(params["average"]) and params["generations"] != 1}
+        idle = idle_soft(subject, params)
+        return {name: value for name, value in found.items() if name not in idle}
 
     def faults(self, subject: Subject, params: Params) -> Mapping[str, str]:
         """Transitions of several generations at once."""

@@ -15,7 +15,15 @@ from collections.abc import Mapping
 from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subject
 
 from .distillation.objective import text_missing
-from .distillation.soft_targets import SoftTerm, annealed_loss, crf_missing, mix_space, soft_space, transfer_loss
+from .distillation.soft_targets import (
+    SoftTerm,
+    annealed_loss,
+    crf_missing,
+    idle_soft,
+    mix_space,
+    soft_space,
+    transfer_loss,
+)
 
 LONGEST_TRANSFER = 0.9
 """The part of the training that unlabelled text may take: the labels have the last word."""
@@ -46,6 +54,11 @@ class Distill(Method):
     def missing(self, teacher: Subject) -> Mapping[str, str]:
         """Text without labels to transfer by, and a CRF to learn from."""
         return text_missing(teacher, "transfer") | crf_missing(teacher)
+
+    def effective(self, subject: Subject, params: Params) -> Params:
+        """Without what is said of a soft term that has no weight."""
+        idle = set() if params.get("transfer") else idle_soft(subject, params)
+        return {name: value for name, value in params.items() if name not in idle}
 
     def after(self, subject: Subject, params: Params) -> Subject:
         """The same shapes, recovered."""

@@ -137,6 +137,13 @@ class MiniLM(Method):
             small = student.layers <= subject.layers / 2 and student.hidden <= subject.hidden / 2
             found["assistant"] = "always" if small else "never"
         idle = idle_targets(subject, found) | (set() if has_targets(found) else {"relation_fraction"})
+        relations = set(str(found.get("relations", "qk+vv")).split("+"))
+        if relations == {"qk"}:  # attention is by the model's own heads
+            idle |= {"relation_heads"}
+        if "vv" not in relations:
+            idle |= {"value_weight"}
+        if relations == {"vv"}:
+            idle |= {"attention_weight"}
         return {name: value for name, value in found.items() if name not in idle}
 
     def faults(self, subject: Subject, params: Params) -> Mapping[str, str]:

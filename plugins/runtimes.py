@@ -24,7 +24,9 @@ from .buckets import optimal_buckets, quantile_length
 
 ONNX, TORCH, COMPILE = "onnxruntime", "torch", "compile"
 SHORTEST = 8
-"""Tokens that inputs can be cut to at least."""
+"""Tokens that inputs can be cut to at least; fewer come to these."""
+UNLIMITED = 0
+"""The ``max_length`` of inputs that are cut by ``coverage`` alone, or not at all."""
 
 NEEDS = {
     COMPILE: "what torch.compile lacks here: see compress-search doctor",
@@ -52,9 +54,7 @@ class Runtimes(Method):
         if teacher.task != "token-classification":
             parts = (1.0, 0.99, 0.95, 0.9, 0.75, 0.5)
             space["coverage"] = Dim.choice(parts, 1.0, usual=parts[:4])
-            space["max_length"] = Dim.integer(
-                min(SHORTEST, teacher.positions), teacher.positions, teacher.positions, expert=True
-            )
+            space["max_length"] = Dim.integer(UNLIMITED, teacher.positions, UNLIMITED, expert=True)
         if len(threads := _threads(teacher)) > 1:
             space["threads"] = Dim.choice(threads, teacher.threads)
         space["buckets"] = Dim.choice((0, 1, 2, 4, 8), 0, expert=True)
@@ -91,13 +91,13 @@ class Runtimes(Method):
 
     def changes_nothing(self, subject: Subject, params: Params) -> bool:
         """Whether this is how the candidate would be run without the step."""
-        return _options(subject, params) == {"engine": _default(subject)} and not _cuts(subject, params)
+        return _options(subject, params) == {"engine": _default(subject)} and not _cuts(params)
 
     def apply(self, candidate: Candidate, params: Params, context: Context) -> Candidate:
         """Name the engine and its options; nothing about the network changes."""
         subject, options = candidate.subject, _options(candidate.subject, params)
         count = options.pop("buckets", 0)
-        if count or _cuts(subject, params):
+        if count or _cuts(params):
             lengths = training_lengths(context)
             cap = longest_input(lengths, params)
             if cap < lengths.max():
@@ -110,7 +110,8 @@ class Runtimes(Method):
 def longest_input(lengths: NDArray[np.int64], params: Params) -> int:
     """Tokens of the longest input that is read whole; the longest training example where nothing is cut."""
     covered = quantile_length(lengths, cast(float, params.get("coverage", 1.0)))
-    return max(min(SHORTEST, int(lengths.max())), min(covered, cast(int, params.get("max_length", covered))))
+    asked = cast(int, params.get("max_length", UNLIMITED)) or covered
+    return max(min(SHORTEST, int(lengths.max())), min(covered, asked))
 
 
 def training_lengths(context: Context) -> NDArray[np.int64]:
@@ -126,9 +127,8 @@ def _options(subject: Subject, params: Params) -> dict[str, Any]:
     return {"engine": params["engine"], **named}
 
 
-def _cuts(subject: Subject, params: Params) -> bool:
-    shorter = params.get("max_length", subject.positions) != subject.positions
-    return shorter or params.get("coverage", 1.0) != 1.0
+def _cuts(params: Params) -> bool:
+    return params.get("max_length", UNLIMITED) != UNLIMITED or params.get("coverage", 1.0) != 1.0
 
 
 def _engines(subject: Subject) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from compress_search import Batch, Candidate, Context, Dim, Loss, Method, Params, Stage, Subject
+from compress_search import Batch, Candidate, Context, Dim, Loss, Method, ParameterGroup, Params, Stage, Subject
 from compress_search.encoders import layers, parts, share_parts
 
 from .alignment import align
@@ -181,8 +181,9 @@ class Sharing(Method):
             _draw_together(network, names, groups, loss, params, context)
         _tie(network, names, groups, params, context)
         if loss:
-            rate = float(params["learning_rate"]) / math.sqrt(len(groups[0]))
-            context.fit(network, loss=loss, share=1 - warmup, learning_rate=rate)
+            rate = float(params["learning_rate"])
+            slower = _slower(network, names, groups, rate)
+            context.fit(network, loss=loss, share=1 - warmup, learning_rate=rate, parameters=slower)
         return candidate.replace(network=network, subject=self.after(given, params))
 
 
@@ -191,6 +192,15 @@ def _align_groups(network: nn.Module, names: Sequence[str], groups: Iterable[Gro
         for layer in group:
             if layer != middle(group):
                 align(network, layer, middle(group), heads="query" in names, neurons="up" in names)
+
+
+def _slower(
+    network: nn.Module, names: Sequence[str], groups: Sequence[Group], rate: float
+) -> list[nn.Parameter | ParameterGroup]:
+    """All parameters, those that n layers share at 1/√n of the rate: they get n layers' gradients."""
+    tied = {parameter: None for group in groups for parameter in _weights(network, names, group[0])}
+    apart = ParameterGroup(list(tied), rate / math.sqrt(len(groups[0])))
+    return [*(parameter for parameter in network.parameters() if parameter not in tied), apart]
 
 
 def _draw_together(

@@ -257,7 +257,7 @@ def _paced(params: Mapping[str, Any], *, gradual: bool) -> dict[str, Any]:
     elif chosen["schedule"] == "one_shot":
         idle |= set(DEFAULT_PACE)
     elif chosen["criterion"] == "l0":
-        idle |= {"num_prune_steps"}
+        idle |= {"num_prune_steps", "s_warmup"}
     return {name: value for name, value in chosen.items() if name not in idle}
 
 

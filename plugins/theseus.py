@@ -214,7 +214,6 @@ class Theseus(Method):
         """
         sizes = divisors(teacher.layers) or [2]
         random = {"mixing": ("bernoulli", "uniform")}
-        linear = {"schedule": ("linear",)}
         cuts = {
             f"cut_after_{layer}": Dim.flag(False, when={"partition": ("custom",)}, expert=True)
             for layer in range(1, teacher.layers)
@@ -230,8 +229,9 @@ class Theseus(Method):
             # a deterministic mixture only ends as the successor if it is a ramp, so it is always linear
             "schedule": Dim.choice(("linear", "constant"), "linear", when=random),
             "base_rate": Dim.real(0.1, 0.9, 0.3),
-            "full_replacement_at": Dim.real(0.2, 0.9, DEFAULT_FULL_REPLACEMENT, when=linear, expert=True),
-            "anti_linear": Dim.flag(False, when=linear, expert=True),
+            "full_replacement_at": Dim.real(0.2, 0.9, DEFAULT_FULL_REPLACEMENT, expert=True),
+            "anti_linear": Dim.flag(False, when={"schedule": ("linear",)}, expert=True),
+            "constant_rate": Dim.real(0.1, 0.9, 0.5, when={"schedule": ("constant",)}),
             "replace_embeddings": Dim.flag(False, expert=True),
             "train_head_in_stage1": Dim.flag(False, expert=True),
             "stage1_fraction": Dim.real(0.3, 0.9, 2 / 3, expert=True),
@@ -253,6 +253,11 @@ class Theseus(Method):
     def missing(self, teacher: Subject) -> Mapping[str, str]:
         """A CRF to learn from."""
         return crf_missing(teacher)
+
+    def effective(self, subject: Subject, params: Params) -> Params:
+        """Without a ramp where the rate is constant."""
+        idle = {"base_rate", "full_replacement_at"} if params.get("schedule") == "constant" else set()
+        return {name: value for name, value in params.items() if name not in idle}
 
     def after(self, subject: Subject, params: Params) -> Subject:
         """A layer for every block."""
@@ -291,7 +296,7 @@ def _replace(hybrid: nn.Module, gates: Gates, generator: torch.Generator, params
     mixing = str(params["mixing"])
     per_example = params.get("sample_granularity") == "example"
     schedule = "anti_linear" if params.get("anti_linear") else str(params.get("schedule", "linear"))
-    base = float(params["base_rate"])
+    base = float(params["constant_rate" if schedule == "constant" else "base_rate"])
     full_at = float(params.get("full_replacement_at", DEFAULT_FULL_REPLACEMENT))
     rate = base
 

@@ -71,6 +71,10 @@ class VocabularyPruning(Method):
             return f"nearly all of its {subject.vocabulary} pieces are single characters"
         return reasons[0] if reasons else None
 
+    def changes_nothing(self, subject: Subject, params: Params) -> bool:
+        """Whether every piece stays."""
+        return params["criterion"] == "keep" and _number(subject, params) == subject.vocabulary
+
     def effective(self, subject: Subject, params: Params) -> Params:
         """The exact part that stays, after rounding to whole pieces."""
         if params["criterion"] != "keep":

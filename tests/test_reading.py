@@ -21,6 +21,7 @@ from compress_search.runtimes import lower
 from compress_search.study import load_study
 from compress_search.tasks import IGNORED
 from compress_search.teacher.reading import cut, matching_places
+from compress_search.testing import tiny_candidate, tiny_context
 from compress_search.training import forward
 from compress_search.workbench import Workbench
 from tests import tiny
@@ -219,6 +220,15 @@ def test_a_cut_network_leaves_the_whole_one_as_it_was() -> None:
     assert reader.config.vocab_size == 60
     keep_tokens(network, range(60))
     assert torch.equal(network.get_input_embeddings().weight, reader.get_input_embeddings().weight)
+
+
+def test_a_language_models_matrix_stays_that_of_the_words(bench: Any) -> None:
+    candidate = tiny_candidate()
+    network: Any = tiny_context(candidate).masked_lm()
+    assert network.get_output_embeddings().weight is network.get_input_embeddings().weight
+    reader: Any = cut(network, range(60))
+    assert reader.get_output_embeddings().weight is reader.get_input_embeddings().weight
+    assert len(reader.get_output_embeddings().bias) == 60
 
 
 def test_digests_of_readings_differ_and_survive_the_disk(tmp_path: Path) -> None:

@@ -23,13 +23,17 @@ Array = NDArray[Any]
 def cut(network: nn.Module, kept: Sequence[int]) -> nn.Module:
     """The network with only these token embeddings, in this order; every other tensor is the argument's own."""
     tensors = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
-    reader = deepcopy(network, tensors)
+    reader: Any = deepcopy(network, tensors)
+    words = reader.get_input_embeddings().weight
     keep_tokens(reader, kept)
-    if isinstance(decoder := cast(Any, reader).get_output_embeddings(), nn.Linear):
-        # a language model scores pieces, too; its matrix is often the embeddings' own
+    if isinstance(decoder := reader.get_output_embeddings(), nn.Linear):
+        # a language model scores pieces, too; its matrix is often the embeddings' own, and stays so
+        tied = decoder.weight is words
         decoder.weight, decoder.bias = (nn.Parameter(t[list(kept)], False) for t in (decoder.weight, decoder.bias))
+        if tied:
+            decoder.weight = reader.get_input_embeddings().weight
         decoder.out_features = len(kept)
-    return reader
+    return cast(nn.Module, reader)
 
 
 def matching_places(before: Split, after: Split) -> Array:

@@ -171,6 +171,12 @@ def soft_space(teacher: Subject, target: CrfTarget = "emission") -> dict[str, Di
     return space
 
 
+def idle_soft(teacher: Subject, params: Params) -> set[str]:
+    """The dimensions of :func:`soft_space` that say nothing, where ``alpha`` leaves no soft term at any time."""
+    weights = (params["alpha"], params.get("anneal_to", 0.0) if params.get("annealing", "none") != "none" else 0.0)
+    return set() if any(weights) else set(soft_space(teacher))
+
+
 def soft_target_loss(
     context: Context,
     term: SoftTerm | str,

@@ -106,8 +106,8 @@ class Grid:
     def _scales(self, rows: Tensor) -> Tensor:
         magnitudes = rows.abs()
         if self.kind == "binary":
-            scales = magnitudes.mean(dim=1, keepdim=True)
-        elif self.kind == "ternary":
+            return magnitudes.mean(dim=1, keepdim=True)  # 0 where all weights are: no code of it is
+        if self.kind == "ternary":
             kept = magnitudes > _threshold(rows)
             scales = (magnitudes * kept).sum(dim=1, keepdim=True) / kept.sum(dim=1, keepdim=True).clamp(min=1)
         elif self.kind == "signed":

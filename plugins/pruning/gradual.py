@@ -59,7 +59,7 @@ class Course:
         self.pruner, params = pruner, pruner.params
         self.times, self.done = int(params.get("num_prune_steps", 1)), 0
         # of this phase; both are of the whole training
-        self.start = float(params["s_warmup"]) / (1 - float(params["s_cooldown"]))
+        self.start = float(params.get("s_warmup", 0.0)) / (1 - float(params["s_cooldown"]))
 
     def on_step(self, step: int, steps: int) -> None:
         """Prune whenever it is due."""

@@ -171,12 +171,16 @@ def test_shapes_that_run_differently_have_keys_of_their_own() -> None:
 
 def test_what_needs_transformer_layers_refuses_it() -> None:
     found = student()
-    refused = {
-        name
-        for name in ("embedding_factorization", "sharing", "structured_pruning")
-        if "no transformer layers" in (Registry()[name].unsupported(found.subject) or "")
+    reasons = {
+        "embedding_factorization": "no transformer layers",
+        "sharing": "no transformer layers",
+        "structured_pruning": "no transformer layers",
+        "low_rank": "no transformer layers",
+        "unstructured_pruning": "no transformer layers",
+        "quantization": "recurrent cells",
     }
-    assert refused == {"embedding_factorization", "sharing", "structured_pruning"}
+    for name, reason in reasons.items():
+        assert reason in (Registry()[name].unsupported(found.subject.having("sized")) or ""), name
     with pytest.raises(TrialError, match="family 'recurrent' are not supported"):
         layers(found.network)
 

@@ -71,6 +71,11 @@ def test_zeros_stay_zero_on_every_grid_that_has_one(weight: torch.Tensor, grid: 
     assert grid.kind == "binary" or (rounded[:, ::2] == 0).all()
 
 
+def test_a_row_of_zeros_stays_one_without_a_code_for_it() -> None:
+    weight = torch.tensor([[0.0, 0.0, 0.0], [1.0, -3.0, 2.0]])
+    assert Grid("binary", 1).round(weight).tolist() == [[0.0] * 3, [2.0, -2.0, 2.0]]
+
+
 @quick
 @given(MATRICES, ANY)
 def test_what_was_rounded_stays_as_it_is(weight: torch.Tensor, grid: Grid) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from compress_search_plugins.bilstm import BiLstm
+from compress_search_plugins.born_again import BornAgain
 from compress_search_plugins.distill import Distill
 from compress_search_plugins.distillation.soft_targets import SoftTerm, logits_and_task_loss, soft_target_loss
 from torch import nn
@@ -160,6 +162,23 @@ def test_the_scheduler_and_the_shift_reach_the_soft_term() -> None:
     tau = row_temperatures(student, teacher, "flsw", 3.0, beta=1.5)
     loss = spy.calls[0]["loss"](candidate.network, batch)
     torch.testing.assert_close(loss, kl(student, teacher, tau))
+
+
+@pytest.mark.parametrize("method", [Distill(), BornAgain(), BiLstm()], ids=lambda method: type(method).__name__)
+def test_without_a_soft_term_nothing_said_of_it_counts(method: Any) -> None:
+    subject = tiny_candidate().subject.having("unlabelled")
+    params = defaults(method.search_space(subject))
+
+    def counts(**changes: Any) -> bool:
+        return "temperature" in method.effective(subject, {**params, **changes})
+
+    assert counts(alpha=0.5)
+    assert not counts(alpha=0.0)
+    if "annealing" in params:
+        assert counts(alpha=0.0, annealing="linear", anneal_to=0.5)
+        assert not counts(alpha=0.0, annealing="none", anneal_to=0.5)
+    if "transfer" in params:
+        assert counts(alpha=0.0, transfer=0.5), "text without labels has nothing else"
 
 
 @pytest.mark.parametrize("task", TASKS)

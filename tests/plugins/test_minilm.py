@@ -186,6 +186,21 @@ class TestSpace:
         assert METHOD.effective(BERT, asked)["assistant"] == expected
 
 
+    @pytest.mark.parametrize(
+        ("relations", "idle"),
+        [
+            ("qk", {"relation_heads", "value_weight"}),
+            ("qq+kk+vv", set()),
+            ("vv", {"attention_weight"}),
+            ("qq", {"value_weight"}),
+        ],
+    )
+    def test_relations_that_are_not_compared_have_neither_heads_nor_weight(self, relations, idle):
+        asked = {**defaults(METHOD.search_space(BERT)), "relations": relations}
+        named = {"relation_heads", "value_weight", "attention_weight"}
+        assert named - METHOD.effective(BERT, asked).keys() == idle
+
+
 class TestTraining:
     def applied(self, candidate, context, **changes):
         space = METHOD.search_space(candidate.subject)

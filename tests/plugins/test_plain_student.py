@@ -11,9 +11,10 @@ from compress_search_plugins.plain_student import PlainStudent
 from compress_search import Candidate, StudyError, TrialError
 from compress_search.driver import prepare
 from compress_search.encoders import layers, subject_of
-from compress_search.losses import kl
+from compress_search.losses import kl, mse_logits
 from compress_search.space import defaults
 from compress_search.study import load_study
+from compress_search.tasks import IGNORED
 from compress_search.testing import tiny_batches, tiny_candidate, tiny_context
 from compress_search.training import forward
 
@@ -49,9 +50,10 @@ def test_its_loss_is_the_tasks_own_unless_it_is_to_hear_the_teacher(task: str) -
     batch = next(tiny_batches(candidate))
     plain, taught = asked
     assert plain["loss"](plain["network"], batch) == context.task_loss(plain["network"], batch)
-    if task == "text-classification":
-        soft = kl(forward(taught["network"], batch), context.teacher_logits(batch), 2.0)
-        torch.testing.assert_close(taught["loss"](taught["network"], batch), soft)
+    said, heard = forward(taught["network"], batch), context.teacher_logits(batch)
+    mask = batch["labels"] != IGNORED if task == "token-classification" else None
+    soft = mse_logits(said, heard) if task == "text-regression" else kl(said, heard, 2.0, mask)
+    torch.testing.assert_close(taught["loss"](taught["network"], batch), soft)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 5.0])

@@ -19,7 +19,7 @@ from compress_search_plugins.precision.stored_bits import stored_bits
 from compress_search_plugins.precision.weight_maps import node_patterns
 
 from compress_search import Candidate, Params, Subject, TrialError
-from compress_search.encoders import FAMILIES, layers, parts
+from compress_search.encoders import FAMILIES, embeddings, layers, parts
 from compress_search.runtimes import load_runner, size_mb
 from compress_search.testing import tiny_context
 from tests import quantized
@@ -338,6 +338,10 @@ def test_the_padding_row_and_other_zeros_stay_zero(quantize: Quantize) -> None:
     candidate = distinct(layers=1)
     up = parts(layers(candidate.network)[0]).up.weight
     up.data[:, ::2] = 0
+    embeddings(candidate.network).word_embeddings.weight.data[0] = 0
     found = tensors(model_of(quantize(candidate, INT8["dynamic_int8"])))
     halves = [v[::2] for v, _ in integer_products(found) if v.shape == up.T.shape]
     assert any((half == 0).all() for half in halves)
+    (words,) = (v for name, v in found.items() if name.endswith("word_embeddings.weight_rows"))
+    assert (words[0] == 0).all()
+    assert (words[1:] != 0).any(axis=1).all()

@@ -102,6 +102,12 @@ def test_all_defaults_are_no_step() -> None:
     assert settled(threaded, other).methods == ("runtimes",)
 
 
+def test_the_defaults_are_no_step_after_a_student_that_reads_any_length_either() -> None:
+    params = defaults(METHOD.search_space(CPU))
+    for subject in (CPU.having("recurrent", positions=0), CPU.having(positions=CPU.positions // 2)):
+        assert METHOD.changes_nothing(subject, METHOD.effective(subject, params))
+
+
 @pytest.mark.parametrize("changes", [{"engine": "torch"}, {"coverage": 0.9}, {"max_length": 16}, {"buckets": 2}])
 def test_whatever_differs_from_the_defaults_is_a_step(changes: dict[str, Any]) -> None:
     step = Step.of("runtimes", {**defaults(METHOD.search_space(CPU)), **changes})

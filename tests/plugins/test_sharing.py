@@ -358,16 +358,27 @@ def watching(candidate: Candidate, tmp_path: Path, steps: int = 6) -> Watching:
     return Watching(candidate, tmp_path, steps=steps)
 
 
-def test_layers_are_tied_in_the_middle_and_learn_slower_the_more_share(tmp_path: Path) -> None:
+def test_layers_are_tied_in_the_middle(tmp_path: Path) -> None:
     candidate = tiny_candidate()
     context = watching(candidate, tmp_path)
     shared(candidate, context, groups=2, learning_rate=1e-3)
     first, second = context.__dict__["calls"]
     assert (first["share"], second["share"]) == (0.5, 0.5)
     assert (first["scored"], second.get("scored", True)) == (False, True)
-    assert first["learning_rate"] == 1e-3
-    assert second["learning_rate"] == pytest.approx(1e-3 / math.sqrt(2))
+    assert first["learning_rate"] == second["learning_rate"] == 1e-3
     assert first["apart"] > 0 == second["apart"]
+
+
+def test_what_layers_share_learns_slower_and_what_each_has_alone_does_not(tmp_path: Path) -> None:
+    candidate = tiny_candidate()
+    context = watching(candidate, tmp_path)
+    result = shared(candidate, context, groups=2, mode="attention", learning_rate=1e-3)
+    *apart, group = context.__dict__["calls"][-1]["parameters"]
+    assert group.learning_rate == pytest.approx(1e-3 / math.sqrt(2))
+    for layer in layers(result.network):
+        assert parts(layer).query.weight in set(group.parameters)
+        assert parts(layer).up.weight in set(apart)
+    assert len(apart) + len(group.parameters) == len(list(result.network.parameters()))
 
 
 def test_a_stronger_penalty_leaves_layers_nearer(tmp_path: Path) -> None:

@@ -336,7 +336,7 @@ def test_both_stages_leave_an_ordinary_shorter_network(family: str, task: str) -
 @pytest.mark.parametrize(
     "changes",
     [
-        {"schedule": "constant", "base_rate": 0.5},
+        {"schedule": "constant", "constant_rate": 0.5},
         {"mixing": "uniform", "sample_granularity": "example"},
         {"mixing": "deterministic"},
         {"sample_granularity": "example"},
@@ -425,14 +425,18 @@ def test_stage_one_follows_its_schedule_and_stage_two_knows_no_gate(mixing: str,
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(theseus, "draw_gates", drawing)
-        changes = {} if mixing == "deterministic" else {"schedule": schedule}
-        Theseus().apply(candidate, parameters(candidate, mixing=mixing, base_rate=0.4, **changes), context)
+        ramp = mixing == "deterministic" or schedule == "linear"
+        changes = {"base_rate": 0.4, "full_replacement_at": 0.25} if ramp else {"constant_rate": 0.6}
+        if mixing != "deterministic":
+            changes["schedule"] = schedule
+        Theseus().apply(candidate, parameters(candidate, mixing=mixing, **changes), context)
     assert len(rates) == context.fits[0] == 40
-    if mixing == "deterministic" or schedule == "linear":
+    if ramp:
         assert rates[0] == pytest.approx(0.4)
-        assert rates[20:] == [1.0] * 20
+        assert rates[9] < 1
+        assert rates[10:] == [1.0] * 30
     else:
-        assert rates == [0.4] * 40
+        assert rates == [0.6] * 40
 
 
 def test_a_dry_run_has_the_final_shapes() -> None:

@@ -341,6 +341,13 @@ def test_the_smallest_part_follows_from_what_the_tokenizer_needs_to_spell():
     assert "single characters" in str(METHOD.unsupported(chinese.having(alphabet=21000)))
 
 
+def test_to_keep_all_is_no_step():
+    subject = Subject("bert", "text-classification", 6, 12, 32, 384, 1536, 30522, 512, 2, 4)
+    params = defaults(METHOD.search_space(subject))
+    assert METHOD.changes_nothing(subject, {**params, "keep": 1.0})
+    assert not METHOD.changes_nothing(subject, {**params, "keep": 0.95})
+
+
 def test_the_number_is_closed_form_for_keep_and_an_upper_bound_for_coverage():
     subject = Subject("bert", "text-classification", 6, 12, 32, 384, 1536, 30522, 512, 2, 4)
     after = METHOD.after(subject, {"criterion": "keep", "keep": 8000 / 30522, "keep_characters": True})
