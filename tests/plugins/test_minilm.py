@@ -185,7 +185,6 @@ class TestSpace:
         asked = {**defaults(METHOD.search_space(BERT)), "layers": layers, "width": width}
         assert METHOD.effective(BERT, asked)["assistant"] == expected
 
-
     @pytest.mark.parametrize(
         ("relations", "idle"),
         [
