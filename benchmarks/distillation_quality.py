@@ -35,11 +35,25 @@ RATES = {"theseus": (3e-4, 1e-3), "": (1e-4, 3e-4)}
 """Of which each method takes, on each set, that whose student of half depth and the first seed validates best.
 
 Theseus trains a layer in part of its steps alone and halves its rate for the rest: it has the higher pair."""
+STARTS: Mapping[str, Mapping[str, Any]] = {
+    "tinybert": {"start": "first"},
+    "distilbert": {"init_layers": "first"},
+    "minilm": {"init": "first"},
+    # beside labels and logits, so that nothing is learnt before the task
+    "layer_match": {"init": "first", "strategy": "last", "features": "hidden", "hidden_weight": 0.1},
+}
+"""What has these begin as their teacher's first layers; by their papers they begin as layers from all its depth.
+
+Chosen as the rate is. The baselines and Theseus begin as the first layers."""
 SHAPES = {"half": (3, 1.0), "third": (2, 1.0), "half, half as wide": (3, 0.5)}
 """(layers, width as a part of the teacher's); a narrow student is for the methods that can make one."""
 BASELINES = ("truncated", "truncated teacher", "kd")
 """What the others are compared with: fine-tuning on the labels the lower layers of what the teacher was made from,
 which is the literature's control, or those of the teacher itself; and the latter with soft targets."""
+
+FIRST = "first"
+Setting = tuple[float, str]
+"""Learning rate, and :data:`FIRST` or the method's own start."""
 
 PRETRAINED = {"model": "models/all-minilm-l6-v2"}
 CHINESE = {
@@ -110,6 +124,7 @@ class Cell:
     validation: float
     test: float
     seconds: float
+    start: str = ""
 
 
 def write_study(folder: Path, shared: Path, name: str, steps: int, objectives: Sequence[str] = ()) -> Path:
@@ -153,24 +168,26 @@ class Students:
         if not any(cell.method == TEACHER for cell in self.kept):
             self._keep(Cell(name, "-", TEACHER, 0.0, 0, 0, *ground.scores(ground.materials.teacher.network), 0.0))
 
-    def trained(self, depth: str, method: str, learning_rate: float, seed: int) -> Cell:
+    def trained(self, depth: str, method: str, setting: Setting, seed: int) -> Cell:
         """The student, trained unless it is kept from earlier."""
-        wanted = (depth, method, learning_rate, seed, self.steps)
+        wanted = (depth, method, setting, seed, self.steps)
         for cell in self.kept:
-            if (cell.depth, cell.method, cell.learning_rate, cell.seed, cell.steps) == wanted:
+            if (cell.depth, cell.method, (cell.learning_rate, cell.start), cell.seed, cell.steps) == wanted:
                 return cell
-        return self._keep(self._train(depth, method, learning_rate, seed))
+        return self._keep(self._train(depth, method, setting, seed))
 
-    def _train(self, depth: str, method: str, learning_rate: float, seed: int) -> Cell:
+    def _train(self, depth: str, method: str, setting: Setting, seed: int) -> Cell:
         [(name, params)] = arms(*SHAPES[depth])[method].items()
-        recipe = self.ground.recipe({name: {**params, "learning_rate": learning_rate}})
+        learning_rate, start = setting
+        chosen = {**params, **(STARTS[method] if start else {}), "learning_rate": learning_rate}
+        recipe = self.ground.recipe({name: chosen})
         started = time.perf_counter()
         candidate, steps = self.ground.apply(recipe, self.scratch, seed=seed)
         seconds = time.perf_counter() - started
         assert candidate.subject.layers == SHAPES[depth][0], recipe
         assert steps == self.steps, "every method trains for as many steps"
         scores = self.ground.scores(candidate.network)
-        return Cell(self.name, depth, method, learning_rate, seed, steps, *scores, seconds)
+        return Cell(self.name, depth, method, learning_rate, seed, steps, *scores, seconds, start)
 
     def _keep(self, cell: Cell) -> Cell:
         self.kept.append(cell)
@@ -180,14 +197,17 @@ class Students:
         click.echo(json.dumps(asdict(cell)))
         return cell
 
-    def learning_rate(self, method: str, seed: int) -> float:
-        """The rate that is best on validation at half depth and this seed."""
-        return best_rate(self.trained("half", method, rate, seed) for rate in RATES.get(method, RATES[""]))
+    def setting(self, method: str, seed: int) -> Setting:
+        """The rate and the start that are best on validation at half depth and this seed."""
+        starts = ("", FIRST) if method in STARTS else ("",)
+        settings = product(RATES.get(method, RATES[""]), starts)
+        return best_setting(self.trained("half", method, setting, seed) for setting in settings)
 
 
-def best_rate(cells: Iterable[Cell]) -> float:
-    """Of these students that which validates best."""
-    return max(cells, key=lambda cell: cell.validation).learning_rate
+def best_setting(cells: Iterable[Cell]) -> Setting:
+    """That of these students which validates best."""
+    best = max(cells, key=lambda cell: cell.validation)
+    return best.learning_rate, best.start
 
 
 def stored() -> list[Cell]:
@@ -197,14 +217,15 @@ def stored() -> list[Cell]:
     return [Cell(**json.loads(line)) for line in RECORDS.read_text(encoding="utf-8").splitlines()]
 
 
-def at_best_rates(cells: Sequence[Cell]) -> list[Cell]:
-    """Without the students of rates that their method does not take on their set."""
+def at_best_settings(cells: Sequence[Cell]) -> list[Cell]:
+    """Without the students of settings that their method does not take on their set."""
     first: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
         if cell.depth == "half":
             first.setdefault((cell.set, cell.method), []).append(cell)
-    rates = {key: best_rate(cell for cell in tried if cell.seed == tried[0].seed) for key, tried in first.items()}
-    return [cell for cell in cells if cell.learning_rate == rates.get((cell.set, cell.method), cell.learning_rate)]
+    best = {key: best_setting(cell for cell in tried if cell.seed == tried[0].seed) for key, tried in first.items()}
+    taken = [(cell, (cell.learning_rate, cell.start)) for cell in cells]
+    return [cell for cell, setting in taken if setting == best.get((cell.set, cell.method), setting)]
 
 
 def interval(values: Sequence[float]) -> str:
@@ -233,23 +254,27 @@ def rows_of(cells: Sequence[Cell]) -> Iterator[list[object]]:
             found = {(cell.method, cell.seed): cell for cell in cells if (cell.set, cell.depth) == (name, depth)}
             for method in dict.fromkeys(method for method, _ in found):
                 mine = [cell for (other, _), cell in found.items() if other == method]
-                row: list[object] = [name, depth, method, f"{mine[0].learning_rate:g}", len(mine)]
+                told = ", ".join([f"{mine[0].learning_rate:g}", *filter(None, [mine[0].start])])
+                row: list[object] = [name, depth, method, told, len(mine)]
                 row += [interval([cell.validation for cell in mine]), interval([cell.test for cell in mine])]
                 yield row + [difference(found, method, baseline) for baseline in BASELINES]
 
 
 def report(cells: Sequence[Cell], steps: int) -> Path:
     """Write the table."""
-    header = ["set", "layers", "method", "rate", "seeds", "validation", "test"]
+    header = ["set", "layers", "method", "setting", "seeds", "validation", "test"]
     told = (
         f"About {steps} optimizer steps of {BATCH} examples a student, phases included, in bfloat16; primary "
         "metric of the task in points: mean over seeds with the 95 % t interval of the mean, and paired "
         "differences on the test set. `truncated`: the lower layers of what the teacher was made from, fine-tuned "
         "on the labels; `truncated teacher`: those of the teacher; `kd`: the latter with soft targets (α = 0.5, "
         "τ = 2). Each method takes, on each set, that of two learning rates which validates best at half depth "
-        "and the first seed: 1e-4 and 3e-4, for Theseus 3e-4 and 1e-3."
+        "and the first seed: 1e-4 and 3e-4, for Theseus 3e-4 and 1e-3. Those whose papers begin with layers from "
+        "all the teacher's depth choose in the same way between these and its `first` layers, as which all others "
+        "begin (layer_match then with the top layers' states alone, at a tenth of their weight, beside labels and "
+        "logits)."
     )
-    rows = rows_of(at_best_rates(cells))
+    rows = rows_of(at_best_settings(cells))
     table = tables.table([*header, *(f"over {baseline}" for baseline in BASELINES)], rows)
     return tables.write("distillation_quality", "What the ways of distillation are worth", [told, table])
 
@@ -279,7 +304,7 @@ def main(shared: Path, sets: str, depths: str, methods: str, seeds: str, steps: 
             students = Students(name, ground, Path(folder))
             for depth, seed, method in product(listed(depths), numbers, listed(methods)):
                 if method in arms(*SHAPES[depth]):
-                    students.trained(depth, method, students.learning_rate(method, numbers[0]), seed)
+                    students.trained(depth, method, students.setting(method, numbers[0]), seed)
             click.echo(
                 report([cell for cell in stored() if abs(cell.steps - steps) <= 10 or not cell.steps], steps)
             )

@@ -50,6 +50,12 @@ def sources(params: Params, teacher: int) -> list[int]:
     return source_layers(str(params["init_layers"]), count, teacher)
 
 
+def _first_name(params: Params, teacher: int) -> str:
+    """The first of :data:`INITS` by which the student would start as the same layers."""
+    wanted = sources(params, teacher)
+    return next(name for name in INITS if sources({**params, "init_layers": name}, teacher) == wanted)
+
+
 def foldable(subject: Subject) -> bool:
     """Whether token types say nothing: there are several, and every example is a single text."""
     return subject.token_types > 1 and "pairs" not in subject.traits
@@ -107,6 +113,8 @@ class DistilBert(Method):
         """Token types stay where they say something; an empty list of layers, or a weight of 0, says nothing."""
         second = bool(params["second_distillation"]) and bool(params["second_alpha"])
         found = {**params, "drop_token_type": bool(params["drop_token_type"]) and foldable(subject)}
+        if "init_layers" in found:
+            found["init_layers"] = _first_name(found, subject.layers)
         idle = set() if found.get("custom_layers") else {"custom_layers"}
         idle |= (set() if second else {"second_alpha"}) | _idle_chains(found, second)
         return {name: value for name, value in found.items() if name not in idle} | {"second_distillation": second}

@@ -46,10 +46,12 @@ from .distillation.starts import (
     begun_faults,
     begun_subject,
     cut_when,
+    init_dim,
+    settled_cut,
     start_missing,
     start_space,
 )
-from .distillation.students import NARROW, depth_dim, settled_width, unfit, width_dim
+from .distillation.students import NARROW, depth_dim, unfit, width_dim
 
 FEATURES = ("hidden", "attention", "hidden+attention", "embedding+hidden+attention")
 ALIGNED = "learned_align"
@@ -150,7 +152,7 @@ class LayerMatch(Method):
             **start_space(teacher),
             "layers": depth_dim(teacher, when=cut),
             "width": width_dim(teacher, when=cut),
-            "init": Dim.choice(("spread", "first", "last"), "spread", when=cut, expert=True),
+            "init": init_dim(cut),
             "matches": Dim.text(partial(written, teacher_layers=teacher.layers), BY_STRATEGY),
             "strategy": Dim.choice((*usual, EARTH_MOVER), "uniform", when=strategy, usual=usual),
             "features": Dim.choice(FEATURES, "hidden+attention", when=strategy),
@@ -183,7 +185,7 @@ class LayerMatch(Method):
 
     def effective(self, subject: Subject, params: Params) -> Params:
         """A width of whole heads, what "auto" comes to, and without what then says nothing."""
-        found = settled_width(subject, params)
+        found = settled_cut(subject, params)
         narrow = begun_subject(subject, found).hidden != subject.hidden
         told = _told_phases(found)
         if found["phases"] == "auto":

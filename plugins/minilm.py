@@ -29,10 +29,12 @@ from .distillation.starts import (
     begun_faults,
     begun_subject,
     cut_when,
+    init_dim,
+    settled_cut,
     start_missing,
     start_space,
 )
-from .distillation.students import cut_student, depth_dim, settled_width, unfit, width_dim
+from .distillation.students import cut_student, depth_dim, unfit, width_dim
 
 RELATIONS = ("qk+vv", "qq+kk+vv", "qq", "kk", "vv", "qk")
 RELATION_HEADS = (12, 24, 48, 64)
@@ -102,7 +104,7 @@ class MiniLM(Method):
             **start_space(teacher),
             "layers": depth_dim(teacher, when=cut),
             "width": width_dim(teacher, when=cut),
-            "init": Dim.choice(("spread", "first", "last"), "spread", when=cut, expert=True),
+            "init": init_dim(cut),
             "version": Dim.choice(("v1", "v2"), "v2"),
             "relation_heads": Dim.choice(heads, default_heads(heads), when=second),
             "relations": Dim.choice(RELATIONS, "qq+kk+vv", when=second, expert=True),
@@ -127,7 +129,7 @@ class MiniLM(Method):
 
         Where logits and labels have no weight relations are learnt to the end.
         """
-        found = settled_width(subject, params)
+        found = settled_cut(subject, params)
         student = begun_subject(subject, found)
         if "relation_heads" in found:
             asked = int(found["relation_heads"])

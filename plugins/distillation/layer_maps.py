@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 STRATEGIES = ("uniform", "skip", "last", "first", "mirror_theseus")
+SOURCES = ("spread", "first", "last")
+"""Which of the teacher's layers a student can start as: see :func:`source_layers`."""
 
 
 def layer_pairs(strategy: str, student: int, teacher: int) -> list[tuple[int, int]]:

@@ -14,8 +14,8 @@ from torch import nn
 
 from compress_search import Candidate, Context, Dim, Params, Subject, TrialError
 
-from .layer_maps import source_layers
-from .students import cut_student, same_shape, student_subject
+from .layer_maps import SOURCES, source_layers
+from .students import cut_student, same_shape, settled_width, student_subject
 
 CUT, CHECKPOINT = "teacher", "checkpoint"
 """What ``start`` is called where a student starts as the study's small pretrained network, of its shapes."""
@@ -123,6 +123,21 @@ def from_checkpoint(candidate: Candidate, context: Context) -> Candidate:
     if fault := checkpoint_fault(candidate.subject):
         raise TrialError(fault)
     return candidate.replace(network=network, subject=checkpoint_subject(candidate.subject))
+
+
+def init_dim(when: Mapping[str, tuple[str, ...]]) -> Dim:
+    """Which of the teacher's layers a student starts as. Spread ones reach up, the first know one another."""
+    return Dim.choice(SOURCES, "spread", when=when, usual=("spread", "first"))
+
+
+def settled_cut(teacher: Subject, params: Params) -> dict[str, int | float | str]:
+    """The parameters with a width of whole heads, and layers to start as by the first name that they have."""
+    found = settled_width(teacher, params)
+    if "init" in found:
+        depths = int(found["layers"]), teacher.layers
+        wanted = source_layers(str(found["init"]), *depths)
+        found["init"] = next(name for name in SOURCES if source_layers(name, *depths) == wanted)
+    return found
 
 
 def begun_subject(subject: Subject, params: Params) -> Subject:

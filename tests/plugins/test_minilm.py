@@ -177,6 +177,11 @@ class TestSpace:
         params = METHOD.effective(BERT, defaults(METHOD.search_space(BERT)))
         assert (params["version"], params["relation_heads"], params["teacher_layer"]) == ("v2", 48, 12)
 
+    @pytest.mark.parametrize(("layers", "init", "expected"), [(6, "first", "first"), (1, "first", "spread")])
+    def test_layers_to_start_as_have_one_name(self, layers, init, expected):
+        asked = {**defaults(METHOD.search_space(BERT)), "layers": layers, "init": init}
+        assert METHOD.effective(BERT, asked)["init"] == expected
+
     @pytest.mark.parametrize(
         ("layers", "width", "expected"),
         [(6, 0.5, "always"), (6, 1.0, "never"), (8, 0.5, "never"), (3, 0.25, "always")],
