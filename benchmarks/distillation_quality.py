@@ -36,7 +36,6 @@ RATES = {"theseus": (3e-4, 1e-3), "": (1e-4, 3e-4)}
 
 Theseus trains a layer in part of its steps alone and halves its rate for the rest: it has the higher pair."""
 STARTS: Mapping[str, Mapping[str, Any]] = {
-    "tinybert": {"start": "first"},
     "distilbert": {"init_layers": "first"},
     "minilm": {"init": "first"},
     # beside labels and logits, so that nothing is learnt before the task

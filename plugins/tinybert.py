@@ -52,9 +52,8 @@ from .distillation.students import (
 
 MAPS = {"uniform": "uniform", "top": "last", "bottom": "first"}
 """The paper's names of maps -> ours."""
-FIRST = "first"
-STARTS = (CUT, FIRST, "random")
-"""Where students of these ``layers`` and ``width`` start: as what they learn from, as the bottom layers, anew."""
+STARTS = (CUT, "random")
+"""Where students start that are cut to ``layers`` and ``width``."""
 PROJECTION_RATE = 1e-3
 BATCH = 32
 """Texts in a step on unlabelled text."""
@@ -110,15 +109,10 @@ def _hidden(params: Params, feature: str, ours: int, theirs: int) -> dict[str, A
 
 
 def start(candidate: Candidate, params: Params, seed: int) -> Candidate:
-    """The student before any training: what it learns from, the teacher's bottom layers, or random weights."""
-    student = cut_student(candidate, start_layers(params, candidate.subject), float(params["width"]))
+    """The student before any training: the teacher's layers that it learns from, or random weights."""
+    sources = [theirs - 1 for _, theirs in pairs(params, candidate.subject.layers)]
+    student = cut_student(candidate, sources, float(params["width"]))
     return student.replace(network=afresh(student.network, seed)) if params["start"] == "random" else student
-
-
-def start_layers(params: Params, teacher: Subject) -> list[int]:
-    """The teacher's layers, from 0, that a student which is cut out of it starts as."""
-    learnt = [theirs - 1 for _, theirs in pairs(params, teacher.layers)]
-    return list(range(len(learnt))) if params["start"] == FIRST else learnt
 
 
 def afresh(network: nn.Module, seed: int) -> nn.Module:
@@ -145,7 +139,7 @@ class TinyBert(Method):
             "layers": depth_dim(teacher, when=named | cut),
             "width": width_dim(teacher, when=cut),
             "layer_map": Dim.choice(tuple(MAPS), "uniform", when=named),
-            "start": Dim.choice((*STARTS, *checkpoints(teacher)), CUT, usual=(CUT, FIRST)),
+            "start": Dim.choice((*STARTS, *checkpoints(teacher)), CUT, expert=True),
             "embedding_weight": Dim.real(0.01, 10.0, 1.0, log=True, expert=True),
             "hidden_weight": Dim.real(0.01, 10.0, 1.0, log=True, expert=True),
             "attention_weight": Dim.real(0.01, 10.0, 1.0, log=True),
@@ -170,13 +164,10 @@ class TinyBert(Method):
         return unfit(subject)
 
     def effective(self, subject: Subject, params: Params) -> Params:
-        """A width of whole heads; an empty map says nothing, nor do the bottom layers where it learns from them."""
+        """A width of whole heads; an empty map says nothing."""
         found = settled_width(subject, params)
         if not found.get("custom_map"):
             found.pop("custom_map", None)
-        cut = {**found, "start": CUT}
-        if found["start"] == FIRST and start_layers(found, subject) == start_layers(cut, subject):
-            return cut
         return found
 
     def faults(self, subject: Subject, params: Params) -> Mapping[str, str]:

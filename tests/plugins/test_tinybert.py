@@ -57,24 +57,6 @@ def loss_of(matching, student, teacher, batch):
     return matching.loss(dict(enumerate(terms_of(matching, student, teacher, batch))))
 
 
-class TestStarts:
-    def test_the_first_layers_can_be_where_it_starts_whatever_it_learns_from(self):
-        candidate = tiny_candidate(layers=4)
-        params = settled(candidate, layers=2, start="first")
-        assert pairs(params, 4) == [(1, 2), (2, 4)]
-        stack, student = layers(candidate.network), layers(start(candidate, params, seed=0).network)
-        assert [same(ours, theirs) for ours, theirs in zip(student, stack[:2], strict=True)] == [True, True]
-
-    def test_a_student_of_the_first_layers_that_learns_from_them_has_one_name(self):
-        candidate = tiny_candidate(layers=4)
-        assert settled(candidate, layers=2, layer_map="bottom", start="first")["start"] == "teacher"
-        assert settled(candidate, layers=2, layer_map="top", start="first")["start"] == "first"
-
-
-def same(ours, theirs):
-    return all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
-
-
 class TestMaps:
     @pytest.mark.parametrize(
         ("changes", "expected"),
