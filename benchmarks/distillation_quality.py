@@ -269,9 +269,9 @@ def report(cells: Sequence[Cell], steps: int) -> Path:
         "on the labels; `truncated teacher`: those of the teacher; `kd`: the latter with soft targets (α = 0.5, "
         "τ = 2). Each method takes, on each set, that of two learning rates which validates best at half depth "
         "and the first seed: 1e-4 and 3e-4, for Theseus 3e-4 and 1e-3. `distilbert`, `minilm` and `layer_match` "
-        "choose in the same way between layers from all the teacher's depth, with which their papers begin, and its "
-        "`first` layers, as which the baselines begin (`layer_match` then with the top layers' states alone, at a "
-        "tenth of their weight, beside labels and logits)."
+        "choose in the same way between layers from all the teacher's depth, with which their papers begin, and "
+        "its `first` layers, as which the baselines begin (`layer_match` then with the top layers' states alone, "
+        "at a tenth of their weight, beside labels and logits)."
     )
     rows = rows_of(at_best_settings(cells))
     table = tables.table([*header, *(f"over {baseline}" for baseline in BASELINES)], rows)

@@ -1,5 +1,6 @@
 """What the teacher computes on the way is the same from disk as from a forward pass, and keeps to its limit."""
 
+import errno
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -163,6 +164,21 @@ def test_a_reader_keeps_what_another_worker_deletes(prepared, tmp_path, monkeypa
     for name in ("_compute", "read_features"):
         monkeypatch.setattr(outputs, name, lambda *_: pytest.fail("the teacher was run again"))
     close(first(other, ["hidden.1"]), expected, other)
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing_that_looks_finished(prepared, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    key, network, split = prepared()
+    stored, batch = TeacherOutputs(network, key, split, tmp_path, limit=1e9), batches(split, 1)[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(outputs.os, "posix_fallocate", full)
+        with pytest.raises(OSError, match="No space left"):
+            stored(batch, ["hidden.1"])
+    assert not (stored.directory / "hidden.1").exists()
+    close(stored(batch, ["hidden.1"]), read_features(network, batch, ["hidden.1"]), batch)
+    assert kept(stored) == ["hidden.1"]
 
 
 def test_what_was_half_deleted_is_made_anew(prepared, tmp_path):

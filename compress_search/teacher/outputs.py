@@ -165,6 +165,9 @@ def _compute(network: nn.Module, split: Split, shapes: dict[str, tuple[int, ...]
         (directory / name).mkdir(parents=True)
         path = directory / name / FILE
         arrays[name] = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error now, and a dead process once a page is written
+            with path.open("rb+") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     with torch.no_grad():
         for batch in ordered_batches(split, BATCH):
             found = read_features(network, to_device(batch, device), list(shapes))
