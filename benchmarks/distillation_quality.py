@@ -59,12 +59,12 @@ FOUND = (
 noise. At half depth it is above those of the teacher on stsb alone: its successors start as just these layers, and
 learn only while their gates are open. At a third of the depth it is on banking77, too. On cluener `truncated`
 students have random layers, for its teacher was made on the spot.""",
-    """On sentences some method is above plain distillation, on sst2 within the noise. On tags none is by more than a
-tenth of a point at half depth, and three things keep them from it. Spread layers: a DistilBERT of the first ones has
-5 to 11 points more. Steps without the task: where half of them go to inner layers first, too few are left; with 800
-steps and one seed TinyBERT and MiniLM come to 71.9 and 71.8 on wikigold, plain distillation to 75.1, the teacher's own
-score. And states that three layers cannot reach: matched at the weight of the task they cost 9 points on cluener (one
-seed), at a tenth of it and in the top layers alone they cost nothing.""",
+    """On sentences some method is above plain distillation, on sst2 within the noise. On tags none is by more than
+a tenth of a point at half depth, and three things keep them from it. Spread layers: a DistilBERT of the first ones
+has 5 to 11 points more. Steps without the task: where half of them go to inner layers first, too few are left; with
+800 steps and one seed TinyBERT and MiniLM come to 71.9 and 71.8 on wikigold, plain distillation to 75.1, the
+teacher's own score. And states that three layers cannot reach: matched at the weight of the task they cost 9 points
+on cluener (one seed), at a tenth of it and in the top layers alone they cost nothing.""",
 )
 
 PRETRAINED = {"model": "models/all-minilm-l6-v2"}
@@ -288,12 +288,8 @@ def report(cells: Sequence[Cell], steps: int) -> Path:
     )
     rows = rows_of(at_best_settings(cells))
     table = tables.table([*header, *(f"over {baseline}" for baseline in BASELINES)], rows)
-    parts = [
-        told,
-        table,
-        "## What pays, and what does not",
-        *FOUND.replace("\n\n", "|").replace("\n", " ").split("|"),
-    ]
+    found = [paragraph.replace("\n", " ") for paragraph in FOUND]
+    parts = [told, table, "## What pays, and what does not", *found]
     return tables.write("distillation_quality", "What the ways of distillation are worth", parts)
 
 

@@ -223,17 +223,20 @@ def _check_reachable(plan: Plan, wanted: Mapping[str, Mapping[str, Any]]) -> Non
 
 def _subjects(plan: Plan, name: str) -> Iterator[Subject]:
     """What a method may find: the teacher, and what all methods before it leave, or one of them, at defaults."""
-    before = [other for other, method in plan.methods.items() if method.stage < plan.methods[name].stage]
+    stage = plan.methods[name].stage
+    before = [other for other, method in plan.methods.items() if method.stage < stage]
     yield plan.teacher
     for kept in (before, *([other] for other in before)):
-        yield _after(plan, kept)
+        yield _before(plan, stage, kept)
 
 
-def _after(plan: Plan, names: Iterable[str]) -> Subject:
+def _before(plan: Plan, stage: Stage, names: Iterable[str]) -> Subject:
+    """What these methods, and those that a study has in every recipe, leave for a stage."""
     recipe, _ = plan.at_defaults(names)
     subject = plan.teacher
     for step in recipe.steps:
-        subject = plan.methods[step.method].after(subject, step.params)
+        if plan.methods[step.method].stage < stage:
+            subject = plan.methods[step.method].after(subject, step.params)
     return subject
 
 

@@ -16,6 +16,7 @@ from compress_search.errors import PluginError, StudyError, TrialError
 from compress_search.method import Context, Method, Stage
 from compress_search.plan import Plan, make_plan
 from compress_search.recipe import Recipe, settle
+from compress_search.registry import Registry
 from compress_search.space import Dim, Params
 from compress_search.study import load_study
 
@@ -273,6 +274,17 @@ def test_a_fixed_value_is_refused_where_only_idle_it_would_be_no_fault(tiny_stud
         made(wanted=4)
     assert made(wanted=[3, 4]).spaces["matched"]["match"].default is False
     made(wanted=2)
+
+
+def test_what_recovers_can_be_in_every_recipe_that_has_something_to_recover(
+    tiny_study: Callable[..., Path],
+) -> None:
+    study = load_study(tiny_study(methods={"theseus": {"use": True}, "distill": {"use": True}}))
+    recipe, _ = make_plan(study, Registry(), TEACHER).at_defaults([])
+    assert recipe.methods == ("theseus", "distill")
+    alone = load_study(tiny_study(methods={"distill": {"use": True}}))
+    with pytest.raises(StudyError, match=r"methods\.distill: .*nothing to recover"):
+        make_plan(alone, Registry(), TEACHER)
 
 
 def test_a_fault_is_named_where_a_recipe_is_settled() -> None:
