@@ -63,8 +63,8 @@ students have random layers, for its teacher was made on the spot.""",
 a tenth of a point at half depth, and three things keep them from it. Spread layers: a DistilBERT of the first ones
 has 5 to 11 points more. Steps without the task: where half of them go to inner layers first, too few are left; with
 800 steps and one seed TinyBERT and MiniLM come to 71.9 and 71.8 on wikigold, plain distillation to 75.1, the
-teacher's own score. And states that three layers cannot reach: matched at the weight of the task they cost 9 points
-on cluener (one seed), at a tenth of it and in the top layers alone they cost nothing.""",
+teacher's own score. And inner states at the weight of the task: with those of the top layers alone, at a tenth of
+it, `layer_match` of the first layers is level with plain distillation.""",
 )
 
 PRETRAINED = {"model": "models/all-minilm-l6-v2"}

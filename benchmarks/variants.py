@@ -266,7 +266,8 @@ def main(shared: Path, name: str, groups: str, steps: int, quick: bool) -> None:
         f"One candidate of each kind on {name}, about {steps} optimizer steps of {BATCH} examples, learning rate "
         f"{RATE:g} (recurrent students 3e-3), bfloat16, one seed: primary metric in points, closed-form size, "
         "seconds to make. Read differences beside the standard error of a score, about half a point on these test "
-        "sets of thousands, and about as much again between seeds. Recipes: `benchmarks/variants.py`."
+        "sets of thousands, and about as much again between seeds. Recipes: `benchmarks/variants.py`, which has "
+        "more than were run here."
     )
     header = ["method", "variant", "validation", "test", "MB", "seconds"]
     first = ["teacher", "", *(f"{100 * score:.1f}" for score in teacher), f"{size:.1f}", ""]

@@ -87,6 +87,8 @@ class Runtimes(Method):
         kept = {name: value for name, value in params.items() if engine == COMPILE or name not in _TORCH_ONLY[1:]}
         if engine == ONNX:
             kept.pop("attention", None)
+        if kept.get("max_length", UNLIMITED) != UNLIMITED:
+            kept["max_length"] = max(SHORTEST, cast(int, kept["max_length"]))
         return {**options, **kept, "engine": engine}
 
     def changes_nothing(self, subject: Subject, params: Params) -> bool:

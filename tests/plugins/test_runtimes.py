@@ -108,6 +108,11 @@ def test_the_defaults_are_no_step_after_a_student_that_reads_any_length_either()
         assert METHOD.changes_nothing(subject, METHOD.effective(subject, params))
 
 
+def test_a_cut_leaves_the_shortest_input_and_says_so() -> None:
+    params = {**defaults(METHOD.search_space(CPU)), "max_length": 3}
+    assert METHOD.effective(CPU, params)["max_length"] == 8
+
+
 @pytest.mark.parametrize("changes", [{"engine": "torch"}, {"coverage": 0.9}, {"max_length": 16}, {"buckets": 2}])
 def test_whatever_differs_from_the_defaults_is_a_step(changes: dict[str, Any]) -> None:
     step = Step.of("runtimes", {**defaults(METHOD.search_space(CPU)), **changes})
