@@ -44,7 +44,7 @@ STARTS: Mapping[str, Mapping[str, Any]] = {
 """What has these begin as their teacher's first layers; by their papers they begin as layers from all its depth.
 
 Chosen as the rate is. The baselines and Theseus begin as the first layers."""
-SHAPES = {"half": (3, 1.0), "third": (2, 1.0), "half, half as wide": (3, 0.5)}
+SHAPES = {"half": (3, 1.0), "third": (2, 1.0), "half and half as wide": (3, 0.5)}
 """(layers, width as a part of the teacher's); a narrow student is for the methods that can make one."""
 BASELINES = ("truncated", "truncated teacher", "kd")
 """What the others are compared with: fine-tuning on the labels the lower layers of what the teacher was made from,
@@ -109,18 +109,18 @@ SETS: Mapping[str, Mapping[str, Any]] = {
 
 def arms(layers: int, width: float = 1.0) -> dict[str, dict[str, Any]]:
     """The methods section of each way to make a student of so many layers and that width."""
-    if width < 1:
-        return {name: {name: {"layers": layers, "width": width}} for name in ("tinybert", "minilm", "layer_match")}
-    return {
-        "truncated": {"plain_student": {"layers": layers, "start": "untrained"}},
-        "truncated teacher": {"plain_student": {"layers": layers}},
-        "kd": {"plain_student": {"layers": layers, "alpha": 0.5}},
+    shape = {"layers": layers, "width": width}
+    found: dict[str, dict[str, Any]] = {
+        "truncated": {"plain_student": {**shape, "start": "untrained"}},
+        "truncated teacher": {"plain_student": shape},
+        "kd": {"plain_student": {**shape, "alpha": 0.5}},
         "theseus": {"theseus": {"block_size": LAYERS // layers}},
-        "tinybert": {"tinybert": {"layers": layers}},
+        "tinybert": {"tinybert": shape},
         "distilbert": {"distilbert": {"layers": layers}},
-        "minilm": {"minilm": {"layers": layers}},
-        "layer_match": {"layer_match": {"layers": layers}},
+        "minilm": {"minilm": shape},
+        "layer_match": {"layer_match": shape},
     }
+    return {name: arm for name, arm in found.items() if width == 1 or name not in ("theseus", "distilbert")}
 
 
 @dataclass(frozen=True)

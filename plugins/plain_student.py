@@ -2,17 +2,15 @@
 
 Every other student has to be better than this one at the same size; so has what is trained large and then
 compressed. Owns the choice of the start: the teacher's untrained layers, as a model of that size would have been
-trained in the first place, its trained ones, or a small pretrained network that the study names.
+trained in the first place, its trained ones, or a small pretrained network that the study names. Of a narrower
+student's channels it keeps those that matter most, as every narrower student does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import nn
-
 from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subject
-from compress_search.encoders import keep_layers
 
 from .distillation.soft_targets import SoftTerm, crf_missing, crf_space, soft_target_loss, tempered
 from .distillation.starts import (
@@ -27,6 +25,7 @@ from .distillation.starts import (
     started_anew,
     startless,
 )
+from .distillation.students import cut_student, settled_width, student_subject, width_dim
 
 STARTS = ("untrained", "trained")
 """Where the layers come from that are cut out."""
@@ -38,10 +37,14 @@ class PlainStudent(Method):
     stage = Stage.STUDENT
 
     def search_space(self, teacher: Subject) -> Mapping[str, Dim]:
-        """``layers`` of the teacher's are kept, from the bottom, which suits a truncated network best."""
+        """``layers`` of the teacher's are kept, from the bottom, which suits a truncated network best.
+
+        ``width`` is the part of the teacher's that is *kept*.
+        """
         cut = cut_when(teacher, *STARTS)
         space = {
             "layers": Dim.integer(1, max(teacher.layers, 1), max(teacher.layers // 2, 1), when=cut),
+            "width": width_dim(teacher, when=cut, expert=True),
             "start": Dim.choice((*STARTS, *checkpoints(teacher)), "trained", expert=True),
             "alpha": Dim.real(0.0, 1.0, 0.0, expert=True),
             "learning_rate": Dim.real(1e-6, 1e-2, 5e-5, log=True, expert=True),
@@ -57,8 +60,8 @@ class PlainStudent(Method):
         return "its layers differ in shape" if "non-uniform" in subject.traits else None
 
     def effective(self, subject: Subject, params: Params) -> Params:
-        """No more layers than there are, and nothing of logits that nobody looks at."""
-        found = dict(params)
+        """No more layers than there are, a width of whole heads, and nothing of logits that nobody looks at."""
+        found = settled_width(subject, params)
         if "layers" in found:
             found["layers"] = min(int(found["layers"]), subject.layers)
         idle = set() if params["alpha"] else {"temperature", "crf_target"}
@@ -80,7 +83,7 @@ class PlainStudent(Method):
         """So many layers, or the checkpoint's own shapes."""
         if params["start"] == CHECKPOINT:
             return checkpoint_subject(subject)
-        return subject.having("lossy", layers=int(params["layers"]))
+        return student_subject(subject, int(params["layers"]), float(params["width"]))
 
     def trains(self, params: Params) -> bool:
         """Always."""
@@ -88,16 +91,15 @@ class PlainStudent(Method):
 
     def apply(self, candidate: Candidate, params: Params, context: Context) -> Candidate:
         """Cut, or take the checkpoint, then train everything on the whole share of the budget."""
-        network = _started(candidate, params, context)
+        student = _started(candidate, params, context)
         alpha = float(params["alpha"])
         loss = soft_target_loss(context, SoftTerm.of(candidate.subject.task, params), alpha=lambda: alpha)
-        context.fit(network, loss=loss, learning_rate=float(params["learning_rate"]))
-        return candidate.replace(network=network, subject=self.after(candidate.subject, params))
+        context.fit(student.network, loss=loss, learning_rate=float(params["learning_rate"]))
+        return student
 
 
-def _started(candidate: Candidate, params: Params, context: Context) -> nn.Module:
+def _started(candidate: Candidate, params: Params, context: Context) -> Candidate:
     if params["start"] == CHECKPOINT:
-        return from_checkpoint(candidate, context).network
-    network = started_anew(candidate, beginning(context) if params["start"] == "untrained" else None)
-    keep_layers(network, range(int(params["layers"])))
-    return network
+        return from_checkpoint(candidate, context)
+    source = started_anew(candidate, beginning(context) if params["start"] == "untrained" else None)
+    return cut_student(candidate.replace(network=source), range(int(params["layers"])), float(params["width"]))

@@ -65,12 +65,13 @@ def settled_width(teacher: Subject, params: Params) -> dict[str, int | float | s
     return {**found, "width": whole_width(teacher, float(found["width"]))} if "width" in found else found
 
 
-def width_dim(teacher: Subject, when: Mapping[str, tuple[str, ...]] | None = None) -> Dim:
+def width_dim(teacher: Subject, when: Mapping[str, tuple[str, ...]] | None = None, *, expert: bool = False) -> Dim:
     """The part of the teacher's width that is *kept*: one of :func:`widths`, or what a study names.
 
     To be put through :func:`whole_width`; TinyBERT's 312 of 768 is 0.40625.
     """
-    return Dim.real(sizes(teacher)[0] / teacher.hidden, 1.0, 1.0, when=when, usual=widths(teacher))
+    least, usual = sizes(teacher)[0] / teacher.hidden, widths(teacher)
+    return Dim.real(least, 1.0, 1.0, when=when, expert=expert, usual=usual)
 
 
 def depth_dim(teacher: Subject, when: Mapping[str, tuple[str, ...]] | None = None) -> Dim:

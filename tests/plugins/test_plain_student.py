@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from compress_search_plugins.distillation.students import cut_student
 from compress_search_plugins.plain_student import PlainStudent
 
 from compress_search import Candidate, StudyError, TrialError
@@ -36,6 +37,22 @@ def test_it_starts_as_the_bottom_layers_of_the_named_network(family: str, start:
     assert all(torch.equal(value, expected[name]) for name, value in result.network.state_dict().items())
     assert len(layers(result.network)) == 3
     assert result.subject.without("lossy") == subject_of(result.network, candidate.subject.task)
+    assert sum(p.numel() for p in result.network.parameters()) == result.subject.parameters
+
+
+@pytest.mark.parametrize("start", ["trained", "untrained"])
+def test_a_narrower_one_keeps_the_channels_that_every_narrow_student_keeps(start: str) -> None:
+    candidate = tiny_candidate()
+    context = tiny_context(candidate, dry=True)
+    params = PlainStudent().effective(candidate.subject, parameters(candidate, layers=2, width=0.5, start=start))
+    result = PlainStudent().apply(candidate, params, context)
+    source = candidate if start == "trained" else candidate.replace(network=context.untrained())
+    expected = cut_student(source, range(2), 0.5).network.state_dict()
+    found = result.network.state_dict()
+    assert all(torch.equal(found.pop(name), value) for name, value in expected.items())
+    assert not found
+    assert result.subject == PlainStudent().after(candidate.subject, params)
+    assert result.subject.hidden == candidate.subject.hidden / 2
     assert sum(p.numel() for p in result.network.parameters()) == result.subject.parameters
 
 
