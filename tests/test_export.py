@@ -18,6 +18,7 @@ from compress_search.export import as_pretrained, check, export_artifact, teache
 from compress_search.export.model_card import Card, Contents, render
 from compress_search.measure import Bench
 from compress_search.recipe import Recipe, Step
+from compress_search.runtimes.engines import CPU_SESSION
 from compress_search.storage import Store, TrialRow
 from compress_search.tasks import Task
 from tests import tiny
@@ -142,6 +143,7 @@ def test_an_exported_model_cuts_and_pads_as_it_was_measured(bench, export, tmp_p
     out = export(tmp_path / "artifact", tmp_path / "out", card, rows)
     settings = json.loads((out / "hf" / "settings.json").read_text())
     assert (settings["max_length"], settings["buckets"], settings["threads"]) == (12, [10, 12], 1)
+    assert settings["session"] == CPU_SESSION
     assert json.loads((out / "onnx" / "settings.json").read_text()) == settings
     exported = AutoTokenizer.from_pretrained(out / "hf")
     row = int(splits[32].lengths.argmax())

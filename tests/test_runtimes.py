@@ -52,6 +52,26 @@ def padded(feed: Feed, to: int, pad: int) -> Feed:
     return {k: np.pad(v, ((0, 0), (0, extra)), constant_values=fill.get(k, 0)) for k, v in feed.items()}
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_sum_and_its_normalisation_stay_apart_on_a_cpu_where_fused_they_are_slower(
+    device: str, tmp_path: Path
+) -> None:
+    sides = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["B", "S", 8]) for name in "xyz"]
+    nodes = [
+        onnx.helper.make_node("Add", ["x", "y"], ["sum"]),
+        onnx.helper.make_node("LayerNormalization", ["sum", "scale", "shift"], ["z"]),
+    ]
+    weights = [onnx.numpy_helper.from_array(np.full(8, v, np.float32), n) for n, v in (("scale", 1), ("shift", 0))]
+    graph = onnx.helper.make_graph(nodes, "residual", sides[:2], sides[2:], weights)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    options = engines.session_options(1, device)
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 3  # it says of every such file that it suits this machine alone
+    onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    found = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
+    assert found == (["Add", "LayerNormalization"] if device == "cpu" else ["SkipLayerNormalization"])
+
+
 @pytest.mark.parametrize("engine", ["onnxruntime", "torch"])
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("family", FAMILIES)

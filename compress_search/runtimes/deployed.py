@@ -1,7 +1,8 @@
 """Runs a model the way whoever deploys it will: from a directory, with transformers or ONNX Runtime.
 
 Owns the forms an exported model takes, and ``settings.json`` beside each, which says how it was measured: engine,
-threads, longest input and buckets. Knows nothing of artefacts or of how the directory came about.
+threads, ONNX Runtime's configuration, longest input and buckets. Knows nothing of artefacts or of how the directory
+came about.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import nn
 
 from compress_search.crf import Crf
 from compress_search.encoders import inputs, load_network
-from compress_search.runtimes.engines import Bucketed, OnnxRunner, Runner, TorchRunner
+from compress_search.runtimes.engines import CPU_SESSION, Bucketed, OnnxRunner, Runner, TorchRunner
 from compress_search.tasks import Task
 
 Form = Literal["onnx", "transformers", "manifest"]
@@ -38,6 +39,7 @@ def settings_of(
         "max_length": min(max_length, runtime.get("max_length") or max_length),
         "engine": runtime["engine"],
         "threads": runtime.get("threads"),
+        "session": CPU_SESSION,
         "buckets": list(runtime.get("buckets", ())),
         "pad": pad,
         "crf": crf,

@@ -18,6 +18,7 @@ from compress_search.encoders import view
 from compress_search.errors import ExportError
 
 if TYPE_CHECKING:
+    from onnxruntime import SessionOptions
     from torch import nn
 
 ONNX, TORCH, COMPILE = "onnxruntime", "torch", "compile"
@@ -28,6 +29,13 @@ BACKEND = "inductor"
 """What torch.compile hands the traced network to."""
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
+
+CPU_SESSION = {"optimization.disable_specified_optimizers": "SkipLayerNormFusion"}
+"""What an ONNX Runtime session on a CPU is configured with, whoever opens it.
+
+Its kernel for a residual sum and the layer normalisation after it takes 5 times as long as the two apart or longer
+(decision 0029); it is fused in the graphs of int8 networks.
+"""
 
 Inputs = Mapping[str, NDArray[Any]]
 
@@ -40,7 +48,7 @@ class Runner(Protocol):
 
 
 class OnnxRunner:
-    """An ONNX Runtime session with every graph optimisation, fed with the inputs that the file has.
+    """An ONNX Runtime session with every graph optimisation that pays, fed with the inputs that the file has.
 
     The exporter leaves out those that nothing depends on, as the mask of a network that lost all its heads.
     """
@@ -48,20 +56,30 @@ class OnnxRunner:
     def __init__(self, model: Path, threads: int, device: str) -> None:
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        # else idle threads go on spinning after a pass, and take the cores of whoever is timed next
-        options.add_session_config_entry("session.force_spinning_stop", "1")
         providers = providers_for(device, onnxruntime.get_available_providers())
         if not model.is_file():
             raise ExportError(f"{model}: no such file")
+        options = session_options(threads, device)
         self.session = onnxruntime.InferenceSession(str(model), options, providers=providers)
         self.inputs = tuple(node.name for node in self.session.get_inputs())
 
     def __call__(self, batch: Inputs) -> NDArray[np.float32]:
         """Logits of one batch."""
         return cast(NDArray[np.float32], self.session.run(["logits"], feed(self.inputs, batch))[0])
+
+
+def session_options(threads: int, device: str) -> SessionOptions:
+    """How ONNX Runtime is asked to run a graph."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    # else idle threads go on spinning after a pass, and take the cores of whoever is timed next
+    entries = {"session.force_spinning_stop": "1"} | (CPU_SESSION if device == "cpu" else {})
+    for name, value in entries.items():
+        options.add_session_config_entry(name, value)
+    return options
 
 
 def providers_for(device: str, available: Sequence[str]) -> list[str]:

@@ -19,13 +19,15 @@ SETTINGS = json.loads((HERE / "settings.json").read_text(encoding="utf-8"))
 
 
 def load() -> Any:
-    """The model, on as many threads as it was measured with; on all cores where none were chosen."""
+    """The model, as it was measured; on all cores where no number of threads was chosen."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when the library is imported
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     if SETTINGS["threads"]:
         options.intra_op_num_threads = SETTINGS["threads"]
+    for name, value in SETTINGS["session"].items():
+        options.add_session_config_entry(name, value)
     return onnxruntime.InferenceSession(str(HERE / "model.onnx"), options, providers=["CPUExecutionProvider"])
 
 
