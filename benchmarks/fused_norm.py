@@ -76,8 +76,8 @@ def main() -> None:
     told = (
         f"ONNX Runtime {onnxruntime.__version__}, float32, one thread, {ROUNDS} rounds in turn: microseconds "
         "(medians) of the kernel SkipLayerNormalization, which the optimiser puts in the place of a sum and the "
-        "layer normalisation after it, and of the two apart; and the ratio of the two in a round, with its 10th and "
-        "90th percentiles."
+        "layer normalisation after it, and of the two apart; and the ratio of the two in a round, with its 10th "
+        "and 90th percentiles."
     )
     table = tables.table(["batch × length × hidden", "fused", "apart", "ratio"], rows())
     print(tables.write("fused_norm", "A residual sum and its normalisation, fused and apart", [told, table]))
