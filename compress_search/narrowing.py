@@ -6,6 +6,7 @@ Owns what is wrong with values a study writes, each in one line. Knows nothing o
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,7 +18,7 @@ from optuna.distributions import CategoricalDistribution, IntDistribution
 from compress_search.candidate import Subject
 from compress_search.errors import PluginError
 from compress_search.method import Method
-from compress_search.space import Dim, Params, Space, Value, defaults, fix_experts, narrow, unmet
+from compress_search.space import Dim, Params, Space, Value, defaults, fix_experts, in_order, narrow, unmet
 from compress_search.study import Study
 
 MOST_VARIED, MOST_TRIED = 3, 20_000
@@ -34,21 +35,37 @@ def asked(name: str, method: Method, hook: str, *arguments: Any) -> Any:
         ) from error
 
 
+def space_of(name: str, method: Method, teacher: Subject) -> Space:
+    """A method's dimensions for a teacher.
+
+    Raises:
+        PluginError: the hook raises, or a condition is on no dimension, or on each other's.
+    """
+    space: Space = asked(name, method, "search_space", teacher)
+    try:
+        in_order(space)
+    except ValueError as error:
+        raise PluginError(f"search_space: {error}", entry_point=name) from error
+    return space
+
+
 def narrowed(study: Study, name: str, method: Method, teacher: Subject, to: Mapping[str, Any]) -> dict[str, Dim]:
     """The method's space under the study's words; one learning rate for all unless a method has its own."""
-    space = method.search_space(teacher)
+    space = space_of(name, method, teacher)
     found = dict(space)
     wishes = {dim: (f"methods.{name}.{dim}", value) for dim, value in to.items() if dim != "use"}
     if "learning_rate" in space:
         wishes.setdefault("learning_rate", ("training.learning_rate", study.training.learning_rate))
     for dim, (key, value) in wishes.items():
         if dim not in space:
-            need = method.missing(teacher).get(dim)
-            raise study.error(key, f"needs {need}" if need else f"unknown dimension{closest(dim, space)}")
+            need = asked(name, method, "missing", teacher).get(dim)
+            shown = value if isinstance(value, str) else json.dumps(value)
+            fault = f"{shown} needs {need}" if need else f"unknown dimension{closest(dim, space)}"
+            raise study.error(key, fault)
         try:
             found[dim] = narrow(space[dim], value)
         except ValueError as error:
-            needs = _needs(method.missing(teacher), dim, value)
+            needs = _needs(asked(name, method, "missing", teacher), dim, value)
             raise study.error(key, "; ".join([str(error), *needs])) from error
     found = fix_experts(found)
     for dim in to:

@@ -6,6 +6,8 @@ nothing of files, of measuring time or of the search.
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -345,3 +347,18 @@ def is_out_of_memory(error: BaseException) -> bool:
         and not isinstance(error, CompressSearchError)
         and "can't allocate memory" in str(error)
     )
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says of a disk on which nothing more can be written."""
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, says that a disk is full: libraries keep the text at most."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return True
+        if any(os.strerror(number) in str(error) for number in FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -203,8 +203,9 @@ def connect(study: Study) -> bool:
         options.update(num_cpus=usable_cores(), include_dashboard=False, _node_ip_address="127.0.0.1")
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
-    except ConnectionError as error:
-        raise study.error("cluster.address", f"no Ray cluster at {cluster.address!r}: {error}") from error
+    except (OSError, RuntimeError, ValueError) as error:  # nobody there, other versions, or no address at all
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise study.error("cluster.address", f"cannot join a Ray cluster at {cluster.address!r}: {said}") from error
     _check_resources(study, ray.cluster_resources())
     return local
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from compress_search.candidate import Candidate
 from compress_search.environment import fingerprint
-from compress_search.errors import BenchDied, TrialError
+from compress_search.errors import BenchDied, StudyError, TrialError
 from compress_search.measure import Score
 from compress_search.measure.costs import costs_of
 from compress_search.pipeline import (
@@ -28,6 +28,7 @@ from compress_search.pipeline import (
     TrialStopped,
     derive_seed,
     extra_metrics,
+    is_disk_full,
     is_out_of_memory,
     run_recipe,
 )
@@ -212,9 +213,13 @@ class Attempt:
     latest: Metrics = field(default_factory=dict)
 
     def run(self) -> Result:
-        """The attempt's end as a result. Only a dead bench is raised: a fault of the machine, until it repeats.
+        """The end as a result. Faults of the machine are raised: a dead bench, until it repeats; a full disk.
 
         A bench that hangs is none: what it was given hangs it, and would again.
+
+        Raises:
+            BenchDied: the bench process ended.
+            StudyError: there is no space on a disk, for which no recipe is to blame: every trial would fail.
         """
         try:
             return self._run()
@@ -223,6 +228,9 @@ class Attempt:
         except Exception as error:  # a method, a stranger's perhaps, may raise anything; it costs this trial only
             if isinstance(error, BenchDied) and error.kind != "timeout":
                 raise
+            if is_disk_full(error):
+                text = f"a disk is full ({error}): free some space, and the same command goes on"
+                raise StudyError(" ".join(text.split()), key="output") from error
             kind = "oom" if is_out_of_memory(error) else getattr(error, "kind", "error")
             message = str(error) if isinstance(error, TrialError) else f"{type(error).__name__}: {error}"
             failure = Failure(kind, message.split("\n")[0], traceback.format_exc())

@@ -33,6 +33,7 @@ from compress_search.pipeline import Materials
 from compress_search.recipe import Recipe, digest
 from compress_search.registry import PluginFile, Registry
 from compress_search.runtimes import Artifact, lower, size_mb
+from compress_search.runtimes.engines import CPU_SESSION
 from compress_search.study import Study
 from compress_search.teacher import (
     load_teacher,
@@ -312,7 +313,7 @@ class Workbench:
         # the lengths that are timed are drawn from the validation data, as the candidate's tokenizer cuts it
         reading = tokenizer_digest(candidate.tokenizer)
         drawn = [self.materials.validation.path.name, reading, self.study.search.seed]
-        where = [self.device.type, host_kind()]
+        where = [self.device.type, host_kind(), CPU_SESSION]
         return digest([what, self.study.measure.model_dump(mode="json"), drawn, where])[:20]
 
     def close(self) -> None:

@@ -313,8 +313,9 @@ def second_moments(network: nn.Module, linears: Sequence[nn.Linear], batches: It
 
     def add_to(total: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs = args[0][mask]
-            total.add_((inputs.T @ inputs).double())
+            # in double from here on: of fewer tokens than inputs, float32's rounding outweighs the ridge
+            inputs = args[0][mask].double()
+            total.add_(inputs.T @ inputs)
 
         return hook
 

@@ -11,6 +11,7 @@ Sources: Wang et al. 2020, MiniLM; Wang et al. 2021, MiniLMv2.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 from torch import nn
@@ -36,8 +37,10 @@ from .distillation.starts import (
 )
 from .distillation.students import cut_student, depth_dim, unfit, width_dim
 
-RELATIONS = ("qk+vv", "qq+kk+vv", "qq", "kk", "vv", "qk")
+RELATIONS = tuple("+".join(some) for n in range(1, 5) for some in combinations(("qk", "qq", "kk", "vv"), n))
 RELATION_HEADS = (12, 24, 48, 64)
+LEAST_HEAD = 8
+"""Channels of a relation head by default, as 384 / 48; of fewer there is little to relate."""
 BATCH = 32
 """Examples in a step on unlabelled text."""
 _FEATURES = {"qq": "q", "kk": "k", "vv": "v"}
@@ -48,9 +51,11 @@ def relation_heads(width: int, narrow: int, heads: int) -> list[int]:
     return sorted({n for n in (heads, *RELATION_HEADS) if width % n == 0 and narrow % n == 0})
 
 
-def default_heads(heads: Sequence[int]) -> int:
-    """The paper's 48, or 64 for large models, where they fit; else as many as do."""
-    return 48 if 48 in heads else max(heads)
+def default_heads(heads: Sequence[int], width: int) -> int:
+    """The paper's 48 where it fits; else as many as leave each head :data:`LEAST_HEAD` channels, or the fewest."""
+    if 48 in heads:
+        return 48
+    return max((n for n in heads if width // n >= LEAST_HEAD), default=min(heads))
 
 
 def minilm_matches(params: Params, student: int, teacher: int) -> tuple[Match, ...]:
@@ -106,7 +111,7 @@ class MiniLM(Method):
             "width": width_dim(teacher, when=cut),
             "init": init_dim(cut),
             "version": Dim.choice(("v1", "v2"), "v2"),
-            "relation_heads": Dim.choice(heads, default_heads(heads), when=second),
+            "relation_heads": Dim.choice(heads, default_heads(heads, teacher.hidden), when=second),
             "relations": Dim.choice(RELATIONS, "qq+kk+vv", when=second, expert=True),
             "teacher_layer": Dim.integer(
                 max(1, teacher.layers // 2), max(1, teacher.layers), max(1, teacher.layers), expert=True
@@ -138,6 +143,8 @@ class MiniLM(Method):
         if found.get("assistant") == "auto":
             small = student.layers <= subject.layers / 2 and student.hidden <= subject.hidden / 2
             found["assistant"] = "always" if small else "never"
+        if student.hidden == subject.hidden and params["teacher_layer"] == subject.layers and "assistant" in found:
+            found["assistant"] = "never"  # it would be the teacher
         idle = idle_targets(subject, found) | (set() if has_targets(found) else {"relation_fraction"})
         relations = set(str(found.get("relations", "qk+vv")).split("+"))
         if relations == {"qk"}:  # attention is by the model's own heads

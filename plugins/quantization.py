@@ -212,11 +212,14 @@ def _lowered(candidate: Candidate, setting: Setting, context: Context) -> Candid
     network = candidate.network
     left = excluded_maps(network, setting.excluded)
     grids = {path: setting.grid for path in linear_maps(network) if path not in left} if setting.grid else {}
-    examples = list(context.calibration(setting.calibration_examples)) if _needs_examples(setting) else []
+    count = setting.calibration_examples
+    examples = list(context.calibration(count)) if setting.high_precision_layers else []
     spared = most_sensitive(network, grids, setting.high_precision_layers, examples, context)
     if setting.trains:
         candidate = _trained(candidate, setting, _with_spared(grids, spared, setting.spare_grid), context)
-    inputs = tuple(_inputs(batch) for batch in examples)
+    # one at a time: ranges are of what texts hold, and not of padding
+    ranged = context.calibration(count, batch_size=1) if setting.format.name == "static_int8" else ()
+    inputs = tuple(map(_inputs, ranged))
     scopes = [node_patterns(network, paths) for paths in (left, spared)]
     return candidate.replace(lowering=candidate.lowering + lowering(setting, inputs, *scopes))
 
@@ -235,10 +238,6 @@ def _trained(candidate: Candidate, setting: Setting, grids: Mapping[str, Grid], 
         activation_bits=setting.rounded_activations,
     )
     return candidate
-
-
-def _needs_examples(setting: Setting) -> bool:
-    return setting.format.name == "static_int8" or setting.high_precision_layers > 0
 
 
 def _with_spared(grids: Mapping[str, Grid], spared: Sequence[str], grid: Grid | None) -> dict[str, Grid]:

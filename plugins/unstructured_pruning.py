@@ -33,6 +33,7 @@ from compress_search import (
 
 from .distillation.soft_targets import soft_target_loss
 from .pruning.allocation import cubic_sparsity
+from .pruning.gates import STEPS
 from .pruning.sparse_masks import (
     PATTERNS,
     Matrix,
@@ -104,12 +105,14 @@ class Sparsifier:
     def __post_init__(self) -> None:
         self.pattern: Pattern = PATTERNS[str(self.params["pattern"])]
         self.final = final_sparsity(self.params)
-        self.scheduled = 0.0
+        self.scheduled, self.stretch = 0.0, 1.0
 
     def on_step(self, step: int, steps: int) -> None:
         """Bring the masks to where the schedule is before this step of the pruning phase."""
         warm, cool = (float(self.params[name]) for name in ("initial_warmup", "final_warmup"))
         self.scheduled = cubic_sparsity(step / steps, warm / (1 - cool), 1.0, 0.0, self.final)
+        # scores of a short training move as far as a long one's: see gates.STEPS
+        self.stretch = max(1.0, STEPS / steps)
         if self.params["method"] == "soft_movement":
             self._cut_at(soft_threshold(self.scheduled, self.final))
         elif self.scheduled > 0:
@@ -126,7 +129,9 @@ class Sparsifier:
         if self.params["method"] != "soft_movement":
             return 0.0
         scores = self._trained_scores
-        mean = sum(score.sigmoid().sum() for score in scores) / sum(score.numel() for score in scores)
+        mean = sum((self.stretch * score).sigmoid().sum() for score in scores) / sum(
+            score.numel() for score in scores
+        )
         return float(self.params["penalty"]) * self.scheduled / self.final * mean
 
     @property
@@ -144,10 +149,11 @@ class Sparsifier:
         self._set(masks)
 
     def _cut_at(self, threshold: float) -> None:
-        """M = 1[σ(S) > θ], all where θ is 0, but at least the best few of each matrix."""
+        """M = 1[σ(S) > θ], all where θ is 0, but at least the best few of each matrix; S stretched."""
         least = select(self._scores(), 0.995, self.pattern)
         limit = math.log(threshold / (1 - threshold)) if threshold > 0 else -math.inf
-        units = [unit_scores(score.detach(), self.pattern.block) > limit for score in self._trained_scores]
+        moved = [self.stretch * score.detach() for score in self._trained_scores]
+        units = [unit_scores(score, self.pattern.block) > limit for score in moved]
         above = [spread(unit, self.pattern.block) for unit in units]
         self._set([mask | few for mask, few in zip(above, least, strict=True)])
 

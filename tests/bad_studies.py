@@ -77,10 +77,15 @@ def malformed(folder: Path) -> None:
     path.write_text("\n".join([*lines[:2], '{"text": "half', *lines[3:]]), encoding="utf-8")
 
 
-def headless(folder: Path) -> None:
-    config = json.loads((folder / "teacher" / "config.json").read_text(encoding="utf-8"))
-    config["architectures"] = ["BertModel"]
-    (folder / "teacher" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+def teachers(**values: Any) -> Prepare:
+    """Other values in the teacher's configuration."""
+
+    def prepare(folder: Path) -> None:
+        path = folder / "teacher" / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8")) | values
+        path.write_text(json.dumps(config), encoding="utf-8")
+
+    return prepare
 
 
 def other_vocabulary(name: str, kind: str) -> Prepare:
@@ -190,7 +195,10 @@ CASES = {
     ),
     "no teacher there": Case("teacher.model", "no such directory: ./nowhere", {"teacher.model": "./nowhere"}),
     "no head": Case(
-        "teacher.model", "BertModel has no head for text-classification: name a fine-tuned model", {}, headless
+        "teacher.model",
+        "BertModel has no head for text-classification: name a fine-tuned model",
+        {},
+        teachers(architectures=["BertModel"]),
     ),
     "a further teacher that reads other pieces": Case(
         "teacher.ensemble.0",
@@ -252,6 +260,15 @@ CASES = {
     ),
     "unknown family": Case(
         "teacher.model", "cannot read the model's configuration: ", {}, write("teacher/config.json", MYSTERY)
+    ),
+    "a configuration with a value of another kind": Case(
+        "teacher.model", "cannot read the model's configuration: ", {}, teachers(hidden_size="32")
+    ),
+    "a width that its heads do not divide": Case(
+        "teacher.model", "no network can be made of its configuration: ", {}, teachers(num_attention_heads=5)
+    ),
+    "an activation that nobody knows": Case(
+        "teacher.model", "no network can be made of its configuration: ", {}, teachers(hidden_act="mystery")
     ),
     "longer than the teacher reads": Case(
         "data.max_length", "the teacher reads at most 68 tokens, got 100", {"data.max_length": 100}

@@ -138,7 +138,7 @@ CASES = {
     "activations of few bits where time counts": case(
         "quantization",
         "activation_bits",
-        "needs a kernel that is real here, as time counts: see compress-search doctor",
+        "4 needs a kernel that is real here, as time counts: see compress-search doctor",
         activation_bits=4,
     ),
     "sixteen bits where time counts": case(
@@ -151,7 +151,7 @@ CASES = {
     "float16 where time counts": case(
         "quantization",
         "float_type",
-        "needs a kernel that is real here, as time counts: see compress-search doctor",
+        "fp16 needs a kernel that is real here, as time counts: see compress-search doctor",
         float_type="fp16",
     ),
     "a tokenizer that cannot be pruned": case(

@@ -230,26 +230,31 @@ def test_an_address_at_which_no_cluster_answers(folder: Path, deaf: int) -> None
 
 
 @pytest.mark.parametrize(
-    ("fails", "key", "words"),
+    ("fault", "key", "words"),
     [
-        (True, "address", "no Ray cluster at 'auto': "),
-        (False, "gpus_per_trial", "a trial asks for 8 GPU, the cluster has 0"),
+        (
+            ConnectionError("no instance\nfound"),
+            "address",
+            "cannot join a Ray cluster at 'auto': no instance found",
+        ),
+        (RuntimeError("Version mismatch: 3.11.7"), "address", "cannot join a Ray cluster at 'auto': Version mis"),
+        (None, "gpus_per_trial", "a trial asks for 8 GPU, the cluster has 0"),
     ],
 )
-def test_a_cluster_that_is_not_there_or_too_small(
-    fails: bool, key: str, words: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_cluster_that_is_not_there_or_another_or_too_small(
+    fault: Exception | None, key: str, words: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ray
 
     def init(**options: Any) -> None:
-        if fails:
-            raise ConnectionError("Could not find any running Ray instance.")
+        if fault:
+            raise fault
 
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
     path = folder / "study.yaml"
-    with_keys(path, {"cluster": {"address": "auto", "gpus_per_trial": 0 if fails else 8}})
+    with_keys(path, {"cluster": {"address": "auto", "gpus_per_trial": 0 if fault else 8}})
     assert f"cluster.{key}: {words}" in refused(folder.parent, "run", path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -305,7 +306,7 @@ def test_values_that_nothing_can_make_count_are_refused_with_what_they_need(
 
 
 def test_a_dimension_that_is_missing_says_what_it_needs(matched: Callable[..., Plan]) -> None:
-    with pytest.raises(StudyError, match=r"methods\.matched\.hints: needs hints: name some"):
+    with pytest.raises(StudyError, match=r"methods\.matched\.hints: true needs hints: name some"):
         matched(hints=True)
 
 
@@ -318,3 +319,28 @@ def test_a_hook_that_raises_names_its_method(tiny_study: Callable[..., Path]) ->
     study = load_study(tiny_study(methods={"prune": {"use": True}}))
     with pytest.raises(PluginError, match="method 'prune': effective must not raise, and raised KeyError: 'ratio'"):
         make_plan(study, Methods({"prune": Raising()}), TEACHER).starting_points()  # type: ignore[arg-type]
+
+
+class Misspelt(Prune):
+    def search_space(self, teacher: Subject) -> Mapping[str, Dim]:
+        return {"ratio": Dim.real(0.0, 0.9, 0.5, when={"hwo": ("plain",)})}
+
+
+class Backwards(Prune):
+    def search_space(self, teacher: Subject) -> Mapping[str, Dim]:
+        return {"ratio": Dim.real(0.9, 0.0, 0.5)}
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (Misspelt, "method 'prune': search_space: dimension 'ratio' depends on 'hwo', which does not exist"),
+        (Backwards, "method 'prune': search_space must not raise, and raised ValueError: "),
+    ],
+)
+def test_a_space_that_is_none_names_its_method(
+    method: type[Prune], words: str, tiny_study: Callable[..., Path]
+) -> None:
+    study = load_study(tiny_study(methods={"prune": {"use": True}}))
+    with pytest.raises(PluginError, match=re.escape(words)):
+        make_plan(study, Methods({"prune": method()}), TEACHER)  # type: ignore[arg-type]

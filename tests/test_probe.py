@@ -90,6 +90,13 @@ def test_what_raises_is_not_real() -> None:
     assert verdict == Kernel("int8", False, None, "does not run: no such operator")
 
 
+def test_what_raises_without_a_word_is_named() -> None:
+    def broken() -> None:
+        raise AssertionError
+
+    assert probe._verdict("int8", lambda: (broken, broken)).note == "does not run: AssertionError"
+
+
 @pytest.mark.parametrize(("factor", "exact"), [(1, True), (0.5, False)])
 def test_saturating_products_are_found(factor: float, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     answer = np.full((2, 2), factor * 255 * 127 * probe.WIDTH * 0.01, np.float32)

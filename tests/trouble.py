@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Mapping
@@ -15,7 +16,9 @@ class Trouble(Method):
 
     def search_space(self, teacher: Subject) -> Mapping[str, Dim]:
         return {
-            "kind": Dim.choice(["fine", "raises", "refuses", "nan", "metric", "oom", "hangs", "dies"], "fine"),
+            "kind": Dim.choice(
+                ["fine", "raises", "refuses", "nan", "metric", "oom", "disk", "hangs", "dies"], "fine"
+            ),
             "seconds": Dim.real(0.0, 60.0, 0.0, expert=True),
         }
 
@@ -35,6 +38,8 @@ class Trouble(Method):
             next(network.parameters()).data.fill_(float("nan"))
         if kind == "oom":
             raise MemoryError
+        if kind == "disk" and "TROUBLE_FREED" not in os.environ:
+            raise RuntimeError("cannot write the file") from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if kind == "hangs":
             time.sleep(600)
         if kind == "dies":

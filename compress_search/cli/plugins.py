@@ -45,6 +45,7 @@ def plugins_show(name: str, path: Path | None) -> None:
     Example:
       compress-search plugins show structured_pruning
     """
+    from compress_search.narrowing import space_of
     from compress_search.registry import Registry
     from compress_search.report import terminal
 
@@ -56,7 +57,7 @@ def plugins_show(name: str, path: Path | None) -> None:
         prepared = driver.prepare(load_study(path))
         registry, teacher = prepared.plan.registry, prepared.plan.teacher
     method = registry[name]
-    terminal.show(terminal.space_table(name, method, method.search_space(teacher)))
+    terminal.show(terminal.space_table(name, method, space_of(name, method, teacher)))
 
 
 @plugins.command("check")

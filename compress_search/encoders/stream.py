@@ -59,16 +59,18 @@ def stream(network: nn.Module) -> Stream:
     )
 
 
-def norm_over(norm: nn.LayerNorm, x: Tensor, alive: Tensor) -> Tensor:
+def norm_over(norm: nn.LayerNorm, x: Tensor, alive: Tensor, *, zeroed: bool = True) -> Tensor:
     """LayerNorm of x (…, H) over the channels ``alive`` (H,) alone, 0 elsewhere: what it is once they are cut out.
 
     Plain LayerNorm of an input that is zero elsewhere is something else, as mean and variance count the zeros.
+    Without ``zeroed`` the other channels are what they would be by the same mean and variance.
     """
     weights = alive.to(x)
     mean = (x * weights).sum(-1, keepdim=True) / weights.sum()
-    centred = (x - mean) * weights
-    variance = centred.square().sum(-1, keepdim=True) / weights.sum()
-    return (centred * (variance + norm.eps).rsqrt() * norm.weight + norm.bias) * weights
+    centred = x - mean
+    variance = (centred * weights).square().sum(-1, keepdim=True) / weights.sum()
+    normed = centred * (variance + norm.eps).rsqrt() * norm.weight + norm.bias
+    return normed * weights if zeroed else normed
 
 
 def _distinct(modules: list[M]) -> tuple[M, ...]:

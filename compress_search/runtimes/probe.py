@@ -171,9 +171,13 @@ def _verdict(name: str, pair: Callable[[], tuple[Run, Run]]) -> Kernel:
         with _one_thread():
             ratio = _ratio(*pair())
     except Exception as error:  # whatever an engine raises for what it cannot do: that is the question asked
-        return Kernel(name, False, None, f"does not run: {str(error).splitlines()[0][:120]}")
+        return Kernel(name, False, None, f"does not run: {_first_line(error)}")
     limit = _LIMITS.get(name, math.inf)  # an engine is real where it runs
     return Kernel(name, ratio <= limit, round(ratio, 3), f"{ratio:.2f} of float32's time, real up to {limit:.2f}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 
 @contextmanager
@@ -256,7 +260,7 @@ def _exactness() -> Kernel:
     try:
         (found,) = _session(_int8_graph(weight), np.full((TOKENS, WIDTH), 255, np.float32))()
     except Exception as error:  # as in _verdict
-        return Kernel("int8-exact", False, None, f"does not run: {str(error).splitlines()[0][:120]}")
+        return Kernel("int8-exact", False, None, f"does not run: {_first_line(error)}")
     exact = bool(np.allclose(found, 255 * 127 * WIDTH * np.float32(0.01), rtol=1e-4))
     note = "products of 8 bits are exact" if exact else "products of 8 bits saturate: weights need 7 (reduce_range)"
     return Kernel("int8-exact", exact, None, note)

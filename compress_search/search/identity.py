@@ -81,7 +81,7 @@ def _begun_otherwise(plan: Plan, changed: Mapping[str, tuple[Any, Any]]) -> Stud
     written = {key: pair for key, pair in changed.items() if not key.startswith("space.")}
     shown = written or changed  # the space follows from what is written, unless a plugin changed
     text = "; ".join(f"{key} was {_show(before)}, is {_show(after)}" for key, (before, after) in shown.items())
-    message = f"this study was begun otherwise ({text}): restore it, or give the study another name"
+    message = f"this study was begun otherwise ({text}): restore it, or give the study another name and output"
     return plan.study.error(next(iter(shown)), message)
 
 

@@ -47,7 +47,12 @@ def teacher_subject(study: Study, task: Task) -> Subject:
     if study.teacher.ensemble or study.teacher.masked_lm or study.teacher.student_start:
         _check_vocabularies(study, _known_tokenizer(study))
     with no_init_weights(), torch.device("meta"), quiet():
-        network = auto_class(task.tokens).from_config(config)
+        try:
+            network = auto_class(task.tokens).from_config(config)
+        except Exception as error:  # whatever a family's constructor makes of sizes that do not fit
+            key = "teacher.architecture" if study.teacher.architecture else "teacher.model"
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise study.error(key, f"no network can be made of its configuration: {said}") from error
         attach_crf(network)
         subject = subject_of(network, task.name, _device(study))
         unlike = masked_lm.unlike(study, task, subject) | student_start.unlike(study, task, subject)

@@ -6,6 +6,7 @@ students learn from is averaged. Knows nothing of files or training.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
@@ -84,7 +85,8 @@ def check_vocabulary(
 def average(logits: Sequence[Tensor], how: Average = "logits") -> Tensor:
     """One teacher's logits (…, C) for those of several: their mean, or the logarithm of the mean probability.
 
-    Of one teacher, its own; of probabilities up to a constant for each row, which no softmax sees.
+    Of one teacher, its own. The logarithms are shifted, each row by the mean of the teachers' normalisers, so that
+    teachers of one mind give their own logits: no softmax sees it, squared differences do.
 
     Source: Yang et al. 2020, TextBrewer (mean of logits).
     """
@@ -93,5 +95,5 @@ def average(logits: Sequence[Tensor], how: Average = "logits") -> Tensor:
     stacked = torch.stack(list(logits))
     if how == "logits":
         return stacked.mean(0)
-    count = torch.tensor(float(len(logits)), dtype=stacked.dtype, device=stacked.device)
-    return stacked.log_softmax(-1).logsumexp(0) - count.log()
+    normalisers = stacked.logsumexp(-1, keepdim=True)
+    return (stacked - normalisers).logsumexp(0) - math.log(len(logits)) + normalisers.mean(0)

@@ -54,7 +54,7 @@ def _read(study: Study) -> PreTrainedConfig:
             config: PreTrainedConfig = AutoConfig.from_pretrained(
                 model, local_files_only=local or not hub.reachable()
             )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # files that are not there, and whatever checks of values the library makes
         fault = f"cannot read the model's configuration: {_first_line(error)}"
         raise study.error("teacher.model", fault if local else f"{model} is no directory here; {fault}") from error
     if local:

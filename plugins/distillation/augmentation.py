@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from compress_search import Batch, Candidate, Context, Subject, TrialError
-from compress_search.encoders import Pieces, embeddings, inputs
+from compress_search.encoders import Crf, Pieces, crf_of, embeddings, inputs
 from compress_search.losses import IGNORED
 
 from .masked_text import MASKED_LM
@@ -195,13 +195,15 @@ def _packed(batch: Batch, kept: Tensor, padding: int) -> Batch:
     }
 
 
-def answered(batch: Batch, logits: Tensor) -> Batch:
+def answered(batch: Batch, logits: Tensor, crf: Crf | None = None) -> Batch:
     """The batch with the teacher's answers, by its logits (…, C), as labels: a class, or for C = 1 the number.
 
-    Of token tasks where there were labels before.
+    Of token tasks where there were labels before; its best path where it has a CRF.
     """
     if logits.shape[-1] == 1:
         return {**batch, "labels": logits.squeeze(-1)}
+    if crf is not None:
+        return {**batch, "labels": crf.viterbi(logits, batch["labels"] != IGNORED)}
     answers = logits.argmax(-1)
     if answers.ndim == 2:
         answers = answers.masked_fill(batch["labels"] == IGNORED, IGNORED)
@@ -252,5 +254,6 @@ def augmenter(candidate: Candidate, context: Context, variants: int) -> Augmente
 
 def augmented(augment: Augmenter, context: Context, *, labels: bool) -> Iterator[Batch]:
     """Endless batches of changed training texts; with ``labels`` they bear the teacher's answers as such."""
+    crf = crf_of(context.teacher)
     for batch in map(augment, context.training_batches()):
-        yield answered(batch, context.teacher_logits(batch)) if labels else batch
+        yield answered(batch, context.teacher_logits(batch), crf) if labels else batch

@@ -75,6 +75,11 @@ class Matching:
         """What is to be read of the teacher, each name once."""
         return list(dict.fromkeys(name for match in self.matches for name in match.teacher))
 
+    @property
+    def sees_padding(self) -> bool:
+        """Whether any match looks at positions that are padding."""
+        return any(not match.mask or match.loss == "mse" for match in self.matches)
+
     def groups(self) -> list[ParameterGroup]:
         """The projections' parameters with their own learning rates."""
         rates = {_key(n, match): match.proj.lr for n, match in enumerate(self.matches) if match.proj}

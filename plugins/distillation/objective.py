@@ -125,7 +125,11 @@ class Objective:
         if not self.matching.matches:
             return 0.0
         ask = self.teacher or self.context.teacher_outputs
-        teacher, mask = ask(batch, self.matching.teacher_features), batch["attention_mask"]
+        # what is kept on disk has no padding: without its rows' numbers a batch is computed
+        known = {
+            name: tensor for name, tensor in batch.items() if name != "index" or not self.matching.sees_padding
+        }
+        teacher, mask = ask(known, self.matching.teacher_features), batch["attention_mask"]
         everything = dict.fromkeys(range(len(self.matching.matches)), 1.0)
         shares = self.choose(self.matching, student, teacher, mask) if self.choose else everything
         labels = batch.get("labels")

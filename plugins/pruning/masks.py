@@ -82,7 +82,8 @@ class Masks:
     def _normalise(self, norm: Any, args: tuple[Tensor], output: Tensor) -> Tensor:
         mask = self.units.hidden[0]
         alive = mask.detach() != 0
-        return (output if alive.all() else norm_over(norm, args[0], alive)) * mask
+        # the mask alone switches channels off, so that its gradient says what each would be worth
+        return (output if alive.all() else norm_over(norm, args[0], alive, zeroed=False)) * mask
 
     @contextmanager
     def off(self) -> Iterator[None]:

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import MaskedLMOutput
 
 from compress_search import TrialError
+from compress_search.encoders import Crf
 from compress_search.testing import tiny_batches, tiny_candidate, tiny_context
 from compress_search.testing.tiny import WORDS
 
@@ -238,6 +239,15 @@ class TestAnswers:
     def test_of_tokens_where_there_are_labels(self):
         logits = torch.tensor([[[2.0, 1.0], [0.0, 3.0], [0.0, 3.0]]])
         assert answered({"labels": torch.tensor([[-100, 0, 0]])}, logits)["labels"].tolist() == [[-100, 1, 1]]
+
+    def test_of_a_chain_the_best_path(self):
+        crf = Crf(2)
+        with torch.no_grad():
+            crf.transitions.copy_(torch.tensor([[0.0, -9.0], [0.0, 0.0]]))  # never from 0 to 1
+        logits = torch.tensor([[[2.0, 1.0], [0.0, 0.5], [0.0, 3.0]]])
+        labels = torch.tensor([[0, -100, 0]])
+        assert answered({"labels": labels}, logits)["labels"].tolist() == [[0, -100, 1]]
+        assert answered({"labels": labels}, logits, crf)["labels"].tolist() == [[1, -100, 1]]
 
     def test_labels_are_the_teachers_and_never_copied(self):
         _, context, augment = made()

@@ -139,6 +139,29 @@ def test_second_moments_count_real_tokens_only_and_all_places_of_a_shared_map() 
     assert not linear._forward_pre_hooks, "no hook is left behind"
 
 
+class Wide(torch.nn.Module):
+    """One map of many inputs, all of them between those of a GELU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(768, 16)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        inputs = torch.nn.functional.gelu(torch.randn(*input_ids.shape, 768, generator=generator))
+        found: torch.Tensor = self.linear(inputs)
+        return found
+
+
+def test_fewer_tokens_than_inputs_are_enough() -> None:
+    network = Wide()
+    batch = {name: torch.ones(16, 16, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+    [moments] = second_moments(network, [network.linear], [batch])
+    found = decompose(network.linear.weight, moments)
+    whole = product(found.cut(16, like=network.linear.weight))
+    torch.testing.assert_close(whole, network.linear.weight.double(), rtol=1e-4, atol=1e-4)
+
+
 def test_row_weights_are_the_root_of_summed_squared_gradients() -> None:
     model = tiny_candidate(layers=1)
     context = tiny_context(model)

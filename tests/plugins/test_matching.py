@@ -10,12 +10,13 @@ import torch
 from compress_search_plugins.distillation.layer_maps import layer_pairs
 from compress_search_plugins.distillation.matches import Match, Shapes, check_depths, check_matches, parse_matches
 from compress_search_plugins.distillation.matching import Matching
+from compress_search_plugins.distillation.objective import Objective
 from torch import nn
 from torch.nn import functional as F
 
 from compress_search import TrialError
 from compress_search.encoders import keep_layers, prune_heads, read_features, recording
-from compress_search.testing import tiny_batches, tiny_candidate
+from compress_search.testing import tiny_batches, tiny_candidate, tiny_context
 
 TINYBERT = [
     {"teacher_layer": 0, "student_layer": 0, "feature": "embedding", "proj": {"shared": "fit"}},
@@ -210,6 +211,21 @@ class TestLosses:
         )
         torch.testing.assert_close(unmasked, plain)
         assert (masked - unmasked).abs() > 1e-4
+
+    @pytest.mark.parametrize("more", [{"mask": False}, {"loss": "mse"}])
+    def test_padding_that_counts_is_never_what_a_disk_leaves_out(self, more):
+        candidate = tiny_candidate()
+        context, batch = tiny_context(candidate), next(tiny_batches(candidate))
+        assert not batch["attention_mask"].all()
+
+        def from_disk(asked, names):
+            found = read_features(context.teacher, asked, names)
+            mask = asked["attention_mask"].unsqueeze(-1) if "index" in asked else 1
+            return {name: tensor.detach() * mask for name, tensor in found.items()}
+
+        context.teacher_outputs = from_disk
+        objective = Objective(context, Matching((Match(student_layer=2, teacher_layer=2, **more),)))
+        assert objective(candidate.network.eval(), batch) == 0
 
     def test_padded_words_change_nothing(self):
         student, teacher, batch = networks()

@@ -171,7 +171,8 @@ class TestSpace:
         assert relation_heads(768, 576, 12) == [12, 24, 48, 64]
         assert relation_heads(1024, 512, 16) == [16, 64]
         assert relation_heads(312, 312, 12) == [12, 24]
-        assert [default_heads(heads) for heads in ([12, 24, 48, 64], [16, 64], [12, 24])] == [48, 64, 24]
+        cases = (([12, 24, 48, 64], 384), ([16, 64], 1024), ([2, 64], 128), ([12, 24], 96))
+        assert [default_heads(heads, width) for heads, width in cases] == [48, 64, 2, 12]
 
     def test_the_default_of_bert_base_is_the_papers(self):
         params = METHOD.effective(BERT, defaults(METHOD.search_space(BERT)))
@@ -213,7 +214,13 @@ class TestTraining:
 
     @pytest.mark.parametrize(
         ("changes", "fits"),
-        [({"width": 0.5, "layers": 2}, [3, 3, 6]), ({"layers": 2}, [6, 6]), ({"assistant": "always"}, [3, 3, 6])],
+        [
+            ({"width": 0.5, "layers": 2}, [3, 3, 6]),
+            ({"layers": 2}, [6, 6]),
+            ({"width": 0.5, "layers": 3, "assistant": "always"}, [3, 3, 6]),
+            ({"assistant": "always"}, [6, 6]),  # as wide as the teacher, it would be the teacher
+            ({"assistant": "always", "teacher_layer": 3}, [3, 3, 6]),
+        ],
     )
     def test_the_hops_share_the_budget(self, changes, fits):
         candidate = tiny_candidate()

@@ -110,6 +110,17 @@ def test_the_norm_over_some_channels_is_that_of_the_slice_and_not_of_the_zeros()
         assert (norm(x * alive)[..., alive] - sliced).abs().max() > 0.1
 
 
+def test_the_gradient_of_a_mask_says_what_a_channel_would_be_worth_masked_or_not() -> None:
+    candidate = tiny_candidate(task="token-classification", layers=2)
+    masks = Masks(candidate.network)
+    hidden = torch.ones_like(masks.units.hidden)
+    hidden[0, :8] = 0
+    masks.units = masks.units._replace(hidden=hidden.requires_grad_())
+    tiny_context(candidate).task_loss(candidate.network, next(tiny_batches(candidate))).backward()
+    assert hidden.grad is not None
+    assert bool((hidden.grad[0, :8] != 0).all())
+
+
 def test_masked_units_get_no_gradient_and_survive_optimizer_steps() -> None:
     candidate = tiny_candidate(layers=2)
     masks = random_masks(candidate.network)

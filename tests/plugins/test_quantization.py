@@ -17,11 +17,12 @@ from compress_search_plugins.precision.number_formats import EXCLUDABLE, Setting
 from compress_search_plugins.precision.onnx_quantizers import quantize_static
 from compress_search_plugins.precision.stored_bits import stored_bits
 from compress_search_plugins.precision.weight_maps import node_patterns
+from compress_search_plugins.quantization import Quantization
 
 from compress_search import Candidate, Params, Subject, TrialError
 from compress_search.encoders import FAMILIES, embeddings, layers, parts
 from compress_search.runtimes import load_runner, size_mb
-from compress_search.testing import tiny_context
+from compress_search.testing import tiny_candidate, tiny_context
 from tests import quantized
 from tests.quantized import (
     CODEBOOKS,
@@ -290,6 +291,22 @@ def test_seven_bits_stay_in_seven_bits(quantize: Quantize) -> None:
     weights = [v for key, v in found.items() if "MatMul" in key and v.dtype == np.int8 and v.ndim == 2]
     assert weights
     assert max(int(np.abs(value.astype(int)).max()) for value in weights) <= 64
+
+
+def test_static_ranges_are_of_texts_without_padding() -> None:
+    candidate = tiny_candidate()
+    context, asked = tiny_context(candidate), []
+    calibration = context.calibration
+
+    def recorded(examples: int, batch_size: int = 32) -> Iterator[Any]:
+        asked.append(batch_size)
+        yield from calibration(examples, batch_size)
+
+    context.calibration = recorded  # type: ignore[method-assign]
+    chosen = params("static_int8")
+    Quantization().apply(candidate, chosen, context)
+    Quantization().apply(candidate, {**chosen, "high_precision_layers": 1}, context)
+    assert asked == [1, 32, 1], "and how sensitive maps are is told by whole batches"
 
 
 def test_calibration_needs_examples(tmp_path: Path) -> None:

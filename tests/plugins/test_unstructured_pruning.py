@@ -12,6 +12,7 @@ import pytest
 import torch
 from compress_search_plugins import unstructured_pruning
 from compress_search_plugins.pruning import sparse_masks
+from compress_search_plugins.pruning.gates import STEPS
 from compress_search_plugins.pruning.sparse_masks import PATTERNS, Mask, keep_per_group, keep_top, linears, select
 from compress_search_plugins.quantization import Quantization
 from compress_search_plugins.structured_pruning import StructuredPruning
@@ -201,20 +202,32 @@ def test_the_soft_threshold_ends_at_a_tenth_and_its_penalty_grows_with_it():
     matrices = sparse_masks.mask_linears(tiny().network, scored=True)
     params = chosen(BASE, method="soft_movement", initial_warmup=0.0, penalty=100.0)
     sparsifier = Sparsifier(matrices, params)
-    sparsifier.on_step(0, 10)
+    sparsifier.on_step(0, STEPS)
     assert sparsifier.penalty() == 0
     assert all(bool(matrix.mask.mask.all()) for matrix in matrices), "θ = 0 keeps all"
-    sparsifier.on_step(10, 10)
+    sparsifier.on_step(STEPS, STEPS)
     assert float(sparsifier.penalty().detach()) == pytest.approx(100 * 0.5), "σ(0) = 1/2"
     with torch.no_grad():
         for matrix in matrices:
             matrix.mask.scores.fill_(-3.0)
             matrix.mask.scores[0, :3] = torch.tensor([-2.1, -2.2, -2.0])  # σ = 0.109, 0.0998, 0.119
-    sparsifier.on_step(10, 10)
+    sparsifier.on_step(STEPS, STEPS)
     for matrix in matrices:
         kept = matrix.mask.mask
         assert kept[0, :3].tolist() == [True, int(0.005 * kept.numel() + 1e-6) > 2, True]
         assert int(kept.sum()) == max(2, math.ceil(0.005 * kept.numel())), "but half a percent stays"
+
+
+def test_scores_of_a_short_training_cut_as_those_of_a_long_one():
+    matrices = sparse_masks.mask_linears(tiny().network, scored=True)
+    sparsifier = Sparsifier(matrices, chosen(BASE, method="soft_movement", initial_warmup=0.0, penalty=100.0))
+    with torch.no_grad():
+        for matrix in matrices:
+            matrix.mask.scores.fill_(-3.0 * 30 / STEPS)  # what 30 steps can do where 3000 come to -3
+            matrix.mask.scores[0, 0] = 0.0
+    sparsifier.on_step(30, 30)
+    assert all(int(matrix.mask.mask.sum()) < 0.02 * matrix.mask.mask.numel() for matrix in matrices)
+    assert all(bool(matrix.mask.mask[0, 0]) for matrix in matrices)
 
 
 # the method
