@@ -35,24 +35,28 @@ RATES = {"theseus": (3e-4, 1e-3), "": (1e-4, 3e-4)}
 """Of which each method takes, on each set, that whose student of half depth and the first seed validates best.
 
 Theseus trains a layer in part of its steps alone and halves its rate for the rest: it has the higher pair."""
-STARTS: Mapping[str, Mapping[str, Any]] = {
-    "distilbert": {"init_layers": "first"},
-    "minilm": {"init": "first"},
+STARTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "theseus": ("last of block", {"successor_init": "last_of_block"}),
+    "distilbert": ("first", {"init_layers": "first"}),
+    "minilm": ("first", {"init": "first"}),
     # beside labels and logits, so that nothing is learnt before the task
-    "layer_match": {"init": "first", "strategy": "last", "features": "hidden", "hidden_weight": 0.1},
+    "layer_match": (
+        "first",
+        {"init": "first", "strategy": "last", "features": "hidden", "hidden_weight": 0.1},
+    ),
 }
-"""What has these begin as their teacher's first layers; by their papers they begin as layers from all its depth.
+"""The other layers of their teacher that these can begin as, by name, and what has them do so.
 
-Chosen as the rate is. The baselines and Theseus begin as the first layers."""
+Chosen as the rate is. By their papers Theseus begins as the first layers, as the baselines do, the others as layers
+from all the depth."""
 SHAPES = {"half": (3, 1.0), "third": (2, 1.0), "half and half as wide": (3, 0.5)}
 """(layers, width as a part of the teacher's); a narrow student is for the methods that can make one."""
 BASELINES = ("truncated", "truncated teacher", "kd")
 """What the others are compared with: fine-tuning on the labels the lower layers of what the teacher was made from,
 which is the literature's control, or those of the teacher itself; and the latter with soft targets."""
 
-FIRST = "first"
 Setting = tuple[float, str]
-"""Learning rate, and :data:`FIRST` or the method's own start."""
+"""Learning rate, and the start of :data:`STARTS`, or "" for the method's own."""
 
 FOUND = (
     """Theseus is above the fine-tuned lower layers of the pretrained network on all five sets, on sst2 within the
@@ -191,7 +195,7 @@ class Students:
     def _train(self, depth: str, method: str, setting: Setting, seed: int) -> Cell:
         [(name, params)] = arms(*SHAPES[depth])[method].items()
         learning_rate, start = setting
-        chosen = {**params, **(STARTS[method] if start else {}), "learning_rate": learning_rate}
+        chosen = {**params, **(STARTS[method][1] if start else {}), "learning_rate": learning_rate}
         recipe = self.ground.recipe({name: chosen})
         started = time.perf_counter()
         candidate, steps = self.ground.apply(recipe, self.scratch, seed=seed)
@@ -211,7 +215,7 @@ class Students:
 
     def setting(self, method: str, seed: int) -> Setting:
         """The rate and the start that are best on validation at half depth and this seed."""
-        starts = ("", FIRST) if method in STARTS else ("",)
+        starts = ("", STARTS[method][0]) if method in STARTS else ("",)
         settings = product(RATES.get(method, RATES[""]), starts)
         return best_setting(self.trained("half", method, setting, seed) for setting in settings)
 
@@ -284,7 +288,8 @@ def report(cells: Sequence[Cell], steps: int) -> Path:
         "and the first seed: 1e-4 and 3e-4, for Theseus 3e-4 and 1e-3. `distilbert`, `minilm` and `layer_match` "
         "choose in the same way between layers from all the teacher's depth, with which their papers begin, and "
         "its `first` layers, as which the baselines begin (`layer_match` then with the top layers' states alone, "
-        "at a tenth of their weight, beside labels and logits)."
+        "at a tenth of their weight, beside labels and logits); Theseus between the first layers and the `last of` "
+        "each `block`. Narrow students have those channels of the layers' that matter most."
     )
     rows = rows_of(at_best_settings(cells))
     table = tables.table([*header, *(f"over {baseline}" for baseline in BASELINES)], rows)

@@ -6,7 +6,7 @@ nothing. Knows neither how trials are proposed nor how they are run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -70,11 +70,15 @@ class Prepared:
         return {**teacher_digests(self.study), **data_digests(self.study, self.raw, self.task)}
 
 
-def prepare(study: Study, subject: Subject | None = None) -> Prepared:
+Probe = Callable[[str], Collection[str]]
+"""Says which kernels are real where trials run, on a device."""
+
+
+def prepare(study: Study, subject: Subject | None = None, probe: Probe = kernels) -> Prepared:
     """Check everything that can be checked without creating anything.
 
     ``subject`` is the teacher as an earlier run of the study saw it, kernels included: a space never changes
-    within a study, whatever machine it is resumed on.
+    within a study, whatever machine it is resumed on. ``probe`` is asked where there was none.
 
     Raises:
         StudyError, PluginError: what is wrong, with the place of it.
@@ -83,7 +87,7 @@ def prepare(study: Study, subject: Subject | None = None) -> Prepared:
     raw, task = read(study)
     if not study.objectives:  # only now is it known what tags there are, and so which metric comes first
         study = study.model_copy(update={"objectives": default_objectives(task.primary)})
-    subject = subject or _with_engine_traits(study, raw, task, teacher_subject(study, task))
+    subject = subject or _with_engine_traits(study, raw, task, teacher_subject(study, task), probe)
     plan = make_plan(study, registry, subject)
     files = [(file.name, file.text) for file in registry.files]
     return Prepared(study, plan, task, raw, Brief(study.to_dict(), files, subject.to_dict(), str(cache_folder())))
@@ -133,12 +137,12 @@ def stored_subject(study: Study, store: Store) -> Subject | None:
     return Subject.from_dict(known.subject) if known else None
 
 
-def _with_engine_traits(study: Study, raw: Raw, task: Task, teacher: Subject) -> Subject:
+def _with_engine_traits(study: Study, raw: Raw, task: Task, teacher: Subject, probe: Probe) -> Subject:
     """What the engine itself tells methods of a teacher: whether time counts, which kernels are real, what there is
     to learn from, and what its tokenizer is made of.
     """
     device = device_of(study)
-    traits = {f"kernel:{name}" for name in kernels(device)} | ({"timed"} if study.timed else set())
+    traits = {f"kernel:{name}" for name in probe(device)} | ({"timed"} if study.timed else set())
     traits |= {"sized"} if study.sized else set()
     traits |= set() if study.teacher.fine_tune else {"came-trained"}
     traits |= {"unlabelled"} if study.data.unlabeled else set()
@@ -190,7 +194,7 @@ def run(
     """
     store = open_store(study, patience=PATIENCE)
     known = stored_subject(study, store)
-    prepared = prepare(study, known)
+    prepared = prepare(study, known, probe_of(study, executor))
     study, plan, contents = prepared.study, prepared.plan, prepared.contents()
     if known is None:  # a finished study is shown wherever it is
         require_resources(study, executor)
@@ -215,6 +219,15 @@ def run(
         clear_scratch(study.output)
     if fault := announced.teacher_fault:
         raise CompressSearchError(f"the teacher could not be measured: {fault.message}")
+
+
+def probe_of(study: Study, executor: ExecutorName) -> Probe:
+    """Who knows which kernels are real for a study's trials: this machine, or one of the cluster's with a place."""
+    if executor == "local" or study.cluster.address == "local":
+        return kernels
+    from compress_search.ray_executor import probe_cluster
+
+    return partial(probe_cluster, study)
 
 
 def make_output(study: Study) -> None:

@@ -39,6 +39,7 @@ from compress_search.environment import usable_cores
 from compress_search.errors import CompressSearchError
 from compress_search.executor import Factory, ReadDeath, Worker, raised, verdict
 from compress_search.records import Assignment, Failure, Result, Rung
+from compress_search.runtimes.probe import kernels
 from compress_search.study import Study
 
 if TYPE_CHECKING:
@@ -208,6 +209,22 @@ def connect(study: Study) -> bool:
         raise study.error("cluster.address", f"cannot join a Ray cluster at {cluster.address!r}: {said}") from error
     _check_resources(study, ray.cluster_resources())
     return local
+
+
+def probe_cluster(study: Study, device: str) -> frozenset[str]:
+    """The kernels that are real where a trial runs: its place may be on another machine than the driver's.
+
+    Raises:
+        CompressSearchError: as :func:`connect`; or the package cannot be run there.
+    """
+    connect(study)
+    cluster = study.cluster
+    probe: Any = ray.remote(num_cpus=cluster.cpus_per_trial, num_gpus=cluster.gpus_per_trial)(kernels)
+    try:
+        return frozenset(ray.get(probe.remote(device)))
+    except RayError as error:
+        said = str(error).strip().splitlines()[-1]
+        raise study.error("cluster.address", f"compress-search cannot be run on the cluster: {said}") from error
 
 
 def _require_answer(study: Study) -> None:

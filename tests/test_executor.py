@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -229,3 +230,23 @@ def _wait_until(holds: Callable[[], bool], seconds: float = 30.0) -> None:
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_kernels_are_those_of_the_place_that_trials_run_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    from compress_search import ray_executor
+
+    monkeypatch.setattr(ray_executor, "kernels", lambda device: {device, str(os.getpid())})
+    study: Any = SimpleNamespace(cluster=SimpleNamespace(cpus_per_trial=1, gpus_per_trial=0))
+    found = ray_executor.probe_cluster(study, "cpu")
+    assert "cpu" in found
+    assert str(os.getpid()) not in found
+
+
+def test_only_a_cluster_is_asked_what_is_real_there(tiny_study: Callable[..., Path]) -> None:
+    from compress_search import driver
+
+    here, there = (load_study(tiny_study(cluster={"address": address})) for address in ("local", "auto"))
+    assert driver.probe_of(here, "ray") is driver.probe_of(there, "local") is driver.kernels
+    assert driver.probe_of(there, "ray") is not driver.kernels
