@@ -39,6 +39,7 @@ class Dim:
     expert: bool = False
     usual: tuple[Value, ...] = ()
     check: Callable[[str], object] | None = field(default=None, compare=False, repr=False)
+    form: str = field(default="", compare=False, repr=False)
 
     @classmethod
     def real(
@@ -91,9 +92,13 @@ class Dim:
         default: str = "",
         *,
         when: Mapping[str, Collection[Value]] | None = None,
+        form: str = "",
     ) -> Dim:
-        """Text that a study writes; there is nothing to search. ``check`` raises ValueError for what is wrong."""
-        return cls(CategoricalDistribution((default,)), default, when or {}, expert=True, check=check)
+        """Text that a study writes; there is nothing to search. ``check`` raises ValueError for what is wrong.
+
+        ``form`` is an example, for whoever wrote something else.
+        """
+        return cls(CategoricalDistribution((default,)), default, when or {}, expert=True, check=check, form=form)
 
     @classmethod
     def flag(
@@ -129,7 +134,7 @@ class Dim:
         """The allowed values in words, as error messages and ``plan`` print them."""
         distribution: Any = self.distribution
         if self.check:
-            return "text"
+            return f'text, as "{self.form}"' if self.form else "text"
         if isinstance(distribution, CategoricalDistribution):
             return "one of " + ", ".join(str(choice) for choice in distribution.choices)
         kind = "an integer" if isinstance(distribution, IntDistribution) else "a number"

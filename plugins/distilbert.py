@@ -86,7 +86,7 @@ class DistilBert(Method):
         depths = list(range(1, teacher.layers)) or [1]
         named = {"custom_layers": ("",)}
         space = {
-            "custom_layers": Dim.text(partial(written_layers, lowest=0, highest=teacher.layers - 1)),
+            "custom_layers": Dim.text(partial(written_layers, lowest=0, highest=teacher.layers - 1), form="0, 2"),
             "layers": Dim.choice(depths, max(1, teacher.layers // 2), when=named),
             "init_layers": Dim.choice(INITS, "spread", when=named),
             "drop_token_type": Dim.flag(foldable(teacher), expert=True),

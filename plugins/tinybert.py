@@ -135,7 +135,7 @@ class TinyBert(Method):
         named, cut = {"custom_map": ("",)}, cut_when(teacher, *STARTS)
         projected = {"projection": ("shared", "per_layer")}
         space = {
-            "custom_map": Dim.text(partial(written_layers, lowest=1, highest=teacher.layers)),
+            "custom_map": Dim.text(partial(written_layers, lowest=1, highest=teacher.layers), form="1, 3"),
             "layers": depth_dim(teacher, when=named | cut),
             "width": width_dim(teacher, when=cut),
             "layer_map": Dim.choice(tuple(MAPS), "uniform", when=named),

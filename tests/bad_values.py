@@ -124,6 +124,41 @@ CASES = {
         scheme="dynamic_int8",
         group_size=64,
     ),
+    "layers as numbers and not as text": case(
+        "tinybert", "custom_map", '3 is outside the space: expected text, as "1, 3"', custom_map=[3, 6]
+    ),
+    "a map to a layer that the teacher has not": case(
+        "tinybert",
+        "custom_map",
+        "expected rising numbers from 1 to 4 with commas between, got '1, 9'",
+        custom_map="1, 9",
+    ),
+    "a start as a layer that the teacher has not": case(
+        "distilbert",
+        "custom_layers",
+        "expected rising numbers from 0 to 3 with commas between, got '0, 7'",
+        custom_layers="0, 7",
+    ),
+    "a layer to learn from that the teacher has not": case(
+        "minilm", "teacher_layer", "12 is outside the space: expected an integer from", teacher_layer=12
+    ),
+    "matches as a list of mappings": case(
+        "layer_match",
+        "matches",
+        "; mappings in a list are written as text, after |",
+        matches=[{"teacher_layer": 4, "student_layer": 2}],
+    ),
+    "a group that no kernel has": case(
+        "quantization",
+        "group_size",
+        "512 is outside the space: expected one of",
+        OBJECTIVES=SIZE,
+        weight_bits=4,
+        group_size=512,
+    ),
+    "a table of more numbers than before": case(
+        "embedding_factorization", "embedding_size", "is outside the space: expected", embedding_size=4096
+    ),
     "a teacher for weights that are not trained": case(
         "quantization", "qat_kd", "has no effect: it needs qat: true", qat_kd=False
     ),

@@ -130,13 +130,18 @@ def test_a_method_in_trouble_costs_its_trial_only(
 
 
 def test_a_full_disk_ends_the_run_and_is_held_against_no_recipe(
-    tiny_study: Study, tmp_path: Path, command: Any, executor: str, monkeypatch: pytest.MonkeyPatch
+    tiny_study: Study,
+    tmp_path: Path,
+    command: Any,
+    executor: str,
+    environment: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = troubled(tiny_study, tmp_path, ["fine", "disk"])
     said = finish(command("run", path, "--executor", executor), code=2)
     assert "output: a disk is full (cannot write the file): free some space, and the same command goes on" in said
     wait_until(lambda: not left_running(path), 60)
-    monkeypatch.setenv("TROUBLE_FREED", "yes")
+    monkeypatch.setitem(environment, "TROUBLE_FREED", "yes")
     finish(command("run", path, "--executor", executor))
     trials = [trial for trial in report(path, command)["trials"] if trial["state"] != "duplicate"]
     assert {trial["state"] for trial in trials} == {"complete"}

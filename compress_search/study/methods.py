@@ -53,7 +53,8 @@ def _narrowing_fault(name: str, value: Any) -> str | None:
         return _range_fault(value)
     for item in value if isinstance(value, list) else [value]:
         if not isinstance(item, bool | int | float | str) or (isinstance(item, float) and not math.isfinite(item)):
-            return f"expected a value, a list of values or {{low: …, high: …}}, got {show(value)}"
+            hint = "; mappings in a list are written as text, after |" if isinstance(item, dict) else ""
+            return f"expected a value, a list of values or {{low: …, high: …}}, got {show(value)}{hint}"
     return "expected at least one value, got []" if value == [] else None
 
 
