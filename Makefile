@@ -17,6 +17,8 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,postgresql]'
+	# losses are compared with its own in the tests; it asks for tensorboard, which takes no part in that
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps textbrewer
 	touch $@
 
 quickstart: $(DATA)  ## a search from nothing to a front, in minutes; the same command resumes

@@ -130,13 +130,13 @@ CASES = {
     "a map to a layer that the teacher has not": case(
         "tinybert",
         "custom_map",
-        "expected rising numbers from 1 to 4 with commas between, got '1, 9'",
+        "expected rising numbers from 1 to 2 with commas between, got '1, 9'",
         custom_map="1, 9",
     ),
     "a start as a layer that the teacher has not": case(
         "distilbert",
         "custom_layers",
-        "expected rising numbers from 0 to 3 with commas between, got '0, 7'",
+        "expected rising numbers from 0 to 1 with commas between, got '0, 7'",
         custom_layers="0, 7",
     ),
     "a layer to learn from that the teacher has not": case(
