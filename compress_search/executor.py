@@ -13,6 +13,7 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -115,10 +116,11 @@ class LocalExecutor:
             kind, value = process.pipe.recv()
         except (EOFError, OSError):
             del self.busy[process]
-            process.kill()
-            search.died(
-                assignment.number, assignment.attempt, self.read_death(assignment.number, assignment.attempt)
-            )
+            how = process.ended()
+            failure = self.read_death(assignment.number, assignment.attempt)
+            if failure.kind == "died":
+                failure = replace(failure, message=f"{failure.message} ({how})")
+            search.died(assignment.number, assignment.attempt, failure)
             return
         if kind == "rung":
             process.send(search.report(value))
@@ -153,6 +155,17 @@ class _Process:
         """Tell the worker something; one that died meanwhile is noticed when it is listened to."""
         with suppress(OSError):
             self.pipe.send(message)
+
+    def ended(self) -> str:
+        """How a process that closed its pipe came to its end, which is made sure of."""
+        self.process.join(GRACE_SECONDS)
+        code = self.process.exitcode
+        self.kill()
+        if code is None:
+            return "it closed its pipe and did not end"
+        if code == -signal.SIGKILL:
+            return "SIGKILL, as when memory runs out"
+        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
     def kill(self) -> None:
         """Close the pipe, which ends an idle worker, and kill one that does not end."""

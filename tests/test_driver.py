@@ -120,7 +120,7 @@ def test_a_method_in_trouble_costs_its_trial_only(
         "refuses": "do not go together",
         "oom": "MemoryError",
         "hangs": "outlasted",
-        "dies": "died",
+        "dies": "the worker process died (exit code 9)" if executor == "local" else "the worker process died",
     }.items():
         assert text in ended[kind]["error"], kind
     shown = finish(command("show", path, ended["raises"]["number"]))
