@@ -24,6 +24,8 @@ from compress_search.encoders import backbone, embeddings, head, layers, set_lay
 from .distillation.soft_targets import SoftTerm, crf_missing, crf_space, crf_target, soft_target_loss
 
 INITS = ("first_k", "every_nth", "last_of_block", "first_of_block", "random")
+STARTS = ("first_k", "last_of_block")
+"""Those that are searched unless a study names others (decision 0028)."""
 MIXINGS = ("bernoulli", "uniform", "deterministic")
 DEFAULT_FULL_REPLACEMENT = 0.5
 
@@ -222,7 +224,7 @@ class Theseus(Method):
             "partition": Dim.choice(("uniform", "custom"), "uniform", expert=True),
             "block_size": Dim.choice([1, *sizes], sizes[0], when={"partition": ("uniform",)}, usual=sizes),
             **cuts,
-            "successor_init": Dim.choice(INITS, "first_k", expert=True),
+            "successor_init": Dim.choice(INITS, "first_k", usual=STARTS),
             "mixing": Dim.choice(MIXINGS, "bernoulli", expert=True),
             "sample_granularity": Dim.choice(("batch", "example"), "batch", when=random, expert=True),
             "redraw_empty": Dim.flag(True, when={"mixing": ("bernoulli",)}, expert=True),
@@ -255,7 +257,11 @@ class Theseus(Method):
         return crf_missing(teacher)
 
     def effective(self, subject: Subject, params: Params) -> Params:
-        """Without a ramp where the rate is constant."""
+        """Without a ramp where the rate is constant, and with the first name that the successors' layers have."""
+        init, sizes = str(params["successor_init"]), block_sizes(subject.layers, params)
+        if init != "random":
+            wanted = source_layers(init, sizes)
+            params = {**params, "successor_init": next(n for n in INITS if source_layers(n, sizes) == wanted)}
         idle = {"base_rate", "full_replacement_at"} if params.get("schedule") == "constant" else set()
         return {name: value for name, value in params.items() if name not in idle}
 

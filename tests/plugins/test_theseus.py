@@ -377,6 +377,15 @@ def test_the_replaced_embeddings_and_the_head_learn_in_stage_one_when_asked() ->
     assert len(theseus.successors(network)) == 3
 
 
+def test_both_starts_are_searched_and_counted_once_where_they_are_one() -> None:
+    candidate = tiny_candidate()
+    space = fix_experts(Theseus().search_space(candidate.subject))
+    assert space["successor_init"].distribution.choices == ("first_k", "last_of_block")
+    for size, inits in ((2, {"first_k", "last_of_block"}), (1, {"first_k"})):
+        chosen = [parameters(candidate, block_size=size, successor_init=init) for init in theseus.STARTS]
+        assert {Theseus().effective(candidate.subject, params)["successor_init"] for params in chosen} == inits
+
+
 @pytest.mark.parametrize("init", ["first_k", "every_nth", "last_of_block", "first_of_block"])
 def test_a_successor_of_the_same_size_starts_as_the_predecessor_and_learns(init: str) -> None:
     candidate = tiny_candidate()
