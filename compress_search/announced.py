@@ -5,7 +5,7 @@ Owns when which event of :mod:`compress_search.progress` is told. Knows neither 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from compress_search import progress
 from compress_search.finish import feasible
@@ -21,7 +21,6 @@ class Announced:
 
     search: Search
     on_event: progress.OnEvent
-    running: dict[int, Assignment] = field(default_factory=dict)
     teacher_fault: Failure | None = None
 
     def started(self) -> None:
@@ -47,7 +46,6 @@ class Announced:
         """Forward, and tell."""
         assignment = None if self.teacher_fault else self.search.next()
         if assignment:
-            self.running[assignment.number] = assignment
             event = progress.TrialStarted(
                 assignment.number, self._shown(assignment.recipe), assignment.attempt, assignment.baseline
             )
@@ -77,7 +75,6 @@ class Announced:
         row = self.search.store.trial(self.search.name, number)
         if row.baseline == TEACHER and row.state != "complete":
             self.teacher_fault = row.error or Failure("error", f"it is {row.state}")
-        self.running.pop(number, None)
         self.on_event(self._finished(row))
 
     def _shown(self, recipe: Recipe) -> str:

@@ -223,7 +223,7 @@ def probe_cluster(study: Study, device: str) -> frozenset[str]:
     try:
         return frozenset(ray.get(probe.remote(device)))
     except RayError as error:
-        said = str(error).strip().splitlines()[-1]
+        said = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise study.error("cluster.address", f"compress-search cannot be run on the cluster: {said}") from error
 
 

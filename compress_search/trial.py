@@ -213,7 +213,7 @@ class Attempt:
     latest: Metrics = field(default_factory=dict)
 
     def run(self) -> Result:
-        """The end as a result. Faults of the machine are raised: a dead bench, until it repeats; a full disk.
+        """What the attempt came to. Faults of the machine are raised: a dead bench, until it repeats; a full disk.
 
         A bench that hangs is none: what it was given hangs it, and would again.
 
