@@ -344,6 +344,21 @@ def test_one_artefact_runs_every_batch_size_and_length(
         np.testing.assert_allclose(run(feed), reference(candidate, feed), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exported_graphs_do_no_arithmetic_on_shapes(family: str, tmp_path: Path) -> None:
+    candidate = tiny_candidate(family).replace(runtime={"engine": "onnxruntime"})
+    lower(candidate, tmp_path / "artifact", CLASSIFICATION)
+    graph = onnx.load(tmp_path / "artifact" / "model.onnx").graph
+    kinds = [node.op_type for node in graph.node]
+    held = {tensor.name for tensor in graph.initializer}
+    assert kinds.count("Reshape") == 4 * candidate.subject.layers
+    assert all(node.input[1] in held for node in graph.node if node.op_type == "Reshape")
+    assert kinds.count("Shape") <= 1, "the length, where the family cuts its positions to it"
+    assert not {"Concat", "Where", "Expand", "Range"} & set(kinds)
+    read = {name for node in graph.node for name in node.input} | {"logits"}
+    assert all(read.intersection(node.output) for node in graph.node), "what nobody reads is gone"
+
+
 def shaped(candidate: Candidate, rows: int, length: int) -> Feed:
     ids = np.random.default_rng(length).integers(5, candidate.subject.vocabulary, (rows, length))
     mask = np.ones_like(ids)

@@ -6,14 +6,15 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.jit import TracerWarning  # type: ignore[attr-defined]
 
 from compress_search.encoders import inputs
-from compress_search.encoders.view import set_attention
+from compress_search.encoders.view import FAMILIES, set_attention
+from compress_search.runtimes.onnx_shapes import copy_dimensions
 
 OPSET = 17
 # what the TorchScript exporter says about every BERT-like network; anything else it says stays visible
@@ -32,9 +33,21 @@ class _Logits(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network, self.names = network, inputs(network)
+        self.attends = cast(Any, network).config.model_type in FAMILIES
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        return cast(Tensor, self.network(**dict(zip(self.names, tensors, strict=True))).logits)
+        named = dict(zip(self.names, tensors, strict=True))
+        if self.attends:
+            named["attention_mask"] = _added(named["attention_mask"])
+        return cast(Tensor, self.network(**named).logits)
+
+
+def _added(mask: Tensor) -> Tensor:
+    """What eager attention adds to its scores (B, 1, 1, S), from the mask (B, S).
+
+    transformers passes four dimensions on as they are; from two it makes (B, 1, S, S) by 30 nodes.
+    """
+    return (1.0 - mask[:, None, None, :].float()) * torch.finfo(torch.float32).min
 
 
 def export(network: nn.Module, path: Path) -> None:
@@ -64,6 +77,8 @@ def export(network: nn.Module, path: Path) -> None:
             opset_version=OPSET,
             dynamo=False,
         )
+    if wrapped.attends:
+        copy_dimensions(path)
 
 
 @contextmanager
