@@ -215,7 +215,9 @@ def make(ground: Ground, name: str, methods: Methods, steps: int, folder: Path) 
     started = time.perf_counter()
     candidate, _ = ground.apply(ground.recipe(methods), folder / "scratch")
     seconds = time.perf_counter() - started
-    scores = _deployed(ground, candidate, folder) if candidate.lowering else ground.scores(candidate.network)
+    own_reading = candidate.subject.vocabulary != ground.materials.teacher.subject.vocabulary
+    as_file = own_reading or candidate.lowering
+    scores = _deployed(ground, candidate, folder) if as_file else ground.scores(candidate.network)
     made = Made(name, methods, steps, *scores, candidate.subject.megabytes, seconds)
     RECORDS.parent.mkdir(exist_ok=True)
     with RECORDS.open("a", encoding="utf-8") as file:
@@ -224,7 +226,7 @@ def make(ground: Ground, name: str, methods: Methods, steps: int, folder: Path) 
 
 
 def _deployed(ground: Ground, candidate: Candidate, folder: Path) -> tuple[float, float]:
-    """Validation and test score of a candidate whose numbers only its file has."""
+    """Validation and test score of a candidate whose numbers, or whose tokens, only its file has."""
     artifact, metric = folder / f"artifact-{time.monotonic_ns()}", ground.materials.task.primary
     ground.bench.lower(candidate, artifact)
     validation, test = (ground.bench.score(artifact, part, as_deployed=True) for part in ("validation", "test"))
