@@ -231,13 +231,20 @@ def probe_of(study: Study, executor: ExecutorName) -> Probe:
 
 
 def make_output(study: Study) -> None:
-    """Make the folder of the study's artefacts, where it is not there.
+    """Make the folder of the study's artefacts, where it is not there, and write into it whose it is.
+
+    Trials lie there by their numbers, which two studies would take for their own.
 
     Raises:
-        StudyError: it cannot be made.
+        StudyError: it cannot be made, or is another study's.
     """
+    claim = study.output / "study.name"
     try:
         study.output.mkdir(parents=True, exist_ok=True)
+        owner = claim.read_text(encoding="utf-8") if claim.exists() else ""
+        if owner not in ("", study.name):
+            raise study.error("output", f"{study.output} holds the study {owner!r}: expected a folder of its own")
+        claim.write_text(study.name, encoding="utf-8")
     except OSError as error:
         raise study.error("output", f"cannot create {study.output}: {error.strerror}") from error
 

@@ -34,6 +34,7 @@ from compress_search.recipe import Recipe, digest
 from compress_search.registry import PluginFile, Registry
 from compress_search.runtimes import Artifact, lower, size_mb
 from compress_search.runtimes.engines import CPU_SESSION
+from compress_search.runtimes.onnx_export import GRAPHS
 from compress_search.study import Study
 from compress_search.teacher import (
     load_teacher,
@@ -186,7 +187,7 @@ class Workbench:
         """Milliseconds of one layer by its heads and neurons, on examples of the training data's mean length."""
         length = max(1, round(float(self.materials.train.lengths.mean())))
         way = (self.study.measure.batch_size, length, self.study.measure.threads)
-        return kept_layer_table(subject, self.cache, time_stacks(*way), (*way, host_kind()))
+        return kept_layer_table(subject, self.cache, time_stacks(*way), (*way, host_kind(), CPU_SESSION, GRAPHS))
 
     def tokenized(self, tokenizer: PreTrainedTokenizerBase) -> Mapping[str, Split]:
         """Every split as a candidate's own tokenizer cuts it; the latest reading is kept."""
@@ -313,8 +314,8 @@ class Workbench:
         # the lengths that are timed are drawn from the validation data, as the candidate's tokenizer cuts it
         reading = tokenizer_digest(candidate.tokenizer)
         drawn = [self.materials.validation.path.name, reading, self.study.search.seed]
-        where = [self.device.type, host_kind(), CPU_SESSION]
-        return digest([what, self.study.measure.model_dump(mode="json"), drawn, where])[:20]
+        how = [self.device.type, host_kind(), CPU_SESSION, GRAPHS]
+        return digest([what, self.study.measure.model_dump(mode="json"), drawn, how])[:20]
 
     def close(self) -> None:
         """End the bench process."""

@@ -65,6 +65,17 @@ def test_an_output_that_was_taken_meanwhile_is_told_with_its_place(tiny_study: C
         make_output(study)
 
 
+def test_two_studies_do_not_share_a_folder(tiny_study: Callable[..., Path]) -> None:
+    study = load_study(path := tiny_study())
+    make_output(study)
+    make_output(study)  # again, as a study that is resumed does
+    before = {file: file.read_bytes() for file in study.output.iterdir()}
+    other = load_study(path, ["name=another"])
+    with pytest.raises(StudyError, match=rf"output: .*/run holds the study '{study.name}': expected a folder"):
+        make_output(other)
+    assert {file: file.read_bytes() for file in study.output.iterdir()} == before
+
+
 def test_a_study_is_final_once_its_front_and_its_baselines_are(tmp_path: Path) -> None:
     search = after_teacher(fake_search(tmp_path))
     first = given(search.next())

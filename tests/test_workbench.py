@@ -121,6 +121,18 @@ def test_a_changed_precision_method_is_measured_again(bench: Any, monkeypatch: p
     assert len(taken) == 2
 
 
+@pytest.mark.parametrize(("setting", "other"), [("CPU_SESSION", {"another": "entry"}), ("GRAPHS", 0)])
+def test_what_runs_otherwise_is_measured_again(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, setting: str, other: Any
+) -> None:
+    made, taken = bench()
+    made.shape(candidate(), Path("artifact"), Recipe())
+    monkeypatch.setattr(workbench, setting, other)
+    made.shape(candidate(), Path("artifact"), Recipe())
+    made.shape(candidate(), Path("artifact"), Recipe())
+    assert len(taken) == 2
+
+
 def test_a_candidate_whose_tokenizer_cuts_otherwise_is_measured_again(bench: Any) -> None:
     made, taken = bench()
     pruned = candidate()
