@@ -163,8 +163,8 @@ def make_plan(study: Study, registry: Registry, teacher: Subject) -> Plan:
 
     Raises:
         StudyError: an unknown method or dimension, a value outside a method's space or without any effect, values
-            that cannot go together, a method that can never apply to this teacher, or two forced methods of one
-            exclusive stage.
+            that cannot go together, a method that can never apply to this teacher, two forced methods of one
+            exclusive stage, or an aim that only some recipes have a number for.
         PluginError: a method the study names cannot be loaded.
     """
     wanted = _wanted(study, registry)
@@ -175,6 +175,7 @@ def make_plan(study: Study, registry: Registry, teacher: Subject) -> Plan:
     plan = Plan(study, registry, teacher, spaces, _slots(study, registry, list(spaces), wanted))
     if study.methods != "all":
         _check_reachable(plan, wanted)
+    _check_aims(plan)
     return plan
 
 
@@ -219,6 +220,16 @@ def _check_reachable(plan: Plan, wanted: Mapping[str, Mapping[str, Any]]) -> Non
         named = [dim for dim in wanted[name] if dim != "use"]
         for dim, fault in idle(named, name, method, plan.teacher, plan.spaces[name], fitting).items():
             raise plan.study.error(f"methods.{name}.{dim}", fault)
+
+
+def _check_aims(plan: Plan) -> None:
+    """Refuse a method's metric as an aim where recipes without the method would have no number for it."""
+    forced = {slot.options[0] for slot in plan.slots if slot.forced}
+    for key, metric in plan.study.aims():
+        method, dot, _ = metric.partition(".")
+        if dot and method not in forced:
+            message = f"recipes without {method} have no {metric}: expected methods.{method} to be {{use: true}}"
+            raise plan.study.error(key, message)
 
 
 def _subjects(plan: Plan, name: str) -> Iterator[Subject]:

@@ -129,6 +129,20 @@ def test_a_method_in_trouble_costs_its_trial_only(
     wait_until(lambda: not left_running(path), 30)
 
 
+def test_a_methods_own_metric_is_an_aim(tiny_study: Study, tmp_path: Path, command: Any) -> None:
+    path = troubled(tiny_study, tmp_path, ["fine", "metric"])
+    own = 'objectives=["accuracy", {"trouble.value": "maximize"}]', "constraints.trouble.value=>= 0.5"
+    finish(command("run", path, "--executor", "local", *(word for aim in own for word in ("--set", aim))))
+    found = report(path, command)
+    made = [trial for trial in found["trials"] if trial["state"] == "complete" and trial.get("baseline") is None]
+    assert made
+    assert {trial["metrics"]["trouble.value"] for trial in made} == {1.0}
+    assert set(found["front"]) <= {trial["number"] for trial in made}, "a baseline has no number of the method's"
+    assert found["front"]
+    finish(command("report", path, "--format", "html", "-o", tmp_path / "page.html"))
+    assert "trouble.value" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
 def test_a_full_disk_ends_the_run_and_is_held_against_no_recipe(
     tiny_study: Study,
     tmp_path: Path,

@@ -61,15 +61,19 @@ class Aims:
         One is that the recipe ran at all; satisfied is what does not exceed 0.
         """
         constraints = {**self.violations(result.metrics), "ran": 1.0 if result.state == "failed" else -1.0}
-        if result.state != "complete":
-            return TrialState.PRUNED, None, constraints
+        if result.state != "complete" or not self.objectives.keys() <= result.metrics.keys():
+            return TrialState.PRUNED, None, constraints  # what is no recipe of a method lacks its metrics
         return TrialState.COMPLETE, [result.metrics[name] for name in self.objectives], constraints
 
-    def checked(self, result: Result) -> Result:
-        """The result, failed if it claims to be complete without a number for every objective and constraint."""
+    def checked(self, result: Result, *, baseline: bool) -> Result:
+        """The result, failed if it claims to be complete without a number for every objective and constraint.
+
+        A baseline is compared as far as it can be: it has no numbers of methods that it was not made by.
+        """
         if result.state != "complete":
             return result
         wanted = dict.fromkeys([*self.objectives, *self.constraints])
+        wanted = {name: None for name in wanted if not (baseline and "." in name and name not in result.metrics)}
         bad = [name for name in wanted if not math.isfinite(result.metrics.get(name, math.nan))]
         if not bad:
             return result

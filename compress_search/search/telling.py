@@ -40,7 +40,7 @@ class Teller:
 
     def commit(self, result: Result, attempt: LastAttempt) -> None:
         """Write down what an attempt, or an older one of the same trial, came to, and tell it."""
-        result = self.aims.checked(replace(result, attempt=attempt.attempt))
+        result = self.aims.checked(replace(result, attempt=attempt.attempt), baseline=attempt.baseline is not None)
         self.store.write_result(self.name, result)
         self.tell(result, attempt)
 

@@ -170,8 +170,7 @@ class Study(Section):
     @model_validator(mode="after")
     def _metrics_have_methods(self) -> Study:
         """A method's metric needs the method to be searched."""
-        objectives = [(f"objectives.{number}", name) for number, name in enumerate(self.objectives)]
-        for key, metric in [*objectives, *((f"constraints.{name}", name) for name in self.constraints)]:
+        for key, metric in self.aims():
             method, dot, _ = metric.partition(".")
             if dot and self.methods != "all" and method not in self.methods:
                 raise Fault(key, f"{metric} needs {method} among the methods")
@@ -189,6 +188,11 @@ class Study(Section):
         if threads > cores:
             raise Fault("measure.threads", f"expected at most cluster.cpus_per_trial ({cores}), got {threads}")
         return self
+
+    def aims(self) -> list[tuple[str, str]]:
+        """The metrics of objectives and constraints, each after the dotted key that names it."""
+        objectives = [(f"objectives.{number}", str(name)) for number, name in enumerate(self.objectives)]
+        return [*objectives, *((f"constraints.{name}", name) for name in self.constraints)]
 
     @property
     def directions(self) -> dict[str, Direction]:
