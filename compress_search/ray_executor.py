@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from compress_search.environment import usable_cores
-from compress_search.errors import CompressSearchError
+from compress_search.errors import CompressSearchError, StudyError
 from compress_search.executor import Factory, ReadDeath, Worker, raised, verdict
 from compress_search.records import Assignment, Failure, Result, Rung
 from compress_search.runtimes.probe import kernels
@@ -207,7 +207,11 @@ def connect(study: Study) -> bool:
     except (OSError, RuntimeError, ValueError) as error:  # nobody there, other versions, or no address at all
         said = " ".join(str(error).split()) or type(error).__name__
         raise study.error("cluster.address", f"cannot join a Ray cluster at {cluster.address!r}: {said}") from error
-    _check_resources(study, ray.cluster_resources())
+    try:
+        check_nodes(study, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    except StudyError:
+        ray.shutdown()
+        raise
     return local
 
 
@@ -237,12 +241,24 @@ def _require_answer(study: Study) -> None:
         raise study.error("cluster.address", f"no Ray cluster at {address}: {error}") from error
 
 
-def _check_resources(study: Study, available: dict[str, float]) -> None:
-    for key, kind in (("cpus_per_trial", "CPU"), ("gpus_per_trial", "GPU")):
-        wanted, there = getattr(study.cluster, key), available.get(kind, 0)
-        if wanted > there:
-            ray.shutdown()
-            raise study.error(f"cluster.{key}", f"a trial asks for {wanted:g} {kind}, the cluster has {there:g}")
+def check_nodes(study: Study, nodes: Sequence[Mapping[str, float]]) -> None:
+    """See that one node has all that a trial takes: Ray would wait for it for ever.
+
+    Args:
+        study: says what a trial takes.
+        nodes: what each node that is alive has, in Ray's words.
+
+    Raises:
+        StudyError: none has; at the key of which even the best has too little, or of the GPUs.
+    """
+    wanted = {"CPU": study.cluster.cpus_per_trial, "GPU": study.cluster.gpus_per_trial}
+    for kind, count in wanted.items():
+        if count > (most := max((node.get(kind, 0) for node in nodes), default=0)):
+            key = f"cluster.{kind.lower()}s_per_trial"
+            raise study.error(key, f"a trial asks for {count:g} {kind} of one node, the largest has {most:g}")
+    if not any(all(node.get(kind, 0) >= count for kind, count in wanted.items()) for node in nodes):
+        asked = " and ".join(f"{count:g} {kind}" for kind, count in wanted.items())
+        raise study.error("cluster.gpus_per_trial", f"a trial asks for {asked}, and no node of the cluster has both")
 
 
 def resources(study: Study) -> dict[str, float]:

@@ -7,6 +7,7 @@ compared before and after, down to the bytes.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -21,7 +22,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from compress_search import cli, driver, hub
+from compress_search import StudyError, cli, driver, hub
 from compress_search.runtimes import probe
 from compress_search.storage import Store
 from compress_search.study import load_study
@@ -238,7 +239,7 @@ def test_an_address_at_which_no_cluster_answers(folder: Path, deaf: int) -> None
             "cannot join a Ray cluster at 'auto': no instance found",
         ),
         (RuntimeError("Version mismatch: 3.11.7"), "address", "cannot join a Ray cluster at 'auto': Version mis"),
-        (None, "gpus_per_trial", "a trial asks for 8 GPU, the cluster has 0"),
+        (None, "gpus_per_trial", "a trial asks for 8 GPU of one node, the largest has 0"),
     ],
 )
 def test_a_cluster_that_is_not_there_or_another_or_too_small(
@@ -252,10 +253,37 @@ def test_a_cluster_that_is_not_there_or_another_or_too_small(
 
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 4.0}}])
     path = folder / "study.yaml"
     with_keys(path, {"cluster": {"address": "auto", "gpus_per_trial": 0 if fault else 8}})
     assert f"cluster.{key}: {words}" in refused(folder.parent, "run", path)
+
+
+CPU_NODE, GPU_NODE = {"CPU": 8.0, "memory": 1e9}, {"CPU": 2.0, "GPU": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "fault"),
+    [
+        (8, 0, None),
+        (2, 1, None),
+        (2, 0.5, None),
+        (16, 0, "cpus_per_trial: a trial asks for 16 CPU of one node, the largest has 8"),
+        (1, 2, "gpus_per_trial: a trial asks for 2 GPU of one node, the largest has 1"),
+        (4, 1, "gpus_per_trial: a trial asks for 4 CPU and 1 GPU, and no node of the cluster has both"),
+    ],
+)
+def test_one_node_has_all_that_a_trial_takes(folder: Path, cpus: float, gpus: float, fault: str | None) -> None:
+    from compress_search.ray_executor import check_nodes
+
+    path = folder / "study.yaml"
+    with_keys(path, {"cluster": {"cpus_per_trial": cpus, "gpus_per_trial": gpus}})
+    study, nodes = load_study(path), [CPU_NODE, CPU_NODE, GPU_NODE, GPU_NODE]
+    if fault is None:
+        check_nodes(study, nodes)
+        return
+    with pytest.raises(StudyError, match=re.escape(f"cluster.{fault}") + "$"):
+        check_nodes(study, nodes)
 
 
 # ---- an interrupt before anything runs ---------------------------------------------------------------------------
