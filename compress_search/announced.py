@@ -28,8 +28,11 @@ class Announced:
         plan, rows = self.search.plan, self.search.store.trials(self.search.name)
         earlier = [self._finished(row) for row in rows if row.state not in ("running", "waiting", "duplicate")]
         search = plan.study.search
+        aims = plan.study.directions
         self.on_event(
-            progress.StudyStarted(plan.study.name, plan.study.directions, search.trials, search.hours, earlier)
+            progress.StudyStarted(
+                plan.study.name, aims, search.trials, search.hours, earlier, seconds=self.search.seconds
+            )
         )
 
     def ended(self) -> None:

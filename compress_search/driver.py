@@ -7,10 +7,12 @@ nothing. Knows neither how trials are proposed nor how they are run.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
+
+from filelock import FileLock
 
 from compress_search import progress
 from compress_search.announced import Announced
@@ -241,10 +243,13 @@ def make_output(study: Study) -> None:
     claim = study.output / "study.name"
     try:
         study.output.mkdir(parents=True, exist_ok=True)
-        owner = claim.read_text(encoding="utf-8") if claim.exists() else ""
-        if owner not in ("", study.name):
-            raise study.error("output", f"{study.output} holds the study {owner!r}: expected a folder of its own")
-        claim.write_text(study.name, encoding="utf-8")
+        with FileLock(f"{claim}.lock"):
+            owner = claim.read_text(encoding="utf-8") if claim.exists() else ""
+            if owner not in ("", study.name):
+                raise study.error(
+                    "output", f"{study.output} holds the study {owner!r}: expected a folder of its own"
+                )
+            claim.write_text(study.name, encoding="utf-8")
     except OSError as error:
         raise study.error("output", f"cannot create {study.output}: {error.strerror}") from error
 
@@ -282,7 +287,11 @@ def freeze_constant(store: Store, prepared: Prepared) -> None:
 
 
 def _drive(search: Announced, executor: Executor, store: Store) -> None:
-    """Run to the end of the budget and look at the front once more; an interrupt takes everything back."""
+    """Run to the end of the budget and look at the front once more; an interrupt takes everything back.
+
+    Nobody who interrupts, or has lost the database, is kept waiting for it: what it says is running then is taken
+    back by the next run.
+    """
     try:
         executor.run(search)  # type: ignore[arg-type]  # the search, which also tells whoever watches
         if search.teacher_fault is None:
@@ -290,7 +299,9 @@ def _drive(search: Announced, executor: Executor, store: Store) -> None:
             finalize(search.search.plan.study, executor, store)
     except BaseException:
         executor.close()
-        search.search.release()
+        store.patience = 0.0
+        with suppress(StorageError):
+            search.search.release()
         raise
     executor.close()
 

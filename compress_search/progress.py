@@ -57,13 +57,14 @@ class TrialFinished:
 
 @dataclass(frozen=True)
 class StudyStarted:
-    """A run of a study begins: its objectives, its budget, and what former runs of it have finished."""
+    """A run of a study begins: its objectives, its budget, and what former runs have finished, in how many seconds."""
 
     name: str
     directions: Mapping[str, Direction]
     trials: int
     hours: float | None = None
     earlier: Sequence[TrialFinished] = ()
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Board:
     def seconds_left(self) -> float | None:
         """An estimate from the pace of this run, cut by the time limit; None before the first trial ends."""
         hours = self.study.hours
-        limit = None if hours is None else max(hours * 3600 - self.elapsed, 0.0)
+        limit = None if hours is None else max(hours * 3600 - self.study.seconds - self.elapsed, 0.0)
         here = self.done - sum(event.counted for event in self.study.earlier)
         if here <= 0:
             return limit

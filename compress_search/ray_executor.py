@@ -147,7 +147,11 @@ class RayExecutor:
         self.started_ray = connect(study)
 
     def run(self, search: Search) -> None:
-        """Hand out, report and finish until the search is done."""
+        """Hand out, report and finish until the search is done.
+
+        Raises:
+            CompressSearchError: what the search raises, or Ray is lost on the way.
+        """
         searcher = ForwardingSearcher(search, self.read_death)
         tuner = tune.Tuner(
             tune.with_resources(trainable(self.factory, self.brief), resources(self.study)),
@@ -166,7 +170,11 @@ class RayExecutor:
                 failure_config=tune.FailureConfig(max_failures=0),
             ),
         )
-        tuner.fit()
+        try:
+            tuner.fit()
+        except RayError as error:
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise CompressSearchError(f"Ray is lost: {said}; the same command goes on") from error
         if searcher.error:
             raise searcher.error
 
@@ -258,7 +266,9 @@ def check_nodes(study: Study, nodes: Sequence[Mapping[str, float]]) -> None:
             raise study.error(key, f"a trial asks for {count:g} {kind} of one node, the largest has {most:g}")
     if not any(all(node.get(kind, 0) >= count for kind, count in wanted.items()) for node in nodes):
         asked = " and ".join(f"{count:g} {kind}" for kind, count in wanted.items())
-        raise study.error("cluster.gpus_per_trial", f"a trial asks for {asked}, and no node of the cluster has both")
+        raise study.error(
+            "cluster.gpus_per_trial", f"a trial asks for {asked}, and no node of the cluster has both"
+        )
 
 
 def resources(study: Study) -> dict[str, float]:

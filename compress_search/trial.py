@@ -127,7 +127,16 @@ class TrialWorker:
         self.workbench = Workbench(brief)
 
     def run(self, assignment: Assignment, report: Report) -> Result:
-        """Run one attempt to its end, whatever its methods do, and leave ``result.json`` behind."""
+        """Run one attempt to its end, whatever its methods do, and leave ``result.json`` behind.
+
+        Raises:
+            BenchDied: the bench process ended.
+            StudyError: there is no space on a disk, for which no recipe is to blame: every trial would fail.
+        """
+        with disk_faults():
+            return self._run(assignment, report)
+
+    def _run(self, assignment: Assignment, report: Report) -> Result:
         output, watch = self.workbench.output, Stopwatch()
         folder = trial_folder(output, assignment.number)
         overrun = _overrun(output, assignment.number, assignment.attempt)
@@ -146,7 +155,15 @@ class TrialWorker:
         return result
 
     def finalize(self, artifacts: Mapping[int, str]) -> dict[int, dict[str, Any]]:
-        """Measure these trials once more, interleaved with the teacher, and score them once on test."""
+        """Measure these trials once more, interleaved with the teacher, and score them once on test.
+
+        Raises:
+            StudyError: there is no space on a disk.
+        """
+        with disk_faults():
+            return self._finalize(artifacts)
+
+    def _finalize(self, artifacts: Mapping[int, str]) -> dict[int, dict[str, Any]]:
         bench = self.workbench
         bench.prepare()
         repeats = 2 * bench.study.measure.repeats
@@ -162,6 +179,18 @@ class TrialWorker:
     def close(self) -> None:
         """End the bench process."""
         self.workbench.close()
+
+
+@contextmanager
+def disk_faults() -> Iterator[None]:
+    """A full disk, wherever it was met, as what ends the run instead of a trial."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, StudyError) or not is_disk_full(error):
+            raise
+        text = f"a disk is full ({error}): free some space, and the same command goes on"
+        raise StudyError(" ".join(text.split()), key="output") from error
 
 
 @contextmanager
@@ -197,7 +226,7 @@ def time_limit(minutes: float | None, overrun: Path) -> Iterator[None]:
             finally:
                 faulthandler.cancel_dump_traceback_later()
     finally:
-        overrun.unlink()
+        overrun.unlink(missing_ok=True)
 
 
 @dataclass
@@ -216,21 +245,14 @@ class Attempt:
         """What the attempt came to. Faults of the machine are raised: a dead bench, until it repeats; a full disk.
 
         A bench that hangs is none: what it was given hangs it, and would again.
-
-        Raises:
-            BenchDied: the bench process ended.
-            StudyError: there is no space on a disk, for which no recipe is to blame: every trial would fail.
         """
         try:
             return self._run()
         except TrialStopped:
             return self._result("stopped", metrics=self.latest)
         except Exception as error:  # a method, a stranger's perhaps, may raise anything; it costs this trial only
-            if isinstance(error, BenchDied) and error.kind != "timeout":
+            if (isinstance(error, BenchDied) and error.kind != "timeout") or is_disk_full(error):
                 raise
-            if is_disk_full(error):
-                text = f"a disk is full ({error}): free some space, and the same command goes on"
-                raise StudyError(" ".join(text.split()), key="output") from error
             kind = "oom" if is_out_of_memory(error) else getattr(error, "kind", "error")
             message = str(error) if isinstance(error, TrialError) else f"{type(error).__name__}: {error}"
             failure = Failure(kind, message.split("\n")[0], traceback.format_exc())

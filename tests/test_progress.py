@@ -49,6 +49,14 @@ def test_what_is_no_trial_of_the_budget_is_not_counted() -> None:
     assert board.done == 2
 
 
+def test_former_runs_have_taken_of_the_hours() -> None:
+    clock = Clock()
+    board = Board(clock)
+    board.on(StudyStarted("mine", DIRECTIONS, 1000, hours=8.0, seconds=7 * 3600.0))
+    clock.now += 600
+    assert board.seconds_left == pytest.approx(3000)
+
+
 def test_former_runs_count_but_say_nothing_of_the_pace() -> None:
     clock = Clock()
     board = Board(clock)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from compress_search.errors import BenchDied
+from compress_search.errors import BenchDied, StudyError
 from compress_search.recipe import Recipe
 from compress_search.records import Assignment, Failure
 from compress_search.trial import (
@@ -32,6 +34,21 @@ def worker_that_dies_while_it_prepares(output: Path) -> TrialWorker:
     bench: Any = SimpleNamespace(output=output, prepare=die)
     worker.workbench = bench
     return worker
+
+
+def test_a_full_disk_is_no_fault_of_the_trial_wherever_it_is_met(tmp_path: Path) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "teacher.safetensors")
+
+    worker = TrialWorker.__new__(TrialWorker)
+    bench: Any = SimpleNamespace(output=tmp_path, prepare=full)
+    worker.workbench = bench
+    with pytest.raises(
+        StudyError, match=r"output: a disk is full .*teacher.safetensors.*the same command goes on$"
+    ):
+        worker.run(Assignment(0, 0, Recipe(), seed=1), lambda rung: True)
+    with pytest.raises(StudyError, match="a disk is full"):
+        worker.finalize({0: "artifacts/teacher"})
 
 
 def test_what_an_earlier_study_left_in_the_place_goes_before_anything_can_die(tmp_path: Path) -> None:

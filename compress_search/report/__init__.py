@@ -149,6 +149,9 @@ def read_facts(store: Store, name: str) -> Facts:
     """What is stored of a study."""
     info = store.study(name)
     definition = info.definition
+    # the teacher's machine is the one that measured; the driver's may be another, that of a cluster's head
+    measured = (row.environment for row in store.trials(name) if row.recipe is not None and not row.recipe.steps)
+    environment = next(filter(None, measured), info.environment)
     return Facts(
         study=name,
         task=definition["task"],
@@ -157,7 +160,7 @@ def read_facts(store: Store, name: str) -> Facts:
         reference_point=reference_point(info.identity["objectives"], definition["task"], info.reference),
         searched=searched(info.identity.get("space", {})),
         kernels=kernels(info.subject),
-        environment=dict(info.environment),
+        environment=dict(environment),
         seconds=info.seconds,
         settings=dict(definition),
     )

@@ -111,8 +111,8 @@ def _gains(entry: Entry, report: Report) -> list[str]:
         low_high = entry.intervals.get(score)
         words.append(f"{formats.points(entry.metrics[score] - teacher[score])} {formats.style(score).label}")
         if low_high:
-            low, high = (formats.points(bound - teacher[score]).split()[0] for bound in low_high)
-            words[-1] += f" (95 % CI {low} … {high})"
+            low, high = (formats.number(score, bound) for bound in low_high)
+            words[-1] += f" (95 % CI of the score {low} … {high})"
     if "size_mb" in entry.metrics and teacher.get("size_mb"):
         words.append(
             f"{formats.number('size_mb', entry.metrics['size_mb'])} MB instead of "

@@ -24,6 +24,7 @@ from compress_search.recipe import digest
 from compress_search.teacher import load_teacher
 from compress_search.teacher.ensemble import Average, average
 from compress_search.teacher.reading import cut, matching_places
+from compress_search.teacher.room import new_array
 from compress_search.training import forward, to_device
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def _compute(path: Path, split: Split, directory: Path, device: torch.device | s
     rows = int(split.offsets[-1]) if split.token_labels else len(split)
     config: Any = network.config
     shape = (rows, config.num_labels)
-    logits = np.lib.format.open_memmap(directory / FILE, mode="w+", dtype=np.float32, shape=shape)
+    logits = new_array(directory / FILE, shape)
     with torch.no_grad():
         for batch in ordered_batches(split, batch_size):
             output = _ask(network, to_device(batch, device)).float().cpu().numpy()

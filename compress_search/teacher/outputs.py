@@ -30,7 +30,7 @@ from compress_search.data import Split, ordered_batches
 from compress_search.encoders.features import derive, feature_shape, parse, primitives, read_features
 from compress_search.mixed_precision import Precision, computing_in
 from compress_search.recipe import digest
-from compress_search.teacher.room import FILE, LOCK, hold, make_room
+from compress_search.teacher.room import FILE, LOCK, hold, make_room, new_array
 from compress_search.training import to_device
 
 if TYPE_CHECKING:
@@ -163,11 +163,7 @@ def _compute(network: nn.Module, split: Split, shapes: dict[str, tuple[int, ...]
     arrays = {}
     for name, shape in shapes.items():
         (directory / name).mkdir(parents=True)
-        path = directory / name / FILE
-        arrays[name] = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-        if hasattr(os, "posix_fallocate"):  # a full disk is an error now, and a dead process once a page is written
-            with path.open("rb+") as file:
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        arrays[name] = new_array(directory / name / FILE, shape)
     with torch.no_grad():
         for batch in ordered_batches(split, BATCH):
             found = read_features(network, to_device(batch, device), list(shapes))

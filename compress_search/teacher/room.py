@@ -5,17 +5,34 @@ Owns which files go when there is too little. Knows nothing of what is in them.
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
+import numpy as np
 from filelock import FileLock, Timeout
 
 FILE = "values.npy"
 """What a kept feature's directory holds."""
 LOCK = "lock"
 """Held by who makes something in a directory, or deletes something there."""
+
+
+def new_array(path: Path, shape: Sequence[int]) -> np.memmap[Any, np.dtype[np.float32]]:
+    """A file of zeros (``shape``), to be written through memory.
+
+    Raises:
+        OSError: the disk is full; without asking now, a process would die once it writes a page that has no place.
+    """
+    array: np.memmap[Any, np.dtype[np.float32]]
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=tuple(shape))
+    if hasattr(os, "posix_fallocate"):
+        with path.open("rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
 
 
 def hold(directory: Path) -> FileLock:
