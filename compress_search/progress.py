@@ -57,7 +57,7 @@ class TrialFinished:
 
 @dataclass(frozen=True)
 class StudyStarted:
-    """A run of a study begins: its objectives, its budget, and what former runs have finished, in how many seconds."""
+    """A run of a study begins: its objectives and budget, and what former runs finished, in how many seconds."""
 
     name: str
     directions: Mapping[str, Direction]

@@ -69,7 +69,7 @@ class LowRank(Method):
             "targets": Dim.choice(targets, "ffn", usual=("ffn", "attention", "all")),
             "rank_ratio": Dim.real(0.1, 0.9, USUAL_RATIO, when={"rank_mode": ("ratio",)}),
             "rank_mode": Dim.choice(("ratio", "energy"), "ratio", expert=True),
-            "energy": Dim.real(0.8, 0.99, 0.9, when={"rank_mode": ("energy",)}, expert=True),
+            "energy": Dim.real(0.8, 0.999, 0.98, when={"rank_mode": ("energy",)}, expert=True),
             "decomposition": Dim.choice(("svd", *NEED_EXAMPLES), "activation_aware", expert=True),
             "examples": Dim.integer(32, 2048, 256, when={"decomposition": NEED_EXAMPLES}, expert=True),
             "rank_multiple": Dim.choice(MULTIPLES, usual_multiple(teacher), expert=True),

@@ -128,7 +128,8 @@ def test_failures_are_grouped_by_reason() -> None:
 def test_the_recommendation_says_what_is_gained_and_lost_with_its_interval() -> None:
     found = report_of(teacher(), entry(1, 0.878, 8.0))
     assert wording.recommendation(found) == (
-        "Choose trial 1: 3.0× faster, −0.6 points accuracy (95 % CI of the score 86.7 … 88.9), 20.0 MB instead of 91.2 MB."
+        "Choose trial 1: 3.0× faster, −0.6 points accuracy (95 % CI of the score 86.7 … 88.9), "
+        "20.0 MB instead of 91.2 MB."
     )
 
 

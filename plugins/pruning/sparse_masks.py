@@ -61,7 +61,7 @@ class Pattern:
 
     def per_group(self, sparsity: float) -> int:
         """So many of every ``m`` weights stay while the network is still on its way to ``n``."""
-        return max(self.n, math.ceil((1 - sparsity) * self.m - 1e-6))
+        return max(self.n, round((1 - sparsity) * self.m))
 
 
 PATTERNS = {

@@ -152,7 +152,9 @@ def tiny_with(matrices: list[sparse_masks.Matrix]) -> nn.Module:
 
 def test_groups_are_thinned_weight_by_weight():
     pattern = PATTERNS["4:8"]
-    assert [pattern.per_group(sparsity) for sparsity in (0.0, 0.1, 0.125, 0.3, 0.5)] == [8, 8, 7, 6, 4]
+    assert [pattern.per_group(sparsity) for sparsity in (0.0, 0.05, 0.125, 0.3, 0.45, 0.5)] == [8, 8, 7, 6, 4, 4]
+    # of four, the third weight and the second go apart, not both at the very end
+    assert [PATTERNS["2:4"].per_group(sparsity) for sparsity in (0.1, 0.2, 0.35, 0.4, 0.5)] == [4, 3, 3, 2, 2]
 
 
 # scores
