@@ -19,7 +19,7 @@ Printed by `python -m compress_search.cli_reference`; a test keeps it equal to `
 |---|---|
 | 0 | done |
 | 1 | failed: nothing completed, the database was lost, a method broke its contract |
-| 2 | bad input or usage; nothing was created |
+| 2 | bad input or usage: nothing was created; a full disk or damaged files: nothing of the study was lost |
 | 3 | another driver is running this study |
 | 4 | nothing meets the constraints |
 | 130 | interrupted (INT, TERM); the same command resumes |

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from compress_search.errors import CompressSearchError
 from compress_search.executor import Executor
 from compress_search.measure import Latency
 from compress_search.measure.costs import costs_of
@@ -52,11 +53,18 @@ def finalize(study: Study, executor: Executor, store: Store) -> None:
 
     The best of many noisy numbers is too good to be true: what the second measurement says counts from then on.
     A model that it puts on the front is measured again in its turn, until every member has been.
+
+    Raises:
+        CompressSearchError: a member cannot be measured any more; what the others came to is kept.
     """
-    while members := {n: row for n, row in measured_once(study, store).items() if row.artifact}:
+    lost: dict[int, str] = {}
+    while members := {n: row for n, row in measured_once(study, store).items() if row.artifact and n not in lost}:
         artifacts = {number: row.artifact for number, row in members.items()}
         for number, data in executor.call("finalize", artifacts).items():
             row = members[number]
+            if "error" in data:
+                lost[number] = data["error"]
+                continue
             if row.recipe and row.recipe.steps:  # the teacher's own latency is the study's frozen unit
                 # the scale is that of the study's teacher, whose latency the first measurement was multiplied by
                 scale = row.metrics["latency_ms"] * row.metrics["speedup"], study.measure.batch_size
@@ -65,6 +73,10 @@ def finalize(study: Study, executor: Executor, store: Store) -> None:
             store.write_measurement(study.name, number, "final", data, attempt=row.attempts - 1)
     kept = [row.artifact for row in _finalists(study, store.trials(study.name)).values() if row.artifact]
     keep_artifacts(study.output / "artifacts", {Path(name).name for name in kept}, study.artifacts.keep_gb * 1e9)
+    if lost:
+        number, fault = next(iter(lost.items()))
+        rest = f" ({len(lost)} trials of the front are in this state)" if len(lost) > 1 else ""
+        raise CompressSearchError(f"trial {number} cannot be measured a second time: {fault}{rest}")
 
 
 def keep_artifacts(folder: Path, members: set[str], limit: float) -> None:

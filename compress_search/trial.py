@@ -19,7 +19,7 @@ from typing import Any
 
 from compress_search.candidate import Candidate
 from compress_search.environment import fingerprint
-from compress_search.errors import BenchDied, StudyError, TrialError
+from compress_search.errors import BenchDied, CompressSearchError, StudyError, TrialError
 from compress_search.measure import Score
 from compress_search.measure.costs import costs_of
 from compress_search.pipeline import (
@@ -157,6 +157,8 @@ class TrialWorker:
     def finalize(self, artifacts: Mapping[int, str]) -> dict[int, dict[str, Any]]:
         """Measure these trials once more, interleaved with the teacher, and score them once on test.
 
+        What cannot be measured any more has an ``error`` in place of its numbers, and costs the others nothing.
+
         Raises:
             StudyError: there is no space on a disk.
         """
@@ -164,16 +166,24 @@ class TrialWorker:
             return self._finalize(artifacts)
 
     def _finalize(self, artifacts: Mapping[int, str]) -> dict[int, dict[str, Any]]:
-        bench = self.workbench
-        bench.prepare()
-        repeats = 2 * bench.study.measure.repeats
+        self.workbench.prepare()
         found: dict[int, dict[str, Any]] = {}
         for number, artifact in artifacts.items():
-            directory = bench.output / artifact
-            seed = derive_seed(bench.study.search.seed, "final", number)
-            found[number] = {"latency": bench.latency(directory, repeats=repeats, seed=seed).to_dict()}
-            if bench.split("test") is not None:
-                found[number]["test"] = bench.score(directory, "test", as_deployed=True).to_dict()
+            try:
+                found[number] = self._second_look(number, self.workbench.output / artifact)
+            except CompressSearchError as error:  # of the bench, which says what is wrong with what it was given
+                if is_disk_full(error):
+                    raise
+                found[number] = {"error": str(error)}
+        return found
+
+    def _second_look(self, number: int, artifact: Path) -> dict[str, Any]:
+        bench = self.workbench
+        seed = derive_seed(bench.study.search.seed, "final", number)
+        latency = bench.latency(artifact, repeats=2 * bench.study.measure.repeats, seed=seed)
+        found = {"latency": latency.to_dict()}
+        if bench.split("test") is not None:
+            found["test"] = bench.score(artifact, "test", as_deployed=True).to_dict()
         return found
 
     def close(self) -> None:

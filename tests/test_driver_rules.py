@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from compress_search.driver import Prepared, baselines, make_output, placed, refuse_another_device
-from compress_search.errors import StudyError
+from compress_search.errors import CompressSearchError, StudyError
 from compress_search.finish import finalize, front_of, keep_artifacts, measured_once
 from compress_search.plan import Plan
 from compress_search.registry import Registry
@@ -94,12 +94,17 @@ def test_a_study_is_final_once_its_front_and_its_baselines_are(tmp_path: Path) -
 class SecondLook:
     """An executor whose second measurement finds these ratios to the teacher."""
 
-    def __init__(self, ratios: dict[int, float]) -> None:
-        self.ratios, self.asked = ratios, list[list[int]]()
+    def __init__(self, ratios: dict[int, float], gone: tuple[int, ...] = ()) -> None:
+        self.ratios, self.gone, self.asked = ratios, gone, list[list[int]]()
 
     def call(self, job: str, artifacts: dict[int, str]) -> dict[int, dict[str, Any]]:
         self.asked.append(sorted(artifacts))
-        return {number: {"latency": self.latency(self.ratios.get(number, 1.0))} for number in artifacts}
+        return {
+            number: {"error": f"{artifact}: no such folder"}
+            if number in self.gone
+            else {"latency": self.latency(self.ratios.get(number, 1.0))}
+            for number, artifact in artifacts.items()
+        }
 
     def latency(self, ratio: float) -> dict[str, Any]:
         times = dict.fromkeys(("p50_ms", "p95_ms", "reference_ms", "throughput", "control", "spread"), 1.0)
@@ -126,6 +131,28 @@ def test_what_is_too_good_to_be_true_is_found_out_and_its_successor_measured_too
     assert rows[second.number].intervals["throughput"] == pytest.approx((500 / 1.1, 500 / 0.9))
     assert [row.number for row in front_of(study, list(rows.values()))] == [second.number]
     assert set(measured_once(study, store)) == {0}  # this teacher left no artefact to measure
+
+
+def test_a_member_that_is_lost_costs_the_others_nothing(tmp_path: Path) -> None:
+    search = after_teacher(fake_search(tmp_path))
+    study, store = search.plan.study, search.store
+    first, second = given(search.next()), given(search.next())
+    for trial, accuracy, latency_ms in ((first, 0.9, 1.0), (second, 1.0, 2.0)):
+        costs = {"latency_ms": latency_ms, "speedup": 5 / latency_ms, "throughput": 1000 / latency_ms}
+        search.finish(replace(measured(trial, accuracy=accuracy, **costs), artifact=f"artifacts/{trial.number}"))
+        (study.output / "artifacts" / str(trial.number)).mkdir(parents=True)
+    executor = SecondLook({second.number: 0.5}, gone=(first.number,))
+    for _ in range(2):
+        with pytest.raises(
+            CompressSearchError, match=rf"trial {first.number} cannot .*: artifacts/{first.number}: "
+        ):
+            finalize(study, executor, store)  # type: ignore[arg-type]
+    assert executor.asked == [[first.number, second.number], [first.number]]
+    rows = {row.number: row for row in store.trials(study.name)}
+    assert rows[second.number].metrics["latency_ms"] == pytest.approx(5.0 * 0.5)
+    executor.gone = ()
+    finalize(study, executor, store)  # type: ignore[arg-type]
+    assert set(measured_once(study, store)) == {0}
 
 
 def test_a_study_says_how_much_is_kept_beside_its_front(tmp_path: Path) -> None:
