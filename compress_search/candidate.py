@@ -226,7 +226,9 @@ class Candidate:
     the network itself when it is saved, so a step that changes shapes leaves nothing else to update but
     ``subject``. ``lowering`` is applied in order to the exported ONNX file; ``runtime`` names how the result
     is run (``engine``: ``"onnxruntime"``, ``"torch"`` or ``"compile"``, and options: see compress_search.runtimes).
-    ``simulated`` marks arithmetic that no engine has a kernel for: its latency means nothing.
+    ``simulated`` marks arithmetic that no engine has a kernel for: its latency means nothing. ``notes`` is plain
+    data by method, for its own ``evaluate``; times that were measured with other notes of a method of the precision
+    or the runtime stage are not this candidate's.
     """
 
     network: nn.Module

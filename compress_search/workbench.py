@@ -304,7 +304,7 @@ class Workbench:
 
     def _shape_key(self, candidate: Candidate, recipe: Recipe) -> str:
         late = [
-            [step.method, step.params, self.registry.fingerprint(step.method)]
+            [step.method, step.params, self.registry.fingerprint(step.method), candidate.notes.get(step.method)]
             for step in recipe.steps
             if self.registry[step.method].stage >= Stage.PRECISION
         ]

@@ -221,7 +221,8 @@ def _lowered(candidate: Candidate, setting: Setting, context: Context) -> Candid
     ranged = context.calibration(count, batch_size=1) if setting.format.name == "static_int8" else ()
     inputs = tuple(map(_inputs, ranged))
     scopes = [node_patterns(network, paths) for paths in (left, spared)]
-    return candidate.replace(lowering=candidate.lowering + lowering(setting, inputs, *scopes))
+    notes = {**candidate.notes, "quantization": {"high_precision": spared}} if spared else candidate.notes
+    return candidate.replace(lowering=candidate.lowering + lowering(setting, inputs, *scopes), notes=notes)
 
 
 def _trained(candidate: Candidate, setting: Setting, grids: Mapping[str, Grid], context: Context) -> Candidate:

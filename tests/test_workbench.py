@@ -121,6 +121,13 @@ def test_a_changed_precision_method_is_measured_again(bench: Any, monkeypatch: p
     assert len(taken) == 2
 
 
+def test_what_a_precision_method_chose_by_the_weights_is_measured_apart(bench: Any) -> None:
+    made, taken = bench()
+    for chosen in (["layer.0.query"], ["layer.1.down"], ["layer.0.query"]):
+        made.shape(candidate().replace(notes={"quantization": {"high_precision": chosen}}), Path("artifact"), INT8)
+    assert len(taken) == 2
+
+
 @pytest.mark.parametrize(("setting", "other"), [("CPU_SESSION", {"another": "entry"}), ("GRAPHS", 0)])
 def test_what_runs_otherwise_is_measured_again(
     bench: Any, monkeypatch: pytest.MonkeyPatch, setting: str, other: Any

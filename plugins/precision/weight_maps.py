@@ -61,10 +61,11 @@ def most_sensitive(
 ) -> list[str]:
     """Paths of the maps whose rounding alone raises the loss most, the worst first.
 
-    Costs one pass over the batches for each map. Where weights mean nothing, in a dry run, the first will do.
+    Costs one pass over the batches for each map. In a dry run, where weights mean nothing, they are the smallest:
+    what is too large or too slow with these is so with any.
     """
     if context.dry or not number:
-        return list(grids)[:number]
+        return sorted(grids, key=lambda path: network.get_submodule(path).get_parameter("weight").numel())[:number]
     losses = {}
     for path, grid in grids.items():
         with _rounded(network.get_submodule(path), grid):

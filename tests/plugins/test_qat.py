@@ -333,7 +333,9 @@ def test_the_layers_that_lose_most_are_kept() -> None:
     found = most_sensitive(candidate.network, grids, 3, batches, context)
     assert found == sorted(losses, key=lambda path: -losses[path])[:3]
     assert all(torch.equal(value, before[name]) for name, value in candidate.network.state_dict().items())
-    assert most_sensitive(candidate.network, grids, 2, [], tiny_context(candidate, dry=True)) == list(grids)[:2]
+    dry = most_sensitive(candidate.network, grids, 2, [], tiny_context(candidate, dry=True))
+    sizes = {path: candidate.network.get_submodule(path).weight.numel() for path in grids}
+    assert sorted(sizes[path] for path in dry) == sorted(sizes.values())[:2], "what these exceed, all others do"
 
 
 @pytest.mark.parametrize("name", ["dynamic_int8", "static_int8", "weight_only 4", "ternary"])
