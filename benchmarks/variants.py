@@ -139,6 +139,17 @@ VARIANTS: Mapping[str, Mapping[str, Methods]] = {
     "structured_pruning": {
         **{name: pruned(criterion=name) for name in ("random", "magnitude", "taylor", "fisher", "movement", "l0")},
         **{f"taylor, {name}": pruned(schedule=name) for name in ("one_shot", "iterative")},
+        **{
+            f"{name}, half of heads and neurons": {
+                "structured_pruning": {
+                    "criterion": name,
+                    "head_ratio": 0.5,
+                    "ffn_ratio": 0.5,
+                    "learning_rate": RATE,
+                }
+            }
+            for name in ("taylor", "fisher")
+        },
         "fisher, rescaled, not trained": {
             "structured_pruning": {"budget": "macs", "target": 0.5, "criterion": "fisher", "recover": "rescale"}
         },
@@ -157,7 +168,9 @@ VARIANTS: Mapping[str, Mapping[str, Methods]] = {
         "all, in two groups": shared(groups=2),
         "all, not aligned": shared(align=False),
         "all, tied at once": shared(tie_warmup=0.0),
+        "all, tied at once, not aligned": shared(tie_warmup=0.0, align=False),
         "all, the first layer's": shared(convert_init="first"),
+        "all, the best layer's": shared(convert_init="best_of"),
         "attention": shared(mode="attention"),
         "ffn": shared(mode="ffn"),
     },
@@ -166,7 +179,7 @@ VARIANTS: Mapping[str, Mapping[str, Methods]] = {
             f"{name}, half of the ranks": factored(decomposition=name, rank_ratio=0.5)
             for name in ("svd", "activation_aware", "fisher_weighted")
         },
-        "activation_aware, energy 0.9": factored(rank_mode="energy", energy=0.9),
+        **{f"activation_aware, energy {part}": factored(rank_mode="energy", energy=part) for part in (0.9, 0.98)},
         "embeddings of 128, svd": {"embedding_factorization": {"embedding_init": "svd", "learning_rate": RATE}},
         "embeddings of 128, weighted": {
             "embedding_factorization": {"embedding_init": "weighted_svd", "learning_rate": RATE}
