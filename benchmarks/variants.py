@@ -27,6 +27,7 @@ from compress_search.candidate import Candidate
 RECORDS = tables.RESULTS / "variants.jsonl"
 RATE = 3e-4
 """The learning rate of all training here."""
+HALVED = {"head_ratio": 0.5, "ffn_ratio": 0.5, "learning_rate": RATE}
 
 
 def half(method: str, **params: Any) -> Methods:
@@ -140,14 +141,7 @@ VARIANTS: Mapping[str, Mapping[str, Methods]] = {
         **{name: pruned(criterion=name) for name in ("random", "magnitude", "taylor", "fisher", "movement", "l0")},
         **{f"taylor, {name}": pruned(schedule=name) for name in ("one_shot", "iterative")},
         **{
-            f"{name}, half of heads and neurons": {
-                "structured_pruning": {
-                    "criterion": name,
-                    "head_ratio": 0.5,
-                    "ffn_ratio": 0.5,
-                    "learning_rate": RATE,
-                }
-            }
+            f"{name}, half of heads and neurons": {"structured_pruning": {"criterion": name, **HALVED}}
             for name in ("taylor", "fisher")
         },
         "fisher, rescaled, not trained": {
