@@ -113,6 +113,7 @@ class Sharing(Method):
     def search_space(self, teacher: Subject) -> Mapping[str, Dim]:
         """What is shared, by how many groups, and how a trained network gets there.
 
+        Layers become one of theirs, or their mean, which on few steps is the worse start by far (decision 0032).
         ``tie_warmup`` is the part of the training in which layers are still apart and drawn towards their mean, by
         ``tie_penalty`` at its end. ``learning_rate`` is that of weights used once: what n layers share learns at
         1/√n of it.
@@ -124,12 +125,12 @@ class Sharing(Method):
             "mode": Dim.choice(tuple(MODES), "all"),
             "groups": Dim.choice(counts, 1),
             "share_layernorm": Dim.flag(True, when={"mode": ("all",)}, expert=True),
-            "convert_init": Dim.choice(INITS, "average", expert=True),
+            "convert_init": Dim.choice(INITS, "first", expert=True),
             "align": Dim.flag(True, when=means, expert=True),
             "calib_examples": Dim.choice((256, 512, 1024), 512, when={"convert_init": ("best_of",)}, expert=True),
             "recover": Dim.choice((*TRAINED, "none"), "layer_match", expert=True),
             "hidden_weight": Dim.real(0.01, 10.0, 1.0, log=True, when={"recover": ("layer_match",)}, expert=True),
-            "tie_warmup": Dim.real(0.0, 0.6, 0.5, when=drawn, expert=True),
+            "tie_warmup": Dim.real(0.0, 0.6, 0.0, when=drawn, expert=True),
             "tie_penalty": Dim.real(0.01, 10.0, 1.0, log=True, when=drawn, expert=True),
             "learning_rate": Dim.real(1e-6, 1e-2, 1e-4, log=True, when=trained, expert=True),
         }

@@ -177,7 +177,7 @@ def _means() -> dict[str, Dim]:
     return {
         "recover": Dim.choice(RECOVERIES, "kd", expert=True),
         "schedule": Dim.choice(SCHEDULES, "cubic", when=trained),
-        "criterion": Dim.choice(CRITERIA, "taylor", expert=True),
+        "criterion": Dim.choice(CRITERIA, "fisher", expert=True),
         "scope": Dim.choice(SCOPES, "global", expert=True),
         "calib_examples": Dim.choice((256, 512, 1024, 2048), 512, expert=True),
         "layer_strategy": Dim.choice(STRATEGIES, "top", expert=True),

@@ -41,6 +41,8 @@ from compress_search.testing import TinyContext, tiny_batches, tiny_candidate, t
 FAMILIES = ("bert", "distilbert", "roberta", "electra")
 BASE = Subject("bert", "text-classification", 12, 12, 64, 768, 3072, 30522, 512, 2, 2)
 EVERYTHING = MODES["all"]
+MEAN = {"convert_init": "average"}
+DRAWN = {**MEAN, "tie_warmup": 0.5}
 
 
 def parameters(subject: Subject, **changes: Any) -> dict[str, Any]:
@@ -361,7 +363,7 @@ def watching(candidate: Candidate, tmp_path: Path, steps: int = 6) -> Watching:
 def test_layers_are_tied_in_the_middle(tmp_path: Path) -> None:
     candidate = tiny_candidate()
     context = watching(candidate, tmp_path)
-    shared(candidate, context, groups=2, learning_rate=1e-3)
+    shared(candidate, context, groups=2, learning_rate=1e-3, **DRAWN)
     first, second = context.__dict__["calls"]
     assert (first["share"], second["share"]) == (0.5, 0.5)
     assert (first["scored"], second.get("scored", True)) == (False, True)
@@ -385,12 +387,12 @@ def test_a_stronger_penalty_leaves_layers_nearer(tmp_path: Path) -> None:
     candidate, apart = tiny_candidate(), []
     for penalty in (0.01, 10.0):
         context = watching(candidate, tmp_path, steps=20)
-        shared(candidate, context, groups=2, tie_penalty=penalty, recover="kd", learning_rate=5e-3)
+        shared(candidate, context, groups=2, tie_penalty=penalty, recover="kd", learning_rate=5e-3, **DRAWN)
         apart.append(context.__dict__["calls"][0]["apart"])
     assert apart[1] < 0.9 * apart[0]
 
 
-@pytest.mark.parametrize("changes", [{"tie_warmup": 0.0}, {"convert_init": "first"}])
+@pytest.mark.parametrize("changes", [{}, MEAN, {**DRAWN, "convert_init": "first"}])
 def test_without_a_warm_up_layers_are_tied_cold(changes: dict[str, Any], tmp_path: Path) -> None:
     candidate = tiny_candidate()
     context = watching(candidate, tmp_path)
@@ -406,7 +408,7 @@ def test_recovery_learns_the_hidden_states_of_the_network_before() -> None:
     names = ["hidden.1", "hidden.2"]
 
     def distance(**changes: Any) -> float:
-        result = shared(candidate, tiny_context(candidate, steps=60), learning_rate=3e-3, tie_warmup=0.0, **changes)
+        result = shared(candidate, tiny_context(candidate, steps=60), learning_rate=3e-3, **changes)
         with torch.no_grad():
             ours, theirs = (read_features(n, batch, names) for n in (result.network, candidate.network))
         return float(sum((ours[name] - theirs[name]).square().mean() for name in names))
