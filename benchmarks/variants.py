@@ -27,6 +27,8 @@ from compress_search.candidate import Candidate
 RECORDS = tables.RESULTS / "variants.jsonl"
 RATE = 3e-4
 """The learning rate of all training here."""
+MEANS = {"convert_init": "average", "tie_warmup": 0.0}
+DRAWN = {"convert_init": "average", "tie_warmup": 0.5}
 HALVED = {"head_ratio": 0.5, "ffn_ratio": 0.5, "learning_rate": RATE}
 
 
@@ -139,7 +141,7 @@ VARIANTS: Mapping[str, Mapping[str, Methods]] = {
     },
     "structured_pruning": {
         **{name: pruned(criterion=name) for name in ("random", "magnitude", "taylor", "fisher", "movement", "l0")},
-        **{f"taylor, {name}": pruned(schedule=name) for name in ("one_shot", "iterative")},
+        **{f"fisher, {name}": pruned(criterion="fisher", schedule=name) for name in ("one_shot", "iterative")},
         **{
             f"{name}, half of heads and neurons": {"structured_pruning": {"criterion": name, **HALVED}}
             for name in ("taylor", "fisher")
@@ -158,15 +160,17 @@ VARIANTS: Mapping[str, Mapping[str, Methods]] = {
         "magnitude, blocks of 32 × 32, half stay": sparse(pattern="block_32x32", sparsity=0.5),
     },
     "sharing": {
-        "all": shared(),
-        "all, in two groups": shared(groups=2),
-        "all, not aligned": shared(align=False),
-        "all, tied at once": shared(tie_warmup=0.0),
-        "all, tied at once, not aligned": shared(tie_warmup=0.0, align=False),
         "all, the first layer's": shared(convert_init="first"),
         "all, the best layer's": shared(convert_init="best_of"),
-        "attention": shared(mode="attention"),
-        "ffn": shared(mode="ffn"),
+        "all, means of aligned layers": shared(**MEANS),
+        "all, means": shared(**MEANS, align=False),
+        "all, means they are drawn to": shared(**DRAWN),
+        "all, means they are drawn to, not aligned": shared(**DRAWN, align=False),
+        "all, in two groups, drawn": shared(**DRAWN, groups=2),
+        "attention, drawn": shared(**DRAWN, mode="attention"),
+        "ffn, drawn": shared(**DRAWN, mode="ffn"),
+        "attention, the first layer's": shared(convert_init="first", mode="attention"),
+        "ffn, the first layer's": shared(convert_init="first", mode="ffn"),
     },
     "factorization": {
         **{
