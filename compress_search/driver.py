@@ -195,6 +195,8 @@ def run(
         KeyboardInterrupt: SIGINT or SIGTERM; whatever ran waits for the next run.
     """
     store = open_store(study, patience=PATIENCE)
+    if store.outdated:  # what is stored cannot be read before
+        store.create()
     known = stored_subject(study, store)
     prepared = prepare(study, known, probe_of(study, executor))
     study, plan, contents = prepared.study, prepared.plan, prepared.contents()

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from compress_search.driver import Prepared, baselines, make_output, placed, refuse_another_device
+from compress_search.driver import Prepared, baselines, make_output, placed, refuse_another_device, run
 from compress_search.errors import CompressSearchError, StudyError
 from compress_search.finish import finalize, front_of, keep_artifacts, measured_once
 from compress_search.plan import Plan
 from compress_search.registry import Registry
+from compress_search.storage import Store, schema
 from compress_search.study import load_study
 from tests.fake_plan import TEACHER, after_teacher, fake_search, given, measured
 
@@ -74,6 +75,26 @@ def test_two_studies_do_not_share_a_folder(tiny_study: Callable[..., Path]) -> N
     with pytest.raises(StudyError, match=rf"output: .*/run holds the study '{study.name}': expected a folder"):
         make_output(other)
     assert {file: file.read_bytes() for file in study.output.iterdir()} == before
+
+
+def test_tables_of_an_older_version_are_upgraded_before_they_are_read(
+    tiny_study: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Upgraded(Exception):
+        pass
+
+    def upgrade(store: Store) -> None:
+        raise Upgraded
+
+    study = load_study(tiny_study())
+    Store(study.storage).create()
+    assert not Store(study.storage).outdated
+    (only,) = schema.revisions()
+    monkeypatch.setattr(schema, "revisions", lambda: ["9999", only])
+    assert Store(study.storage).outdated
+    monkeypatch.setattr(Store, "create", upgrade)
+    with pytest.raises(Upgraded):
+        run(study, executor="local")
 
 
 def test_a_study_is_final_once_its_front_and_its_baselines_are(tmp_path: Path) -> None:

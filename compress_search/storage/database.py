@@ -96,6 +96,14 @@ class Database:
         with self._connected() as connection:
             return schema.revision(connection) is not None
 
+    @property
+    def outdated(self) -> bool:
+        """Whether there are tables of an older version, which :meth:`create` brings up to date."""
+        if not self.exists:
+            return False
+        with self._connected() as connection:
+            return schema.revision(connection) in schema.revisions()[1:]
+
     def check(self) -> None:
         """Make sure that there is something to read.
 
