@@ -23,16 +23,13 @@ from compress_search.errors import CompressSearchError, NothingFeasible
 from compress_search.report import (
     Report,
     build_report,
-    entry_of,
     hypervolume_history,
-    kernels,
     page,
-    reference_point,
-    searched,
     terminal,
     to_csv,
     wording,
 )
+from compress_search.report.reading import entry_of, kernels, reference_point, searched
 from compress_search.space import Dim
 from tests.sample_report import TEACHER, baseline, entries, entry, facts, sample, teacher
 

@@ -111,7 +111,8 @@ def status(path: Path, overrides: tuple[str, ...]) -> None:
     Example:
       compress-search status study.yaml
     """
-    from compress_search.report import read_facts, terminal
+    from compress_search.report import terminal
+    from compress_search.report.reading import read_facts
 
     study = load_study(path, overrides)
     facts = read_facts(_store(study), study.name)
@@ -173,7 +174,8 @@ def report(path: Path, overrides: tuple[str, ...], kind: str, output: Path | Non
       compress-search report study.yaml
       compress-search report study.yaml --format html -o report.html
     """
-    from compress_search.report import page, read_facts, terminal, to_csv
+    from compress_search.report import page, terminal, to_csv
+    from compress_search.report.reading import read_facts
 
     study = load_study(path, overrides)
     found = _report(study)
@@ -230,7 +232,7 @@ def _store(study: Study) -> Store:
 
 
 def _report(study: Study) -> Report:
-    from compress_search.report import read_report
+    from compress_search.report.reading import read_report
 
     return read_report(_store(study), study.name)
 

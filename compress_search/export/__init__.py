@@ -29,7 +29,7 @@ from compress_search.errors import ExportError, StudyError
 from compress_search.export.model_card import Card, Contents, render
 from compress_search.measure import Bench
 from compress_search.recipe import Recipe
-from compress_search.report import latency_of
+from compress_search.report.reading import latency_of
 from compress_search.runtimes import Artifact
 from compress_search.runtimes.deployed import SETTINGS, settings_of
 from compress_search.storage import TrialRow
