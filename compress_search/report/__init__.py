@@ -1,7 +1,7 @@
 """What a study found: front, recommendation, failures, as one JSON document.
 
-Owns the document's schema (``docs/report.md``) and what follows from facts and trials. Knows nothing of the rows they
-are read from (``reading.py``) or of how the document is drawn (``terminal.py``, ``page.py``).
+Owns the document's schema (``docs/report.md``) and what follows from facts and trials. Knows nothing of the rows
+they are read from (``reading.py``) or of how the document is drawn (``terminal.py``, ``page.py``).
 """
 
 from __future__ import annotations
