@@ -25,7 +25,6 @@ from .precision.number_formats import (
     EXCLUDABLE,
     LEVELS,
     SELECTOR,
-    TABLE_GROUP,
     Format,
     Setting,
     bits_of,
@@ -39,13 +38,12 @@ from .precision.onnx_codebooks import encode_weights
 from .precision.onnx_quantizers import (
     Inputs,
     Transform,
-    pack_embeddings,
     pack_weights,
     prepare,
     quantize_dynamic,
-    quantize_embeddings,
     quantize_static,
 )
+from .precision.onnx_tables import quantize_embeddings
 from .precision.qat import objectives, train_rounded
 from .precision.stored_bits import stored_bits
 from .precision.weight_maps import excluded_maps, linear_maps, most_sensitive, node_patterns
@@ -266,8 +264,6 @@ def lowering(
 
 
 def _tables(setting: Setting) -> tuple[Transform, ...]:
-    if setting.embedding_bits == 4:
-        return (partial(pack_embeddings, group_size=TABLE_GROUP),)
     if setting.embedding_bits == 32:
         return ()
     return (partial(quantize_embeddings, grid=setting.table_grid),)

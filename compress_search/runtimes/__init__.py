@@ -150,7 +150,7 @@ def lower(candidate: Candidate, directory: Path, task: Task) -> None:
     with _whole(directory) as scratch:
         manifests.save(candidate.network, candidate.tokenizer, scratch / _WEIGHTS)
         if runtime["engine"] == ONNX:
-            _lower_onnx(scratch, candidate.lowering)
+            _lower_onnx(scratch, candidate.lowering, candidate.subject.device)
             if "sparse" in candidate.subject.traits:
                 pack_sparse(scratch / _MODEL)
         inputs, pad = view.inputs(candidate.network), candidate.tokenizer.pad_token_id or 0
@@ -218,8 +218,9 @@ def _check_possible(engine: str, candidate: Candidate) -> None:
         raise TrialError(f"torch.compile cannot run here: {missing}")
 
 
-def _lower_onnx(directory: Path, lowering: Sequence[Lowering]) -> None:
+def _lower_onnx(directory: Path, lowering: Sequence[Lowering], device: str) -> None:
     """Export ``weights/`` and pass the file through each function in turn; leaves only the last result."""
+    from compress_search.runtimes.onnx_attention import fuse_attention
     from compress_search.runtimes.onnx_export import export
 
     work = directory / "lowering"
@@ -229,6 +230,8 @@ def _lower_onnx(directory: Path, lowering: Sequence[Lowering]) -> None:
     for number, function in enumerate(lowering, start=1):
         function(path, work / f"{number}.onnx")
         path = work / f"{number}.onnx"
+    if device == "cpu":
+        fuse_attention(path)
     path.replace(directory / _MODEL)
     shutil.rmtree(work)
 

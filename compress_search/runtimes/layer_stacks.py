@@ -17,6 +17,7 @@ from torch import nn
 from compress_search.candidate import Subject
 from compress_search.encoders import inputs, prune_heads, prune_hidden, prune_neurons, set_attention
 from compress_search.runtimes.engines import OnnxRunner
+from compress_search.runtimes.onnx_attention import fuse_attention
 from compress_search.runtimes.onnx_export import export
 
 VOCABULARY = 64
@@ -59,6 +60,7 @@ def runner(network: nn.Module, file: Path, threads: int, device: str) -> Run:
     """The network in the engine that candidates run in by default; ONNX Runtime reads it from ``file``."""
     if device == "cpu":
         export(network, file)
+        fuse_attention(file)
         return OnnxRunner(file, threads, device)
     set_attention(network, "sdpa")
     network.to(device)

@@ -17,7 +17,7 @@ from compress_search.encoders.view import FAMILIES, set_attention
 from compress_search.runtimes.onnx_shapes import copy_dimensions
 
 OPSET = 17
-GRAPHS = 2
+GRAPHS = 3
 """Raised when other graphs are written for the same network: what was measured on earlier ones is not theirs."""
 
 # what the TorchScript exporter says about every BERT-like network; anything else it says stays visible

@@ -6,13 +6,14 @@ batch and length are open. They take a microsecond each, a twentieth of a small 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
+
+from compress_search.runtimes.onnx_graph import Graph, drop_unread
 
 
 def copy_dimensions(path: Path) -> None:
@@ -22,50 +23,28 @@ def copy_dimensions(path: Path) -> None:
     the nodes that computed it go. For networks whose values all have batch and length there when they are reshaped.
     """
     model = onnx.load(path)
-    makers = {name: node for node in model.graph.node for name in node.output}
+    graph = Graph(model.graph)
     for node in model.graph.node:
-        if node.op_type == "Reshape" and (shape := _copying_shape(node.input[1], makers)):
+        if node.op_type == "Reshape" and (shape := _copying_shape(graph, node.input[1])):
             node.input[1] = f"{node.name}/shape"
             model.graph.initializer.append(numpy_helper.from_array(np.array(shape), node.input[1]))
-    _drop_unread(model.graph)
+    drop_unread(model.graph)
     onnx.save(model, path)
 
 
-def _copying_shape(shape: str, makers: Mapping[str, onnx.NodeProto]) -> list[int] | None:
+def _copying_shape(graph: Graph, shape: str) -> list[int] | None:
     """The shape with 0 for every size read at its own place from another shape; None if others are computed."""
-    maker = makers.get(shape)
-    if maker is None or maker.op_type != "Concat":
+    concat = graph.made(shape, "Concat")
+    if concat is None:
         return None
-    sizes = [
-        0 if _place(name, makers) == place else _constant(name, makers) for place, name in enumerate(maker.input)
-    ]
-    return None if None in sizes else cast(list[int], sizes)
+    sizes = [0 if _place(graph, name) == place else graph.number(name) for place, name in enumerate(concat.input)]
+    return None if None in sizes else [int(cast(float, size)) for size in sizes]
 
 
-def _place(size: str, makers: Mapping[str, onnx.NodeProto]) -> int | None:
+def _place(graph: Graph, size: str) -> float | None:
     """Which place of a value's shape a size was read from."""
-    unsqueeze = makers.get(size)
-    gather = makers.get(unsqueeze.input[0]) if unsqueeze is not None and unsqueeze.op_type == "Unsqueeze" else None
-    if gather is None or gather.op_type != "Gather" or makers[gather.input[0]].op_type != "Shape":
+    unsqueeze = graph.made(size, "Unsqueeze")
+    gather = graph.made(unsqueeze.input[0], "Gather") if unsqueeze is not None else None
+    if gather is None or graph.made(gather.input[0], "Shape") is None:
         return None
-    return _constant(gather.input[1], makers)
-
-
-def _constant(name: str, makers: Mapping[str, onnx.NodeProto]) -> int | None:
-    """The one number of a constant."""
-    maker = makers.get(name)
-    if maker is None or maker.op_type != "Constant":
-        return None
-    return int(numpy_helper.to_array(maker.attribute[0].t).item())
-
-
-def _drop_unread(graph: onnx.GraphProto) -> None:
-    """Remove the nodes whose outputs nobody reads any more."""
-    read = {value.name for value in graph.output}
-    kept = []
-    for node in reversed(graph.node):  # nodes stand after what they read
-        if read.intersection(node.output):
-            kept.append(node)
-            read.update(node.input)
-    del graph.node[:]
-    graph.node.extend(reversed(kept))
+    return graph.number(gather.input[1])

@@ -20,6 +20,10 @@ BLOCKS = (16, 32, 64, 128, 256)
 TABLE_GROUP = 32
 """Weights that share a scale in a 4-bit embedding table."""
 
+FEW_ROWS = 16
+"""Tables of no more rows, as those of token types, are stored as the float32 values of their grid: the bytes saved
+would cost nodes at every pass."""
+
 EXCLUDABLE = ("pooler", "classifier", "first_layer", "last_layer", "attention_output", "ffn_down")
 """Parts that can be left in float32, each by a parameter ``exclude_<part>``."""
 

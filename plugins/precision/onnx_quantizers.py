@@ -15,12 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from compress_search import TrialError
-
-from .bits import Grid
 
 Inputs = Mapping[str, NDArray[np.int64]]
 Transform = Callable[[Path, Path], None]
@@ -137,61 +134,20 @@ def pack_weights(
     left = nodes(source, excluded)
     if only is not None:
         left += sorted(set(nodes(source, [""])) - set(nodes(source, only)))
-    kernel = {"bits": bits, "block_size": group_size, "accuracy_level": accuracy_level, "is_symmetric": symmetric}
-    _pack(onnx.load(source), target, "MatMul", nodes_to_exclude=left, **kernel)
-
-
-def pack_embeddings(source: Path, target: Path, *, group_size: int) -> None:
-    """Embedding tables as GatherBlockQuantized: 4 bits and a scale per group of a row."""
-    import onnx
-    from onnx import version_converter
-
-    model = onnx.load(source)
-    prepared = list(model.metadata_props)  # the mark that preparation left, which conversion drops
-    model = version_converter.convert_version(model, 21)  # the first to know 4-bit tensors
-    model.ir_version = 10
-    model.metadata_props.extend(prepared)
-    kernel = {"bits": 4, "block_size": group_size, "accuracy_level": 4, "is_symmetric": True}
-    _pack(model, target, "Gather", quant_axes=(("Gather", 1),), **kernel)
-
-
-def quantize_embeddings(source: Path, target: Path, *, grid: Grid | None) -> None:
-    """Embedding tables as int8 with a scale for each row, or as float16; looked-up rows become float32 again."""
-    import onnx
-
-    model = onnx.load(source)
-    tables = {tensor.name: tensor for tensor in model.graph.initializer if len(tensor.dims) == 2}
-    rewritten = []
-    for node in model.graph.node:
-        found = node.op_type == "Gather" and node.input[0] in tables
-        rewritten += _lookup(model.graph, node, tables[node.input[0]], grid) if found else [node]
-    del model.graph.node[:]
-    model.graph.node.extend(rewritten)
-    drop_unused(model.graph)
-    onnx.save(model, target)
-
-
-def _lookup(graph: Any, node: Any, table: Any, grid: Grid | None) -> list[Any]:
-    """The nodes that look rows up in a small table and write what the Gather wrote."""
-    from onnx import TensorProto, helper, numpy_helper
-
-    weight, (ids, output) = numpy_helper.to_array(table), (node.input[1], node.output[0])
-    if grid is None:
-        name = add_constant(graph, f"{table.name}_half", weight.astype(np.float16))
-        return [
-            helper.make_node("Gather", [name, ids], [f"{output}_half"], name=node.name),
-            helper.make_node("Cast", [f"{output}_half"], [output], to=TensorProto.FLOAT),
-        ]
-    codes, scales = grid.encode(torch.from_numpy(weight.copy()))
-    name = add_constant(graph, f"{table.name}_rows", codes.numpy().astype(np.int8))
-    scale = add_constant(graph, f"{table.name}_row_scales", scales.numpy())
-    # ONNX Runtime's own quantizer names what a linear map reads "…_quantized" and "…_scale"
-    return [
-        helper.make_node("Gather", [name, ids], [f"{output}_row"], name=node.name),
-        helper.make_node("Gather", [scale, ids], [f"{output}_row_scale"], name=f"{node.name}_scale"),
-        helper.make_node("Cast", [f"{output}_row"], [f"{output}_codes"], to=TensorProto.FLOAT),
-        helper.make_node("Mul", [f"{output}_codes", f"{output}_row_scale"], [output]),
-    ]
+    with _quiet_quantizer():
+        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+    quantizer = MatMulNBitsQuantizer(
+        onnx.load(source),
+        bits=bits,
+        block_size=group_size,
+        accuracy_level=accuracy_level,
+        is_symmetric=symmetric,
+        nodes_to_exclude=left,
+        op_types_to_quantize=("MatMul",),
+    )
+    with np.errstate(invalid="ignore"):  # a group of zeros, as in a sparse matrix, has scale 0
+        quantizer.process()
+    quantizer.model.save_model_to_file(str(target))
 
 
 def add_constant(graph: Any, name: str, value: NDArray[Any]) -> str:
@@ -251,15 +207,6 @@ def _restore_residuals(path: Path) -> None:
         if node.op_type != "MatMul":
             node.input[:] = [original.get(name, name) for name in node.input]
     onnx.save(model, path)
-
-
-def _pack(model: Any, target: Path, operator: str, **settings: Any) -> None:
-    with _quiet_quantizer():
-        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-    quantizer = MatMulNBitsQuantizer(model, op_types_to_quantize=(operator,), **settings)
-    with np.errstate(invalid="ignore"):  # a group of zeros, as in the padding token's row, has scale 0
-        quantizer.process()
-    quantizer.model.save_model_to_file(str(target))
 
 
 def _options() -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from compress_search import Subject
 
-from .number_formats import TABLE_GROUP, Setting
+from .number_formats import FEW_ROWS, TABLE_GROUP, Setting
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,16 @@ def _projections(subject: Subject) -> list[Matrix]:
 def _embedding_bits(subject: Subject, setting: Setting, spared: float) -> float:
     """Stored bits of the tables, of what projects them, and of the norm in float32."""
     width, projections = subject.embedding_size or subject.hidden, _projections(subject)
-    tables = [(subject.vocabulary, subject.word_rank or width), (subject.positions + subject.token_types, width)]
+    words = (subject.vocabulary, subject.word_rank or width)
+    tables = [words, (subject.positions, width), (subject.token_types, width)]
     counted = sum(rows * size for rows, size in tables) + sum(m.weights for m in projections)
-    bits = sum(rows * _row_bits(size, setting.embedding_bits) for rows, size in tables)
+    bits = sum(rows * _row_bits(rows, size, setting.embedding_bits) for rows, size in tables)
     return bits + sum(m.bits(setting, spared) for m in projections) + 32 * (subject.embedding_parameters - counted)
 
 
-def _row_bits(width: int, bits: int) -> float:
+def _row_bits(rows: int, width: int, bits: int) -> float:
     """Bits of one row of a table: 8-bit rows have a float32 scale each, 4-bit ones a scale per group."""
+    if rows <= FEW_ROWS:
+        return 32 * width
     scales = {8: 1, 4: math.ceil(width / TABLE_GROUP)}.get(bits, 0)
     return width * bits + 32 * scales

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from compress_search.recipe import settle
 from compress_search.runtimes import load_runner, lower
 from compress_search.space import active, defaults, fix_experts
 from compress_search.testing import tiny_batches, tiny_candidate, tiny_context
+from tests.quantized import operators
 
 FAMILIES = ("bert", "distilbert", "roberta", "electra")
 BASE = Subject("bert", "text-classification", 12, 12, 64, 768, 3072, 30522, 512, 2, 2)
@@ -305,7 +305,7 @@ def test_the_closed_form_predicts_the_bytes(bits: int, tmp_path: Path) -> None:
     candidate = Quantization().apply(factored, Quantization().effective(factored.subject, params), context)
     lower(candidate, tmp_path / "artifact", context.task)
     model = onnx.load(tmp_path / "artifact" / "model.onnx")
-    kinds = Counter(node.op_type for node in model.graph.node)
+    kinds = operators(model)
     assert kinds["MatMulInteger"] + kinds["MatMulNBits"] == 6 * 2 + 2 + 1, "the projection is quantized too"
     # two 4-bit values are one byte in the file, and two in an array
     stored = sum(len(tensor.raw_data) or len(tensor.float_data) * 4 for tensor in model.graph.initializer)

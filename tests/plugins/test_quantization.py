@@ -124,20 +124,24 @@ def test_every_linear_map_is_decoded_from_bytes(name: str, quantize: Quantize) -
 
 def test_embeddings_follow_their_own_bits(quantize: Quantize) -> None:
     candidate = distinct(layers=1)
-    for bits, dtype, lookups in ((32, np.float32, 3), (16, np.float16, 3), (8, np.int8, 6), (4, None, 3)):
+    for bits, dtype, stored, lookups in (
+        (32, np.float32, 3, 3),
+        (16, np.float16, 2, 3),
+        (8, np.int8, 2, 5),
+        (4, np.uint8, 2, 5),
+    ):
         model = model_of(quantize(candidate, params("dynamic_int8", embedding_bits=bits)))
         found = tensors(model)
         tables = {key for key, value in found.items() if value.dtype == dtype and "embeddings.weight" in key}
-        assert len(tables) == (3 if dtype else 0)
-        operator = "GatherBlockQuantized" if bits == 4 else "Gather"
-        reads = [node for node in model.graph.node if node.op_type == operator]
+        assert len(tables) == stored, "the two rows of token types are floats"
+        reads = [node for node in model.graph.node if node.op_type == "Gather"]
         assert sum("embeddings.weight" in node.input[0] for node in reads) == lookups, "each scale is looked up too"
 
 
 def test_embeddings_alone_can_be_quantized(quantize: Quantize) -> None:
     candidate = distinct(layers=1)
     found = operators(model_of(quantize(candidate, {"weight_bits": 32, "embedding_bits": 8})))
-    assert found["MatMul"] == 6 + 2 + 2
+    assert found["MatMul"] + found["Gemm"] == 6 + 2 + 2
     assert METHOD.effective(candidate.subject, {"weight_bits": 32, "embedding_bits": 32})["embedding_bits"] == 16
 
 
@@ -288,8 +292,12 @@ def test_patterns_match_repeated_uses_and_nothing_else() -> None:
 
 def test_seven_bits_stay_in_seven_bits(quantize: Quantize) -> None:
     found = tensors(model_of(quantize(distinct(layers=1), params("dynamic_int8", reduce_range=True))))
-    weights = [v for key, v in found.items() if "MatMul" in key and v.dtype == np.int8 and v.ndim == 2]
-    assert weights
+    weights = [v for key, v in found.items() if "_rows" not in key and v.dtype == np.int8 and v.ndim == 2]
+    assert sum(weight.size for weight in weights) == sum(
+        module.weight.numel()
+        for module in distinct(layers=1).network.modules()
+        if isinstance(module, torch.nn.Linear)
+    )
     assert max(int(np.abs(value.astype(int)).max()) for value in weights) <= 64
 
 
@@ -336,6 +344,9 @@ def integer_products(found: dict[str, Array]) -> Iterator[tuple[Array, Array]]:
         steps = found.get(name.removesuffix("_quantized") + "_scale")
         if name.endswith("_quantized") and steps is not None and steps.ndim == 1:
             yield value * steps, steps
+        if value.dtype == np.int8 and name.endswith("/weight"):  # queries, keys and values side by side
+            steps = found[name.removesuffix("weight") + "scale"]
+            yield from zip(np.split(value * steps, 3, axis=1), np.split(steps, 3), strict=True)
 
 
 @pytest.mark.parametrize("name", INT8)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from compress_search.encoders import (
 from compress_search.runtimes import load_runner, lower, size_mb
 from compress_search.space import active, defaults, fix_experts
 from compress_search.testing import TinyContext, tiny_batches, tiny_candidate, tiny_context
+from tests.quantized import operators
 
 FAMILIES = ("bert", "distilbert", "roberta", "electra")
 BASE = Subject("bert", "text-classification", 12, 12, 64, 768, 3072, 30522, 512, 2, 2)
@@ -464,7 +464,7 @@ def test_integer_kernels_find_the_shared_weights(mode: str, tmp_path: Path) -> N
         embedding_bits=8,
     )
     model = onnx.load(directory / "model.onnx")
-    assert Counter(node.op_type for node in model.graph.node)["MatMulInteger"] == 6 * 6 + 2
+    assert operators(model)["MatMulInteger"] == 6 * 6 + 2
     tensors = [numpy_helper.to_array(tensor) for tensor in model.graph.initializer]
     assert sum(value.nbytes for value in tensors) / 1e6 == pytest.approx(found.subject.megabytes, rel=0.02)
     assert size_mb(directory) < found.subject.megabytes + 0.2
