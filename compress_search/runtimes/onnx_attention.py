@@ -125,6 +125,8 @@ def _dynamic_map(graph: Graph, scaled: onnx.NodeProto, bias: str) -> _Map:
     """The map whose integer products are brought to scale by this node."""
     integers = _made(graph, _made(graph, scaled.input[0], "Cast").input[0], "MatMulInteger")
     scale, weight_scale = _with_constant(graph, _made(graph, scaled.input[1], "Mul"))
+    if len(integers.input) != 4:
+        raise _Differs
     codes, weight, zero, weight_zero = integers.input
     if not graph.is_constant(weight) or _size(graph, weight_scale) != _size(graph, bias):
         raise _Differs
