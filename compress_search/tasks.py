@@ -113,14 +113,36 @@ class Task:
 
         Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
         """
+        return _bounds(self._resampled(logits, labels, seed), level)
+
+    def drop_intervals(
+        self,
+        logits: Examples,
+        labels: Examples,
+        reference: tuple[Examples, Examples],
+        seed: int = 0,
+        level: float = 0.95,
+    ) -> dict[str, tuple[float, float]]:
+        """Percentile bootstrap intervals of how far every metric lies below a reference's, as ``<metric>_drop``.
+
+        Both are resampled together: models that err on the same examples differ by less than either's own
+        interval suggests. Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 8.
+
+        Args:
+            logits, labels: as :meth:`score` takes them.
+            reference: logits and labels of another model for the same examples, which may be cut elsewhere.
+        """
+        ours, theirs = self._resampled(logits, labels, seed), self._resampled(*reference, seed)
+        return _bounds({f"{name}_drop": theirs[name] - ours[name] for name in ours}, level)
+
+    def _resampled(self, logits: Examples, labels: Examples, seed: int) -> dict[str, Array]:
+        """(``RESAMPLES``,) values of every metric; a seed draws the same examples of any model."""
         metrics = self._metrics(logits, labels)
         drawn: dict[str, list[Array]] = {name: [] for name in metrics}
         for weights in _resamples(len(labels), seed):
             for name, metric in metrics.items():
                 drawn[name].append(metric(weights))
-        tails = ((1 - level) / 2, (1 + level) / 2)
-        bounds = {name: np.quantile(np.concatenate(values), tails) for name, values in drawn.items()}
-        return {name: (float(low), float(high)) for name, (low, high) in bounds.items()}
+        return {name: np.concatenate(values) for name, values in drawn.items()}
 
     def constant_score(self, labels: Examples) -> dict[str, float]:
         """The scores of the best predictor that ignores its input: the most frequent class, or any number."""
@@ -238,6 +260,13 @@ def _ranks(x: Array, weights: Array) -> Array:
 def _ratio(numerator: Array, denominator: Array) -> Array:
     """Element-wise quotient, 0 where the denominator is 0."""
     return np.divide(numerator, denominator, out=np.zeros(numerator.shape), where=denominator != 0)
+
+
+def _bounds(drawn: Mapping[str, Array], level: float) -> dict[str, tuple[float, float]]:
+    """The middle part of each series."""
+    tails = ((1 - level) / 2, (1 + level) / 2)
+    found = {name: np.quantile(values, tails) for name, values in drawn.items()}
+    return {name: (float(low), float(high)) for name, (low, high) in found.items()}
 
 
 def _resamples(size: int, seed: int) -> Iterator[Array]:

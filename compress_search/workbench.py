@@ -239,7 +239,7 @@ class Workbench:
         return tokenize_rows(self.raw[name], tokenizer, limit, self.materials.task, self.cache)
 
     def score(self, directory: Path, name: str, *, as_deployed: bool) -> Score:
-        """Metrics of an artefact on a split.
+        """Metrics of an artefact on a split, and how far they lie below the teacher's.
 
         Arithmetic with one scale for a whole batch depends on an example's companions; ``as_deployed`` scores
         at the study's measured batch size and in the split's order, as it must be for lowered arithmetic.
@@ -247,7 +247,14 @@ class Workbench:
         batch_size = self.study.measure.batch_size if as_deployed else SCORING_BATCH
         split, task = self.as_read(directory, name), self.materials.task
         return self.bench.score(
-            directory, split.path, task, batch_size, as_they_come=as_deployed, timeout=patience(len(split))
+            directory,
+            split.path,
+            task,
+            batch_size,
+            as_they_come=as_deployed,
+            reference=None if directory == self.reference else self.reference,
+            reference_split=self.splits[name].path,
+            timeout=patience(2 * len(split)),
         )
 
     def latency(self, directory: Path, *, repeats: int, seed: int, reference: Path | None = None) -> Latency:

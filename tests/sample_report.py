@@ -50,6 +50,7 @@ def entry(number: int, accuracy: float = 0.87, latency_ms: float = 8.0, **change
         "metrics": metrics,
         "intervals": {
             "accuracy": (accuracy - 0.011, accuracy + 0.011),
+            "accuracy_drop": (TEACHER["accuracy"] - accuracy - 0.005, TEACHER["accuracy"] - accuracy + 0.005),
             "latency_ms": (0.97 * latency_ms, 1.03 * latency_ms),
         },
         "seconds": 61.0,

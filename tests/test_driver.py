@@ -217,6 +217,10 @@ def test_constraints_that_nothing_meets_name_the_closest_recipes(
 def test_a_finished_study_prints_its_front_again_at_once(tiny_study: Study, tmp_path: Path, command: Any) -> None:
     path = troubled(tiny_study, tmp_path, ["fine"])
     finish(command("run", path, "--executor", "local"))
+    for trial in report(path, command)["trials"]:
+        lost = trial["intervals"].get("accuracy_drop")
+        assert (lost is None) == (not trial["recipe"]), "the teacher loses nothing against itself"
+        assert lost is None or lost[0] <= trial["metrics"]["accuracy_drop"] <= lost[1]
     started = time.monotonic()
     output = finish(command("run", path, "--executor", "local"))
     assert "front" in output.lower()

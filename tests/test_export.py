@@ -389,7 +389,7 @@ def card(**changes) -> Card:
         task=Task("text-classification", ("negative", "positive")),
         max_length=64,
         metrics={"accuracy": 0.912, "accuracy_drop": 0.004, "latency_ms": 3.456, "my_method.sparsity": 0.5},
-        intervals={"accuracy": (0.893, 0.929)},
+        intervals={"accuracy": (0.893, 0.929), "accuracy_drop": (-0.002, 0.011)},
         teacher={"accuracy": 0.916, "latency_ms": 8.2},
         test={"accuracy": 0.905},
         latency=LATENCY,
@@ -413,6 +413,7 @@ def test_a_card_tells_recipe_scores_intervals_protocol_environment_and_command()
     assert "- theseus" in front_matter
     assert "| accuracy (%) | 91.2 | 89.3 – 92.9 | 91.6 | 90.5 |" in text
     assert "| latency (ms) | 3.46 | – | 8.20 | – |" in text
+    assert "| accuracy lost (points) | 0.4 | −0.2 – 1.1 | – | – |" in text
     assert '1. `theseus` `{"block_size": 2, "schedule": "linear"}`' in text
     assert "Seed 11." in text
     assert "50 rounds of batches of 1" in text

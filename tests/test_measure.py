@@ -487,6 +487,18 @@ def test_a_score_has_every_metric_and_does_not_depend_on_the_batch_size(bench, m
     assert one.examples == 60
 
 
+def test_beside_a_reference_what_is_lost_has_an_interval(bench, materials):
+    alone = bench.score(materials.small, materials.split, TASK, 16)
+    beside = bench.score(materials.small, materials.split, TASK, 16, reference=materials.large)
+    assert beside.metrics == alone.metrics
+    assert set(beside.intervals) - set(alone.intervals) == {"accuracy_drop", "macro_f1_drop"}
+    theirs = bench.score(materials.large, materials.split, TASK, 16).metrics["accuracy"]
+    low, high = beside.intervals["accuracy_drop"]
+    assert low <= theirs - beside.metrics["accuracy"] <= high
+    same = bench.score(materials.small, materials.split, TASK, 16, reference=materials.small)
+    assert same.intervals["accuracy_drop"] == (0.0, 0.0)
+
+
 def test_a_network_is_as_fast_as_itself_and_a_larger_one_is_slower(bench, materials):
     same = bench.latency(materials.small, materials.small, materials.split, repeats=40)
     slower = bench.latency(materials.large, materials.small, materials.split, repeats=20)

@@ -217,6 +217,36 @@ class TestIntervals:
         low, high = POS.intervals(logits, gold)["accuracy"]
         assert high - low == pytest.approx(2 * 1.96 * math.sqrt(0.8 * 0.2 / 100), rel=0.15)
 
+    @pytest.mark.parametrize("task", [CLASSES, NUMBERS, ENTITIES, POS])
+    def test_nothing_is_lost_against_itself(self, task):
+        rng = np.random.default_rng(10)
+        if task.tokens:
+            logits, gold, _ = random_tags(rng, task)
+        elif task.labels:
+            logits, gold = random_classes(rng, task)
+        else:
+            gold = rng.normal(size=100)
+            logits = list((gold + rng.normal(size=100))[:, None])
+        found = task.drop_intervals(logits, gold, (logits, gold))
+        assert found == {f"{name}_drop": (0.0, 0.0) for name in task.metrics}
+
+    def test_what_both_get_wrong_does_not_widen_the_interval_of_what_is_lost(self):
+        """As wide as McNemar's: only the examples on which the two differ count."""
+        gold = np.zeros(1000, dtype=int)
+        theirs = np.where(np.arange(1000) < 200, 1, 0)
+        ours = np.where(np.arange(1000) < 230, 1, 0)  # 30 more errors
+        low, high = CLASSES.drop_intervals(np.eye(3)[ours], gold, (np.eye(3)[theirs], gold))["accuracy_drop"]
+        assert low < 0.03 < high
+        assert high - low == pytest.approx(2 * 1.96 * math.sqrt(0.03 * 0.97 / 1000), rel=0.1)
+        alone = CLASSES.intervals(np.eye(3)[ours], gold)["accuracy"]
+        assert high - low < 0.5 * (alone[1] - alone[0])
+
+    def test_a_model_that_reads_less_of_a_text_is_compared_by_its_own_labels(self):
+        gold = [np.array([0, 1]), np.array([1, 1, 0])] * 50
+        cut = [row[:1] for row in gold]
+        right, wrong = [np.eye(2)[row] for row in gold], [np.eye(2)[1 - row] for row in cut]
+        assert POS.drop_intervals(wrong, cut, (right, gold)) == {"accuracy_drop": (1.0, 1.0)}
+
     def test_a_seed_repeats_and_another_differs(self):
         logits, gold = random_classes(np.random.default_rng(7), CLASSES)
         first, again = CLASSES.intervals(logits, gold, seed=1), CLASSES.intervals(logits, gold, seed=1)

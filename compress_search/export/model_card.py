@@ -84,7 +84,7 @@ def table(card: Card) -> list[tuple[str, str, str, str, str]]:
             formats.number(name, card.test.get(name)),
         )
         for name, value in card.metrics.items()
-        if name in formats.KNOWN
+        if formats.style(name).unit
     ]
 
 

@@ -43,7 +43,11 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Score:
-    """Metrics of an artefact on a split, with 95 % bootstrap intervals over examples."""
+    """Metrics of an artefact on a split, with 95 % bootstrap intervals over examples.
+
+    Scored beside a reference, ``intervals`` has a ``<metric>_drop`` for each: how far the metric lies below the
+    reference's, both over the same resamples.
+    """
 
     metrics: Mapping[str, float]
     intervals: Mapping[str, Interval]
@@ -210,15 +214,22 @@ class Bench:
         *,
         form: str | None = None,
         as_they_come: bool = False,
+        reference: Path | None = None,
+        reference_split: Path | None = None,
         timeout: float | None = None,
     ) -> Score:
         """Metrics over the whole split; with a ``form`` (see runtimes.deployed) those of an exported model.
+
+        Beside a ``reference``, whose tokenizer may cut the same rows into another split, losses have intervals too.
+
 
         Arithmetic with one scale per batch (dynamic int8) depends on an example's companions: score such an
         artefact at the batch size it will be deployed with, and the examples ``as_they_come`` instead of by length.
         """
         request = {"artifact": str(artifact), "split": str(split), "batch_size": batch_size, "form": form}
         request["as_they_come"] = as_they_come
+        if reference:
+            request |= {"reference": str(reference), "reference_split": str(reference_split or split)}
         return Score.from_dict(self._ask("score", {**request, "task": task.to_dict()}, timeout))
 
     def latency(

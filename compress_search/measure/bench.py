@@ -55,6 +55,12 @@ Practical Nonparametric Statistics, 1999, chapter 3, on quantiles).
 LOADED_RUNNERS = 4
 """Runners kept between requests: the reference, its twin for the A/A check, and the latest candidates."""
 
+REFERENCES = 2
+"""Answers of references kept between requests: the teacher's on validation and on test data."""
+
+REFERENCE_BATCH = 64
+"""Examples in a batch of a reference, whose answers do not depend on an example's companions."""
+
 
 # what the bench computes
 
@@ -160,6 +166,7 @@ class Station:
     def __init__(self, threads: int, device: str) -> None:
         self.threads, self.device = threads, device
         self._runner = lru_cache(LOADED_RUNNERS)(self._load)
+        self._answers = lru_cache(REFERENCES)(self._predicted)
 
     def _load(self, artifact: str, written: int, copy: int) -> Runner:
         return load_runner(Path(artifact), self.threads, self.device)
@@ -177,21 +184,36 @@ class Station:
         batch_size: int,
         form: Form | None = None,
         as_they_come: bool = False,
+        reference: str | None = None,
+        reference_split: str | None = None,
     ) -> dict[str, Any]:
-        """Metrics and their bootstrap intervals over a whole split, of an artefact or of an exported form."""
+        """Metrics and their bootstrap intervals over a whole split, of an artefact or of an exported form.
+
+        With a reference artefact there are intervals of what every metric loses against it too.
+        """
         rows, judge = Split.open(Path(split)), Task.from_dict(task)
         runner = load_deployed(Path(artifact), form, judge, self.threads) if form else self.runner(artifact)
         started = time.perf_counter()
         logits, labels = predict(runner, rows, judge, batch_size, as_they_come=as_they_come)
         crf = deployed_crf(Path(artifact)) if form else Artifact.read(Path(artifact)).decoder()
         logits = crf.decode(logits) if crf else logits
+        intervals = judge.intervals(logits, labels)
+        if reference:
+            theirs = self._answers(reference, reference_split or split, judge)
+            intervals |= judge.drop_intervals(logits, labels, theirs)
         return {
             "metrics": judge.score(logits, labels),
-            "intervals": judge.intervals(logits, labels),
+            "intervals": intervals,
             "examples": len(rows),
             "batch_size": batch_size,
             "seconds": time.perf_counter() - started,
         }
+
+    def _predicted(self, artifact: str, split: str, judge: Task) -> tuple[list[Any], list[Any]]:
+        """What an artefact answers on a split, and the labels, as :meth:`Task.score` takes them."""
+        logits, labels = predict(self.runner(artifact), Split.open(Path(split)), judge, REFERENCE_BATCH)
+        crf = Artifact.read(Path(artifact)).decoder()
+        return crf.decode(logits) if crf else logits, labels
 
     def latency(
         self,

@@ -216,9 +216,9 @@ def _alike(members: Sequence[Entry], aims: Aims) -> dict[int, list[int]]:
 
 
 def _holds_up(entry: Entry, teacher: Entry, score: str) -> bool:
-    """Whether the teacher's score is reached, or lies within the interval of the entry's."""
-    _, high = entry.intervals.get(score, (0.0, entry.metrics[score]))
-    return max(high, entry.metrics[score]) >= teacher.metrics[score]
+    """Whether the teacher's score is reached, or as far as can be told: the interval of what is lost holds 0."""
+    low, _ = entry.intervals.get(f"{score}_drop", (1.0, 1.0))
+    return low <= 0 or entry.metrics[score] >= teacher.metrics[score]
 
 
 def _recommended(members: Sequence[Entry], aims: Aims, teacher: Entry | None) -> int | None:

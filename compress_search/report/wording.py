@@ -108,11 +108,10 @@ def _gains(entry: Entry, report: Report) -> list[str]:
         words.append(f"{speedup:.1f}× faster" if speedup >= 1 else f"{1 / speedup:.1f}× slower")
     score = next((name for name, way in report.objectives.items() if way == "maximize" and name in teacher), None)
     if score in entry.metrics and formats.style(score).scale == 100:
-        low_high = entry.intervals.get(score)
         words.append(f"{formats.points(entry.metrics[score] - teacher[score])} {formats.style(score).label}")
-        if low_high:
-            low, high = (formats.number(score, bound) for bound in low_high)
-            words[-1] += f" (95 % CI of the score {low} … {high})"
+        if lost := entry.intervals.get(f"{score}_drop"):
+            low, high = (formats.points(-bound).split()[0] for bound in reversed(lost))
+            words[-1] += f" (95 % CI {low} … {high})"
     if "size_mb" in entry.metrics and teacher.get("size_mb"):
         words.append(
             f"{formats.number('size_mb', entry.metrics['size_mb'])} MB instead of "
