@@ -113,30 +113,10 @@ class Task:
 
         Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
         """
-        return _bounds(self._resampled(logits, labels, seed), level)
+        return bounds(self.resampled(logits, labels, seed), level)
 
-    def drop_intervals(
-        self,
-        logits: Examples,
-        labels: Examples,
-        reference: tuple[Examples, Examples],
-        seed: int = 0,
-        level: float = 0.95,
-    ) -> dict[str, tuple[float, float]]:
-        """Percentile bootstrap intervals of how far every metric lies below a reference's, as ``<metric>_drop``.
-
-        Both are resampled together: models that err on the same examples differ by less than either's own
-        interval suggests. Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 8.
-
-        Args:
-            logits, labels: as :meth:`score` takes them.
-            reference: logits and labels of another model for the same examples, which may be cut elsewhere.
-        """
-        ours, theirs = self._resampled(logits, labels, seed), self._resampled(*reference, seed)
-        return _bounds({f"{name}_drop": theirs[name] - ours[name] for name in ours}, level)
-
-    def _resampled(self, logits: Examples, labels: Examples, seed: int) -> dict[str, Array]:
-        """(``RESAMPLES``,) values of every metric; a seed draws the same examples of any model."""
+    def resampled(self, logits: Examples, labels: Examples, seed: int = 0) -> dict[str, Array]:
+        """(``RESAMPLES``,) values of every metric; of so many examples a seed draws the same for any model."""
         metrics = self._metrics(logits, labels)
         drawn: dict[str, list[Array]] = {name: [] for name in metrics}
         for weights in _resamples(len(labels), seed):
@@ -262,11 +242,20 @@ def _ratio(numerator: Array, denominator: Array) -> Array:
     return np.divide(numerator, denominator, out=np.zeros(numerator.shape), where=denominator != 0)
 
 
-def _bounds(drawn: Mapping[str, Array], level: float) -> dict[str, tuple[float, float]]:
-    """The middle part of each series."""
+def bounds(drawn: Mapping[str, Array], level: float = 0.95) -> dict[str, tuple[float, float]]:
+    """The middle part of each series of resampled values."""
     tails = ((1 - level) / 2, (1 + level) / 2)
     found = {name: np.quantile(values, tails) for name, values in drawn.items()}
     return {name: (float(low), float(high)) for name, (low, high) in found.items()}
+
+
+def losses(reference: Mapping[str, Array], ours: Mapping[str, Array]) -> dict[str, Array]:
+    """How far every metric lies below a reference's in each resample, as ``<metric>_drop``.
+
+    Both are of the same examples, so that what both get wrong does not count: models that err alike differ by less
+    than either's own interval suggests. Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 8.
+    """
+    return {f"{name}_drop": reference[name] - values for name, values in ours.items()}
 
 
 def _resamples(size: int, seed: int) -> Iterator[Array]:

@@ -121,7 +121,10 @@ class Workbench:
 
     def prepare(self) -> None:
         """Make what trials share, so that the first of them is not charged for it."""
-        _ = self.materials, self.reference
+        validation = self.materials.validation
+        self.bench.reference(
+            self.reference, validation.path, self.materials.task, timeout=patience(len(validation))
+        )
 
     @cached_property
     def materials(self) -> Materials:
@@ -221,6 +224,8 @@ class Workbench:
             parts += [recipe.key, seed, self.study.training.identity(), plugins]
             parts += [self.study.teacher.average, *(path.name for path in self.teachers[1:])]
             parts += self.lent_digests
+        else:
+            parts += [GRAPHS]  # candidates of a resumed study are timed against a teacher in graphs like theirs
         return self.output / "artifacts" / digest(parts)[:20]
 
     def lower(self, candidate: Candidate, directory: Path) -> None:
@@ -239,7 +244,7 @@ class Workbench:
         return tokenize_rows(self.raw[name], tokenizer, limit, self.materials.task, self.cache)
 
     def score(self, directory: Path, name: str, *, as_deployed: bool) -> Score:
-        """Metrics of an artefact on a split, and how far they lie below the teacher's.
+        """Metrics of an artefact on a split; on validation data, how far they lie below the teacher's.
 
         Arithmetic with one scale for a whole batch depends on an example's companions; ``as_deployed`` scores
         at the study's measured batch size and in the split's order, as it must be for lowered arithmetic.
@@ -252,7 +257,7 @@ class Workbench:
             task,
             batch_size,
             as_they_come=as_deployed,
-            reference=None if directory == self.reference else self.reference,
+            reference=self.reference if name == "validation" and directory != self.reference else None,
             reference_split=self.splits[name].path,
             timeout=patience(2 * len(split)),
         )

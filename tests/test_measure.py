@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -467,8 +468,14 @@ def materials(tmp_path_factory):
     rows = tiny.tiny_rows(size=60)
     labels = [TASK.labels.index(row["label"]) for row in rows]
     split = tokenize_rows(Rows([row["text"] for row in rows], None, labels), tokenizer, 32, TASK, folder)
+    texts = [row["text"] for row in rows]
     return SimpleNamespace(
-        small=artifact("small"), large=artifact("large", layers=6, hidden_size=256), split=split.path, folder=folder
+        small=artifact("small"),
+        large=artifact("large", layers=6, hidden_size=256),
+        split=split.path,
+        other=tokenize_rows(Rows(texts, None, [1 - label for label in labels]), tokenizer, 32, TASK, folder).path,
+        half=tokenize_rows(Rows(texts[:30], None, labels[:30]), tokenizer, 32, TASK, folder).path,
+        folder=folder,
     )
 
 
@@ -497,6 +504,27 @@ def test_beside_a_reference_what_is_lost_has_an_interval(bench, materials):
     assert low <= theirs - beside.metrics["accuracy"] <= high
     same = bench.score(materials.small, materials.split, TASK, 16, reference=materials.small)
     assert same.intervals["accuracy_drop"] == (0.0, 0.0)
+
+
+def test_a_reference_reads_its_own_split_and_is_another_once_it_is_rewritten(bench, materials, tmp_path):
+    def lost(split: Path) -> tuple[float, float]:
+        options = {"reference": tmp_path / "reference", "reference_split": split}
+        return bench.score(materials.small, materials.split, TASK, 16, **options).intervals["accuracy_drop"]
+
+    shutil.copytree(materials.large, tmp_path / "reference")
+    bench.reference(tmp_path / "reference", materials.split, TASK)
+    same, other = lost(materials.split), lost(materials.other)
+    theirs = bench.score(tmp_path / "reference", materials.other, TASK, 16).metrics["accuracy"]
+    ours = bench.score(materials.small, materials.split, TASK, 16).metrics["accuracy"]
+    assert same != other
+    assert other[0] <= theirs - ours <= other[1]
+    shutil.rmtree(tmp_path / "reference")
+    shutil.copytree(materials.small, tmp_path / "reference")
+    for file in (tmp_path / "reference").rglob("*"):
+        os.utime(file)
+    assert lost(materials.split) == (0.0, 0.0)
+    with pytest.raises(BenchError, match="30 examples, not the 60"):
+        lost(materials.half)
 
 
 def test_a_network_is_as_fast_as_itself_and_a_larger_one_is_slower(bench, materials):

@@ -160,6 +160,44 @@ def test_what_is_added_to_scores_besides_the_mask_is_kept(tmp_path: Path) -> Non
     assert path.read_bytes() == before
 
 
+def test_maps_that_are_tied_within_a_layer_stay_apart(both: Both) -> None:
+    candidate = distinct(layers=2)
+    first = parts(layers(candidate.network)[0])
+    first.query.weight = first.key.weight
+    fused, plain = both(candidate, None)
+    assert kinds(fused)["Attention"] == 1
+    assert stored_bytes(fused) <= stored_bytes(plain)
+
+
+@pytest.mark.parametrize("strange", ["two axes", "no order", "a list of sizes"])
+def test_graphs_of_other_hands_are_left_alone(strange: str, tmp_path: Path) -> None:
+    """Lowering functions of a stranger's method write what they like."""
+    order = {"two axes": {"perm": [1, 0]}, "no order": {}, "a list of sizes": {"perm": [0, 2, 1, 3]}}[strange]
+    rank = 2 if strange == "two axes" else 4
+    sizes: dict[str, Any] = {"value_ints": [1, 1, 16]}
+    if strange != "a list of sizes":
+        sizes = {"value": onnx.numpy_helper.from_array(np.array([1, 1, 16]))}
+    nodes = [
+        onnx.helper.make_node("Transpose", ["x"], ["t"], **order),
+        onnx.helper.make_node("Constant", [], ["sizes"], **sizes),
+        onnx.helper.make_node("Reshape", ["t", "sizes"], ["y"]),
+    ]
+    ends = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+        for name, shape in (("x", [2, 8] if rank == 2 else [1, 2, 2, 4]), ("y", [1, 1, 16]))
+    ]
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:]), ir_version=8)
+    onnx.save(model, tmp_path / "model.onnx")
+    assert fuse_attention(tmp_path / "model.onnx") == 0
+
+
+def test_sparse_maps_are_packed_each_as_suits_it(tmp_path: Path) -> None:
+    candidate = distinct(layers=2, hidden=64)
+    candidate = candidate.replace(subject=candidate.subject.having("sparse"))
+    lower(candidate, tmp_path / "artifact", CLASSIFICATION)
+    assert not set(FUSED.values()) & set(kinds(tmp_path / "artifact"))
+
+
 def test_files_for_other_devices_keep_to_the_standard(tmp_path: Path) -> None:
     candidate = distinct(layers=2).replace(runtime={"engine": "onnxruntime"})
     for device, domains in (("cpu", {"", "com.microsoft"}), ("cuda", {""})):

@@ -129,6 +129,13 @@ def test_the_recommendation_says_what_is_gained_and_lost_with_its_interval() -> 
     )
 
 
+def test_results_without_an_interval_of_what_is_lost_go_by_their_scores() -> None:
+    old = {"intervals": {"accuracy": (0.87, 0.92)}}
+    new = {"intervals": {"accuracy": (0.87, 0.92), "accuracy_drop": (-0.002, 0.012)}}
+    trials = [teacher(), entry(1, 0.883, 2, **old), entry(2, 0.8835, 6, **new)]
+    assert report_of(*trials, constraints={}).recommended == 1
+
+
 def test_without_a_bound_on_the_score_the_fastest_that_holds_up_is_recommended() -> None:
     level = {"intervals": {"accuracy": (0.87, 0.92), "accuracy_drop": (-0.01, 0.01)}}
     worse = {"intervals": {"accuracy": (0.75, 0.92), "accuracy_drop": (0.07, 0.12)}}

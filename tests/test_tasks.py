@@ -15,7 +15,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch.nn import functional as F
 
 from compress_search.errors import NotFinite, TrialError
-from compress_search.tasks import IGNORED, RESAMPLES, Task, is_bio, macro_f1, pearson, spearman
+from compress_search.tasks import IGNORED, RESAMPLES, Task, bounds, is_bio, losses, macro_f1, pearson, spearman
 
 CLASSES = Task("text-classification", ("a", "b", "c"))
 NUMBERS = Task("text-regression")
@@ -227,7 +227,7 @@ class TestIntervals:
         else:
             gold = rng.normal(size=100)
             logits = list((gold + rng.normal(size=100))[:, None])
-        found = task.drop_intervals(logits, gold, (logits, gold))
+        found = bounds(losses(task.resampled(logits, gold), task.resampled(logits, gold)))
         assert found == {f"{name}_drop": (0.0, 0.0) for name in task.metrics}
 
     def test_what_both_get_wrong_does_not_widen_the_interval_of_what_is_lost(self):
@@ -235,7 +235,8 @@ class TestIntervals:
         gold = np.zeros(1000, dtype=int)
         theirs = np.where(np.arange(1000) < 200, 1, 0)
         ours = np.where(np.arange(1000) < 230, 1, 0)  # 30 more errors
-        low, high = CLASSES.drop_intervals(np.eye(3)[ours], gold, (np.eye(3)[theirs], gold))["accuracy_drop"]
+        drawn = [CLASSES.resampled(np.eye(3)[chosen], gold) for chosen in (theirs, ours)]
+        low, high = bounds(losses(*drawn))["accuracy_drop"]
         assert low < 0.03 < high
         assert high - low == pytest.approx(2 * 1.96 * math.sqrt(0.03 * 0.97 / 1000), rel=0.1)
         alone = CLASSES.intervals(np.eye(3)[ours], gold)["accuracy"]
@@ -245,7 +246,8 @@ class TestIntervals:
         gold = [np.array([0, 1]), np.array([1, 1, 0])] * 50
         cut = [row[:1] for row in gold]
         right, wrong = [np.eye(2)[row] for row in gold], [np.eye(2)[1 - row] for row in cut]
-        assert POS.drop_intervals(wrong, cut, (right, gold)) == {"accuracy_drop": (1.0, 1.0)}
+        lost = losses(POS.resampled(right, gold), POS.resampled(wrong, cut))
+        assert bounds(lost) == {"accuracy_drop": (1.0, 1.0)}
 
     def test_a_seed_repeats_and_another_differs(self):
         logits, gold = random_classes(np.random.default_rng(7), CLASSES)

@@ -36,7 +36,7 @@ from compress_search.errors import CompressSearchError
 from compress_search.measure.lengths import cells, draw, width_distribution
 from compress_search.runtimes import Artifact, load_runner
 from compress_search.runtimes.deployed import Form, deployed_crf, load_deployed
-from compress_search.tasks import Task
+from compress_search.tasks import Task, bounds, losses
 
 Inputs = Mapping[str, NDArray[Any]]
 Runner = Callable[[Inputs], NDArray[Any]]
@@ -54,9 +54,6 @@ Practical Nonparametric Statistics, 1999, chapter 3, on quantiles).
 
 LOADED_RUNNERS = 4
 """Runners kept between requests: the reference, its twin for the A/A check, and the latest candidates."""
-
-REFERENCES = 2
-"""Answers of references kept between requests: the teacher's on validation and on test data."""
 
 REFERENCE_BATCH = 64
 """Examples in a batch of a reference, whose answers do not depend on an example's companions."""
@@ -160,21 +157,25 @@ def peak_memory() -> int:
 # what the bench is asked
 
 
+def _written(artifact: str) -> int:
+    """When an artefact was last written to, in ns: one that is rewritten is another one."""
+    return max((p.stat().st_mtime_ns for p in Path(artifact).rglob("*")), default=0)
+
+
 class Station:
     """The operations of one bench process, and the runners it keeps loaded between them."""
 
     def __init__(self, threads: int, device: str) -> None:
         self.threads, self.device = threads, device
         self._runner = lru_cache(LOADED_RUNNERS)(self._load)
-        self._answers = lru_cache(REFERENCES)(self._predicted)
+        self._reference = lru_cache(1)(self._resampled)
 
     def _load(self, artifact: str, written: int, copy: int) -> Runner:
         return load_runner(Path(artifact), self.threads, self.device)
 
     def runner(self, artifact: str, copy: int = 0) -> Runner:
         """The artefact's runner; another ``copy`` is another instance, and a rewritten artefact another one."""
-        written = max((p.stat().st_mtime_ns for p in Path(artifact).rglob("*")), default=0)
-        return self._runner(artifact, written, copy)
+        return self._runner(artifact, _written(artifact), copy)
 
     def score(
         self,
@@ -197,23 +198,33 @@ class Station:
         logits, labels = predict(runner, rows, judge, batch_size, as_they_come=as_they_come)
         crf = deployed_crf(Path(artifact)) if form else Artifact.read(Path(artifact)).decoder()
         logits = crf.decode(logits) if crf else logits
-        intervals = judge.intervals(logits, labels)
+        drawn = judge.resampled(logits, labels)
         if reference:
-            theirs = self._answers(reference, reference_split or split, judge)
-            intervals |= judge.drop_intervals(logits, labels, theirs)
+            drawn |= losses(self.resampled(reference, reference_split or split, judge, len(rows)), drawn)
         return {
             "metrics": judge.score(logits, labels),
-            "intervals": intervals,
+            "intervals": bounds(drawn),
             "examples": len(rows),
             "batch_size": batch_size,
             "seconds": time.perf_counter() - started,
         }
 
-    def _predicted(self, artifact: str, split: str, judge: Task) -> tuple[list[Any], list[Any]]:
-        """What an artefact answers on a split, and the labels, as :meth:`Task.score` takes them."""
+    def resampled(self, artifact: str, split: str, judge: Task, examples: int) -> Mapping[str, NDArray[Any]]:
+        """The resampled metrics of a reference on a split of so many examples; the latest one's are kept."""
+        rows = Split.open(Path(split))
+        if len(rows) != examples:
+            raise ValueError(f"{split} has {len(rows)} examples, not the {examples} of the split it is compared on")
+        return self._reference(artifact, _written(artifact), split, judge)
+
+    def _resampled(self, artifact: str, written: int, split: str, judge: Task) -> Mapping[str, NDArray[Any]]:
         logits, labels = predict(self.runner(artifact), Split.open(Path(split)), judge, REFERENCE_BATCH)
         crf = Artifact.read(Path(artifact)).decoder()
-        return crf.decode(logits) if crf else logits, labels
+        return judge.resampled(crf.decode(logits) if crf else logits, labels)
+
+    def reference(self, artifact: str, split: str, task: Mapping[str, Any]) -> dict[str, Any]:
+        """Get ready to score beside a reference."""
+        self.resampled(artifact, split, Task.from_dict(task), len(Split.open(Path(split))))
+        return {}
 
     def latency(
         self,
@@ -280,6 +291,7 @@ class Station:
         arguments = dict(request)
         operations: Mapping[str, Callable[..., Any]] = {
             "score": self.score,
+            "reference": self.reference,
             "latency": self.latency,
             "memory": self.memory,
             "empty": self.empty,

@@ -216,9 +216,14 @@ def _alike(members: Sequence[Entry], aims: Aims) -> dict[int, list[int]]:
 
 
 def _holds_up(entry: Entry, teacher: Entry, score: str) -> bool:
-    """Whether the teacher's score is reached, or as far as can be told: the interval of what is lost holds 0."""
-    low, _ = entry.intervals.get(f"{score}_drop", (1.0, 1.0))
-    return low <= 0 or entry.metrics[score] >= teacher.metrics[score]
+    """Whether the teacher's score is reached, or as far as can be told: the interval of what is lost holds 0.
+
+    Of results without such an interval, whether the score's own reaches the teacher's.
+    """
+    value, base = entry.metrics[score], teacher.metrics[score]
+    _, high = entry.intervals.get(score, (value, value))
+    low, _ = entry.intervals.get(f"{score}_drop", (base - high, base))
+    return low <= 0 or value >= base
 
 
 def _recommended(members: Sequence[Entry], aims: Aims, teacher: Entry | None) -> int | None:

@@ -150,9 +150,8 @@ def lower(candidate: Candidate, directory: Path, task: Task) -> None:
     with _whole(directory) as scratch:
         manifests.save(candidate.network, candidate.tokenizer, scratch / _WEIGHTS)
         if runtime["engine"] == ONNX:
-            _lower_onnx(scratch, candidate.lowering, candidate.subject.device)
-            if "sparse" in candidate.subject.traits:
-                pack_sparse(scratch / _MODEL)
+            _lower_onnx(scratch, candidate.lowering)
+            _finish(scratch / _MODEL, candidate.subject)
         inputs, pad = view.inputs(candidate.network), candidate.tokenizer.pad_token_id or 0
         crf = crf_of(candidate.network)
         plain = crf.to_dict() if crf else None
@@ -218,9 +217,8 @@ def _check_possible(engine: str, candidate: Candidate) -> None:
         raise TrialError(f"torch.compile cannot run here: {missing}")
 
 
-def _lower_onnx(directory: Path, lowering: Sequence[Lowering], device: str) -> None:
+def _lower_onnx(directory: Path, lowering: Sequence[Lowering]) -> None:
     """Export ``weights/`` and pass the file through each function in turn; leaves only the last result."""
-    from compress_search.runtimes.onnx_attention import fuse_attention
     from compress_search.runtimes.onnx_export import export
 
     work = directory / "lowering"
@@ -230,10 +228,18 @@ def _lower_onnx(directory: Path, lowering: Sequence[Lowering], device: str) -> N
     for number, function in enumerate(lowering, start=1):
         function(path, work / f"{number}.onnx")
         path = work / f"{number}.onnx"
-    if device == "cpu":
-        fuse_attention(path)
     path.replace(directory / _MODEL)
     shutil.rmtree(work)
+
+
+def _finish(model: Path, subject: Subject) -> None:
+    """What is left to do to a file that every method has had its way with."""
+    from compress_search.runtimes.onnx_attention import fuse_attention
+
+    if "sparse" in subject.traits:  # each map is packed as suits it: zeros are for bytes, and not for time
+        pack_sparse(model)
+    elif subject.device == "cpu":
+        fuse_attention(model)
 
 
 @contextmanager

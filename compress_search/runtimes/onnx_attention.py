@@ -57,7 +57,7 @@ def fuse_attention(path: Path) -> int:
     """Rewrite the file with one node for each attention that can be one; how many there are.
 
     Left as they are: maps of other forms or of different precision, with one scale for all outputs, products of two
-    matrices, and weights that several layers share each in another company, which would be stored once for each.
+    matrices, and weights that are shared in other company, which would be stored more than once.
     """
     model = onnx.load(path)
     graph = Graph(model.graph)
@@ -158,7 +158,9 @@ def _transposed(graph: Graph, name: str) -> tuple[str, tuple[int, ...]]:
     """What one or two transpositions make a value of four axes from, and the order they bring its axes in."""
     order = (0, 1, 2, 3)
     while (maker := graph.made(name, "Transpose")) is not None:
-        permutation = helper.get_attribute_value(maker.attribute[0])
+        permutation = helper.get_attribute_value(maker.attribute[0]) if maker.attribute else ()
+        if len(permutation) != len(order):
+            raise _Differs
         order = tuple(permutation[axis] for axis in order)
         name = maker.input[0]
     return name, order
@@ -176,7 +178,7 @@ def _check_mask(graph: Graph, name: str) -> None:
 
 
 def _without_copies(graph: Graph, blocks: Sequence[_Block]) -> list[_Block]:
-    """The blocks none of whose weights is read anywhere else than by blocks of the same three."""
+    """The blocks of three weights that nobody reads but blocks of the same three."""
     triples = {block.context: tuple(one.weight for one in block.maps) for block in blocks}
     readers = {
         weight: [triple for triple in triples.values() for one in triple if one == weight]
@@ -186,7 +188,7 @@ def _without_copies(graph: Graph, blocks: Sequence[_Block]) -> list[_Block]:
     alone = {
         weight for weight, found in readers.items() if len(set(found)) == 1 and len(found) == graph.reads[weight]
     }
-    return [block for block in blocks if alone.issuperset(triples[block.context])]
+    return [block for block in blocks if len(alone.intersection(triples[block.context])) == len(block.maps)]
 
 
 def _replace(model: onnx.ModelProto, graph: Graph, blocks: Sequence[_Block]) -> None:

@@ -47,7 +47,9 @@ class Graph:
         if base in self.initializers:
             return numpy_helper.to_array(self.initializers[base])
         maker = self.made(base, "Constant")
-        return numpy_helper.to_array(maker.attribute[0].t) if maker is not None else None
+        if maker is None or maker.attribute[0].name != "value":
+            return None
+        return numpy_helper.to_array(maker.attribute[0].t)
 
     def number(self, name: str) -> float | None:
         """The one number of a constant; None for what is computed or has more."""

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from compress_search_plugins.precision.bits import Grid
 from compress_search_plugins.precision.number_formats import EXCLUDABLE, Setting
 from compress_search_plugins.precision.onnx_quantizers import quantize_static
+from compress_search_plugins.precision.qat import embedding_tables
 from compress_search_plugins.precision.stored_bits import stored_bits
 from compress_search_plugins.precision.weight_maps import node_patterns
 from compress_search_plugins.quantization import Quantization
@@ -143,6 +145,16 @@ def test_embeddings_alone_can_be_quantized(quantize: Quantize) -> None:
     found = operators(model_of(quantize(candidate, {"weight_bits": 32, "embedding_bits": 8})))
     assert found["MatMul"] + found["Gemm"] == 6 + 2 + 2
     assert METHOD.effective(candidate.subject, {"weight_bits": 32, "embedding_bits": 32})["embedding_bits"] == 16
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_networks_of_every_family_read_their_rounded_tables(bits: int, family: str, quantize: Quantize) -> None:
+    candidate = distinct(family, layers=1)
+    artifact, feed = quantize(candidate, {"weight_bits": 32, "embedding_bits": bits}), feed_of(candidate)
+    for table in embedding_tables(candidate.network):
+        table.weight.data = (Grid("signed", 8) if bits == 8 else Grid("block", 4, 32)).round(table.weight.data)
+    np.testing.assert_allclose(load_runner(artifact, 1)(feed), reference(candidate, feed), atol=1e-4, rtol=0)
 
 
 @every_scheme
