@@ -191,13 +191,6 @@ def test_graphs_of_other_hands_are_left_alone(strange: str, tmp_path: Path) -> N
     assert fuse_attention(tmp_path / "model.onnx") == 0
 
 
-def test_sparse_maps_are_packed_each_as_suits_it(tmp_path: Path) -> None:
-    candidate = distinct(layers=2, hidden=64)
-    candidate = candidate.replace(subject=candidate.subject.having("sparse"))
-    lower(candidate, tmp_path / "artifact", CLASSIFICATION)
-    assert not set(FUSED.values()) & set(kinds(tmp_path / "artifact"))
-
-
 def test_files_for_other_devices_keep_to_the_standard(tmp_path: Path) -> None:
     candidate = distinct(layers=2).replace(runtime={"engine": "onnxruntime"})
     for device, domains in (("cpu", {"", "com.microsoft"}), ("cuda", {""})):

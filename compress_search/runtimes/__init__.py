@@ -236,10 +236,10 @@ def _finish(model: Path, subject: Subject) -> None:
     """What is left to do to a file that every method has had its way with."""
     from compress_search.runtimes.onnx_attention import fuse_attention
 
-    if "sparse" in subject.traits:  # each map is packed as suits it: zeros are for bytes, and not for time
-        pack_sparse(model)
-    elif subject.device == "cpu":
+    if subject.device == "cpu":
         fuse_attention(model)
+    if "sparse" in subject.traits:
+        pack_sparse(model)
 
 
 @contextmanager
