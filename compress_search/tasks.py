@@ -106,17 +106,11 @@ class Task:
         once = np.ones((1, len(labels)))
         return {name: float(metric(once)[0]) for name, metric in self._metrics(logits, labels).items()}
 
-    def intervals(
-        self, logits: Examples, labels: Examples, seed: int = 0, level: float = 0.95
-    ) -> dict[str, tuple[float, float]]:
-        """Percentile bootstrap intervals of every metric, resampling whole examples (sequences in token tasks).
-
-        Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
-        """
-        return bounds(self.resampled(logits, labels, seed), level)
-
     def resampled(self, logits: Examples, labels: Examples, seed: int = 0) -> dict[str, Array]:
-        """(``RESAMPLES``,) values of every metric; of so many examples a seed draws the same for any model."""
+        """(``RESAMPLES``,) values of every metric over bootstrap resamples of whole examples (sequences of tokens).
+
+        Of so many examples a seed draws the same ones for any model.
+        """
         metrics = self._metrics(logits, labels)
         drawn: dict[str, list[Array]] = {name: [] for name in metrics}
         for weights in _resamples(len(labels), seed):
@@ -243,7 +237,10 @@ def _ratio(numerator: Array, denominator: Array) -> Array:
 
 
 def bounds(drawn: Mapping[str, Array], level: float = 0.95) -> dict[str, tuple[float, float]]:
-    """The middle part of each series of resampled values."""
+    """Percentile bootstrap intervals: the middle part of each series of resampled values.
+
+    Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
+    """
     tails = ((1 - level) / 2, (1 + level) / 2)
     found = {name: np.quantile(values, tails) for name, values in drawn.items()}
     return {name: (float(low), float(high)) for name, (low, high) in found.items()}

@@ -26,7 +26,7 @@ from compress_search.data import Split, tokenize, tokenize_rows, tokenizer_diges
 from compress_search.data.rows import read
 from compress_search.encoders import describe, shape_key, subject_of
 from compress_search.environment import host_kind
-from compress_search.measure import Bench, Latency, Score
+from compress_search.measure import SCORING_BATCH, Bench, Latency, Score
 from compress_search.measure.layers import LayerTable, kept_layer_table, time_stacks
 from compress_search.method import Stage
 from compress_search.pipeline import Materials
@@ -46,10 +46,6 @@ from compress_search.teacher import (
 )
 from compress_search.teacher.logits import TeacherLogits
 from compress_search.teacher.outputs import TeacherOutputs
-
-SCORING_BATCH = 64
-"""Batch size of scoring where the result does not depend on an example's companions."""
-
 
 HANGING = 900.0
 """Seconds after which a bench that does not answer is taken to hang, were there nothing to compute or compile."""

@@ -29,6 +29,7 @@ from compress_search.records import Assignment, Rung
 from compress_search.runtimes import Artifact, load_runner, lower, size_mb
 from compress_search.space import defaults
 from compress_search.study import load_study
+from compress_search.tasks import bounds
 from compress_search.teacher import load_teacher, prepare_teacher, teacher_subject
 from compress_search.teacher.networks import with_crf
 from compress_search.training import evaluate, forward, task_loss
@@ -130,7 +131,7 @@ def test_the_task_loss_is_the_likelihood_and_scoring_decodes(tmp_path: Path) -> 
     assert any((path != row.argmax(-1)).any() for path, row in zip(paths, single, strict=True))
     chosen = [np.eye(task.outputs)[path] for path in paths]
     assert task.score(paths, labels) == task.score(chosen, labels)
-    assert task.intervals(paths, labels) == task.intervals(chosen, labels)
+    assert bounds(task.resampled(paths, labels)) == bounds(task.resampled(chosen, labels))
     assert [path.tolist() for path in crf.decode(single)] == [path.tolist() for path in paths]
 
 
@@ -283,7 +284,7 @@ def test_the_export_scores_as_the_trial_did_and_its_example_decodes(
     score = bench.score(artifact, split.path, task, 8)
     paths, labels = evaluate(network, split, task)
     assert score.metrics == pytest.approx(task.score(paths, labels))
-    assert dict(score.intervals) == task.intervals(paths, labels)
+    assert dict(score.intervals) == bounds(task.resampled(paths, labels))
     card = Card("tiny", 7, 0, Recipe(), task, 32, score.metrics, score.intervals, environment=fingerprint())
     out = export_artifact(artifact, tmp_path / "out", card=card, validation=rows, bench=bench)
     assert {path.name for path in out.iterdir() if path.is_dir()} == forms

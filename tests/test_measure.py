@@ -20,8 +20,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compress_search.errors import BenchDied, BenchError
-from compress_search.measure import Bench, Latency, Score, pinned, summarize
+from compress_search.measure import Bench, Latency, Score, summarize
 from compress_search.measure.bench import CELL_ROUNDS, TRIES, undisturbed
+from compress_search.measure.process import pinned
 from compress_search.tasks import Task
 from tests import tiny
 

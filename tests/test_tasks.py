@@ -157,6 +157,17 @@ class TestScore:
         assert [row.tolist() for row in truth] == [[1, 0], [0]]
 
 
+def random_answers(rng, task):
+    """Logits and labels of any task, some of them wrong."""
+    if task.tokens:
+        logits, gold, _ = random_tags(rng, task)
+        return logits, gold
+    if task.labels:
+        return random_classes(rng, task)
+    gold = rng.normal(size=100)
+    return list((gold + rng.normal(size=100))[:, None]), gold
+
+
 class TestConstantScore:
     def test_classes_take_the_most_frequent_one(self):
         assert CLASSES.constant_score([0, 2, 2, 1, 2]) == {
@@ -191,15 +202,8 @@ class TestIntervals:
 
     @pytest.mark.parametrize("task", [CLASSES, NUMBERS, ENTITIES, POS])
     def test_the_score_lies_inside(self, task):
-        rng = np.random.default_rng(6)
-        if task.tokens:
-            logits, gold, _ = random_tags(rng, task)
-        elif task.labels:
-            logits, gold = random_classes(rng, task)
-        else:
-            gold = rng.normal(size=100)
-            logits = list((gold + rng.normal(size=100))[:, None])
-        score, intervals = task.score(logits, gold), task.intervals(logits, gold)
+        logits, gold = random_answers(np.random.default_rng(6), task)
+        score, intervals = task.score(logits, gold), bounds(task.resampled(logits, gold))
         assert set(score) == set(intervals) == set(task.metrics)
         for name, (low, high) in intervals.items():
             assert low < score[name] < high
@@ -207,26 +211,19 @@ class TestIntervals:
     def test_accuracy_has_the_binomial_width(self):
         gold = np.zeros(1000, dtype=int)
         chosen = np.where(np.arange(1000) < 800, 0, 1)
-        low, high = CLASSES.intervals(np.eye(3)[chosen], gold)["accuracy"]
+        low, high = bounds(CLASSES.resampled(np.eye(3)[chosen], gold))["accuracy"]
         assert high - low == pytest.approx(2 * 1.96 * math.sqrt(0.8 * 0.2 / 1000), rel=0.1)
 
     def test_sequences_are_resampled_whole(self):
         """Tokens of a sequence that are all right or all wrong count as one example for the interval's width."""
         gold = [np.zeros(25, dtype=int)] * 100
         logits = [np.eye(2)[np.full(25, int(i < 20))] for i in range(100)]
-        low, high = POS.intervals(logits, gold)["accuracy"]
+        low, high = bounds(POS.resampled(logits, gold))["accuracy"]
         assert high - low == pytest.approx(2 * 1.96 * math.sqrt(0.8 * 0.2 / 100), rel=0.15)
 
     @pytest.mark.parametrize("task", [CLASSES, NUMBERS, ENTITIES, POS])
     def test_nothing_is_lost_against_itself(self, task):
-        rng = np.random.default_rng(10)
-        if task.tokens:
-            logits, gold, _ = random_tags(rng, task)
-        elif task.labels:
-            logits, gold = random_classes(rng, task)
-        else:
-            gold = rng.normal(size=100)
-            logits = list((gold + rng.normal(size=100))[:, None])
+        logits, gold = random_answers(np.random.default_rng(10), task)
         found = bounds(losses(task.resampled(logits, gold), task.resampled(logits, gold)))
         assert found == {f"{name}_drop": (0.0, 0.0) for name in task.metrics}
 
@@ -239,7 +236,7 @@ class TestIntervals:
         low, high = bounds(losses(*drawn))["accuracy_drop"]
         assert low < 0.03 < high
         assert high - low == pytest.approx(2 * 1.96 * math.sqrt(0.03 * 0.97 / 1000), rel=0.1)
-        alone = CLASSES.intervals(np.eye(3)[ours], gold)["accuracy"]
+        alone = bounds(CLASSES.resampled(np.eye(3)[ours], gold))["accuracy"]
         assert high - low < 0.5 * (alone[1] - alone[0])
 
     def test_a_model_that_reads_less_of_a_text_is_compared_by_its_own_labels(self):
@@ -251,12 +248,15 @@ class TestIntervals:
 
     def test_a_seed_repeats_and_another_differs(self):
         logits, gold = random_classes(np.random.default_rng(7), CLASSES)
-        first, again = CLASSES.intervals(logits, gold, seed=1), CLASSES.intervals(logits, gold, seed=1)
-        assert first == again != CLASSES.intervals(logits, gold, seed=2)
+        first, again = (
+            bounds(CLASSES.resampled(logits, gold, seed=1)),
+            bounds(CLASSES.resampled(logits, gold, seed=1)),
+        )
+        assert first == again != bounds(CLASSES.resampled(logits, gold, seed=2))
 
     def test_a_higher_level_is_wider(self):
         logits, gold = random_classes(np.random.default_rng(8), CLASSES)
-        (low, high), (lower, higher) = (CLASSES.intervals(logits, gold, level=p)["accuracy"] for p in (0.8, 0.99))
+        (low, high), (lower, higher) = (bounds(CLASSES.resampled(logits, gold), p)["accuracy"] for p in (0.8, 0.99))
         assert lower < low < high < higher
 
     @pytest.mark.parametrize("task", [CLASSES, NUMBERS, ENTITIES])
@@ -272,7 +272,7 @@ class TestIntervals:
         seconds = []
         for _ in range(3):
             started = time.perf_counter()
-            task.intervals(logits, gold)
+            bounds(task.resampled(logits, gold))
             seconds.append(time.perf_counter() - started)
         # 0.1 to 0.25 s on a quiet core; a loop over the resamples would take tens of seconds
         assert min(seconds) < 2

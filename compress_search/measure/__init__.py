@@ -1,20 +1,15 @@
 """Measuring: the client of the bench process, and the statistics made of what it timed.
 
-Owns what a score and a latency are, their intervals, when a measurement counts as noisy, and the life of the
-bench process (:mod:`compress_search.measure.bench`). Loads no model and imports no torch: what is measured has only
-ever seen the disk.
+Owns what a score and a latency are, their intervals, when a measurement counts as noisy, and what the bench process
+(:mod:`compress_search.measure.bench`) is asked. Loads no model and imports no torch: what is measured has only ever
+seen the disk. How the process lives and dies is :mod:`compress_search.measure.process`'s.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
-import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compress_search.errors import BenchDied, BenchError
+from compress_search.errors import BenchError
+from compress_search.measure.process import Process
 from compress_search.tasks import Task
 
 WARMUP = 5
@@ -33,6 +29,9 @@ CALM_CONTROL = (0.9, 1.1)
 
 CALM_SPREAD = 1.5
 """How far the twin's median ratio may lie above its 10th percentile on a quiet machine."""
+
+SCORING_BATCH = 64
+"""Examples in a batch of a model whose answers do not depend on an example's companions."""
 
 RESAMPLES = 2000
 
@@ -196,7 +195,7 @@ class Bench:
 
     def __init__(self, threads: int = 1, device: str = "cpu") -> None:
         self.threads, self.device = threads, device
-        self._process: _Process | None = None
+        self._process: Process | None = None
         self._lock = threading.Lock()
 
     def __enter__(self) -> Bench:
@@ -221,7 +220,6 @@ class Bench:
         """Metrics over the whole split; with a ``form`` (see runtimes.deployed) those of an exported model.
 
         Beside a ``reference``, whose tokenizer may cut the same rows into another split, losses have intervals too.
-
 
         Arithmetic with one scale per batch (dynamic int8) depends on an example's companions: score such an
         artefact at the batch size it will be deployed with, and the examples ``as_they_come`` instead of by length.
@@ -304,99 +302,13 @@ class Bench:
             self._process.end()
             self._process = None
 
-    def _start(self) -> _Process:
+    def _start(self) -> Process:
         # -P: a module in the current directory must not shadow an installed one
         options = ["--threads", str(self.threads), "--device", self.device]
-        return _Process([sys.executable, "-P", "-m", self.module, *options], self.threads)
+        return Process([sys.executable, "-P", "-m", self.module, *options], self.threads)
 
 
 def _result(reply: Mapping[str, Any]) -> Any:
     if "error" in reply:
         raise BenchError(reply["error"], details=reply["details"], kind=reply["kind"])
     return reply["result"]
-
-
-def pinned(threads: int) -> dict[str, str]:
-    """Environment variables that hold every numeric library to a number of threads, and all hubs off line."""
-    pools = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    return {
-        **dict.fromkeys(pools, str(threads)),
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-    }
-
-
-class _Process:
-    """A child that answers one line of JSON with another."""
-
-    def __init__(self, command: Sequence[str], threads: int) -> None:
-        # append mode: the child's writes and this process's reads of the same file do not move each other
-        self._log = tempfile.TemporaryFile("a+b")  # noqa: SIM115  (closed by end)
-        self._child = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            env={**os.environ, **pinned(threads)},
-            encoding="utf-8",
-        )
-
-    @property
-    def alive(self) -> bool:
-        return self._child.poll() is None
-
-    def ask(self, request: Mapping[str, Any], timeout: float | None) -> dict[str, Any]:
-        """The reply to a request.
-
-        Raises:
-            BenchDied: there is none, because the child ended or was ended at the time limit.
-        """
-        assert self._child.stdin is not None
-        assert self._child.stdout is not None
-        with self._limit(timeout) as expired:
-            with suppress(BrokenPipeError):  # the empty reply below says as much
-                self._child.stdin.write(json.dumps(request) + "\n")
-                self._child.stdin.flush()
-            line = self._child.stdout.readline()
-        if line:
-            reply: dict[str, Any] = json.loads(line)
-            return reply
-        code = self._child.wait()
-        doing = " of ".join(request[part] for part in ("operation", "artifact") if part in request)
-        if expired.is_set():
-            raise BenchDied(f"{doing} took longer than {timeout:g} s", details=self._said(), kind="timeout")
-        cause = [f"signal {-code}" if code < 0 else f"exit status {code}", *self._said().strip().splitlines()[-1:]]
-        raise BenchDied(f"the bench died during {doing}: {'; '.join(cause)}", details=self._said(), kind="died")
-
-    @contextmanager
-    def _limit(self, seconds: float | None) -> Iterator[threading.Event]:
-        """Kill the child when the block outlasts its time; the event tells."""
-        expired = threading.Event()
-
-        def expire() -> None:
-            expired.set()
-            self._child.kill()
-
-        timer = threading.Timer(seconds or 0, expire)
-        timer.daemon = True
-        if seconds is not None:
-            timer.start()
-        try:
-            yield expired
-        finally:
-            timer.cancel()
-
-    def _said(self, characters: int = 4000) -> str:
-        """The end of what the child wrote to standard error."""
-        self._log.seek(0)
-        return self._log.read().decode("utf-8", errors="replace")[-characters:]
-
-    def end(self) -> None:
-        """Kill the child and free what belongs to it."""
-        self._child.kill()
-        self._child.wait()
-        for pipe in (self._child.stdin, self._child.stdout):
-            assert pipe is not None
-            with suppress(BrokenPipeError):  # a request that the child never read
-                pipe.close()
-        self._log.close()

@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from compress_search.data import Split
 from compress_search.errors import CompressSearchError
+from compress_search.measure import SCORING_BATCH
 from compress_search.measure.lengths import cells, draw, width_distribution
 from compress_search.runtimes import Artifact, load_runner
 from compress_search.runtimes.deployed import Form, deployed_crf, load_deployed
@@ -54,9 +55,6 @@ Practical Nonparametric Statistics, 1999, chapter 3, on quantiles).
 
 LOADED_RUNNERS = 4
 """Runners kept between requests: the reference, its twin for the A/A check, and the latest candidates."""
-
-REFERENCE_BATCH = 64
-"""Examples in a batch of a reference, whose answers do not depend on an example's companions."""
 
 
 # what the bench computes
@@ -217,7 +215,7 @@ class Station:
         return self._reference(artifact, _written(artifact), split, judge)
 
     def _resampled(self, artifact: str, written: int, split: str, judge: Task) -> Mapping[str, NDArray[Any]]:
-        logits, labels = predict(self.runner(artifact), Split.open(Path(split)), judge, REFERENCE_BATCH)
+        logits, labels = predict(self.runner(artifact), Split.open(Path(split)), judge, SCORING_BATCH)
         crf = Artifact.read(Path(artifact)).decoder()
         return judge.resampled(crf.decode(logits) if crf else logits, labels)
 

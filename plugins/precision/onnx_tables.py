@@ -1,7 +1,7 @@
 """Embedding tables of few bits in an ONNX file: rows are looked up as stored, and become float32 after that.
 
 Owns the nodes that read such a row; the grids are those of ``bits``. Every node is of the ONNX standard:
-GatherBlockQuantized, ONNX Runtime's own for 4 bits, takes five times as long (decision 0033).
+GatherBlockQuantized, ONNX Runtime's own for 4 bits, takes four to seven times as long (decision 0033).
 """
 
 from __future__ import annotations
