@@ -23,6 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from compress_search.candidate import Candidate, Subject
 from compress_search.encoders import prune_heads, prune_neurons, subject_of
 from compress_search.method import Method
+from compress_search.runtimes.probe import kernels
 from compress_search.space import Dim, Params, Space, Value, active, defaults, fix_experts, in_order
 from compress_search.testing.tiny import TinyContext, tiny_candidate, tiny_context
 
@@ -54,13 +55,13 @@ def require(condition: bool, message: str) -> None:
 
 @cache
 def _tiny(family: str, task: str, *, uneven: bool = False) -> Candidate:
-    """Made once a process; only copies of it are worked on."""
+    """Made once a process; only copies of it are worked on. It knows this machine's kernels, as a teacher does."""
     model = tiny_candidate(family, task)
     if uneven:  # as an earlier step may leave it
         prune_heads(model.network, {0: (0, 2), 3: (1, 2, 3)})
         prune_neurons(model.network, {1: range(16), 2: range(48)})
         model = model.replace(subject=subject_of(model.network, task).having("lossy"))
-    return model
+    return model.replace(subject=model.subject.having(*(f"kernel:{name}" for name in kernels())))
 
 
 def draw(space: Space, rng: random.Random) -> dict[str, Value]:

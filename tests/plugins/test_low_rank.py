@@ -43,7 +43,7 @@ from compress_search.runtimes import load_runner, lower, size_mb
 from compress_search.space import defaults, narrow
 from compress_search.testing import tiny_batches, tiny_candidate, tiny_context
 from tests.factored import BASE, METHOD, applied, matrix, outputs, settings_of
-from tests.quantized import operators
+from tests.quantized import INT8, operators
 
 SIX = Subject("bert", "text-classification", 6, 12, 32, 384, 1536, 30522, 512, 2, 4)
 
@@ -416,10 +416,7 @@ def test_both_factors_are_quantized(tmp_path: Path) -> None:
 
     model = tiny_candidate(layers=2)
     result = applied(model, targets="ffn", rank_ratio=0.6, decomposition="svd")
-    method = Quantization()
-    params = defaults(method.search_space(result.subject))
-    assert params["weight_bits"] == 8
-    quantized = method.apply(result, method.effective(result.subject, params), tiny_context(result))
+    quantized = Quantization().apply(result, INT8["dynamic_int8"], tiny_context(result))
     found = lowered(quantized, tmp_path / "int8")
     expected = outputs(result).numpy()
     assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 0.15

@@ -127,7 +127,11 @@ def test_group_sizes_that_decode_wrongly_are_never_proposed_and_refused_by_name(
         (("int8",), CODEBOOKS["binary"], "weight_bits is 1: expected one of 8, 32"),
         (("weight-only", "weight-only-2"), CODEBOOKS["ternary"], "codebook is 'ternary': expected one of uniform"),
         (("weight-only",), {"weight_bits": 8}, None),
-        (("weight-only",), INT8["dynamic_int8"], "scheme is 'dynamic_int8': expected one of weight_only"),
+        (
+            ("weight-only",),
+            {"weight_bits": 8, "scheme": "dynamic_int8"},
+            "scheme is 'dynamic_int8': expected one of weight_only",
+        ),
         ((), {"weight_bits": 8}, "weight_bits means nothing here"),
     ],
 )
