@@ -90,6 +90,8 @@ def prepare(study: Study, subject: Subject | None = None, probe: Probe = kernels
     if not study.objectives:  # only now is it known what tags there are, and so which metric comes first
         study = study.model_copy(update={"objectives": default_objectives(task.primary)})
     subject = subject or _with_engine_traits(study, raw, task, teacher_subject(study, task), probe)
+    training = study.training.settled(bf16="kernel:bf16" in subject.traits)
+    study = study.model_copy(update={"training": training})
     plan = make_plan(study, registry, subject)
     files = [(file.name, file.text) for file in registry.files]
     return Prepared(study, plan, task, raw, Brief(study.to_dict(), files, subject.to_dict(), str(cache_folder())))

@@ -198,7 +198,7 @@ class StepContext:
             weight_decay=settings.weight_decay,
             device=self.device,
             seed=seed,
-            precision=settings.precision,
+            precision=settings.computes_in,
             parameters=phase.parameters,
             beside=phase.beside and phase.beside.to(self.device),
             crf_multiplier=settings.crf_multiplier,

@@ -150,7 +150,7 @@ class Workbench:
                 train,
                 self.cache,
                 training.teacher_cache_gb * 1e9,
-                training.precision,
+                training.computes_in,
             ),
             self.device,
             training,

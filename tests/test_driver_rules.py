@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from compress_search.driver import Prepared, baselines, make_output, placed, refuse_another_device, run
+from compress_search.driver import Prepared, baselines, make_output, placed, prepare, refuse_another_device, run
 from compress_search.errors import CompressSearchError, StudyError
 from compress_search.finish import finalize, front_of, keep_artifacts, measured_once
 from compress_search.plan import Plan
 from compress_search.registry import Registry
+from compress_search.search.identity import identity
 from compress_search.storage import Store, schema
 from compress_search.study import load_study
 from tests.fake_plan import TEACHER, after_teacher, fake_search, given, measured
@@ -26,6 +27,20 @@ NOTHING: Any = None
 def plan_on(*kernels: str) -> Plan:
     traits = ["timed", *(f"kernel:{name}" for name in kernels)]
     return Plan(NOTHING, Registry(), TEACHER.having(*traits), {}, ())
+
+
+@pytest.mark.parametrize(
+    ("written", "kernels", "precision"),
+    [("auto", {"bf16"}, "bf16"), ("auto", {"int8"}, "fp32"), ("bf16", set(), "bf16"), ("fp32", {"bf16"}, "fp32")],
+)
+def test_the_precision_of_training_is_settled_when_a_study_begins(
+    written: str, kernels: set[str], precision: str, tiny_study: Callable[..., Path]
+) -> None:
+    study = load_study(tiny_study(methods=["theseus"], training={"precision": written}))
+    prepared = prepare(study, probe=lambda device: frozenset(kernels))
+    assert prepared.brief.study["training"]["precision"] == prepared.study.training.computes_in == precision
+    resumed = prepare(study, prepared.plan.teacher, probe=lambda device: pytest.fail("asked again"))
+    assert identity(resumed.plan) == identity(prepared.plan)
 
 
 def test_the_teacher_in_int8_is_a_baseline_where_int8_is_real() -> None:

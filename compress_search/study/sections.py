@@ -232,10 +232,11 @@ class TrainingConfig(Section):
         description="the learning rate of a CRF on the logits as a multiple of that of all else, whatever method "
         "trains it",
     )
-    precision: Literal["fp32", "bf16"] = Field(
+    precision: Literal["auto", "fp32", "bf16"] = Field(
         default="fp32",
         description="of forward passes in training, the teacher's own included: `bf16` is much faster where "
-        "`compress-search doctor` finds its kernels real; scores are always computed in 32 bits",
+        "`compress-search doctor` finds its kernels real, and much slower elsewhere; `auto` is `bf16` where they "
+        "are real when the study begins; scores are always computed in 32 bits",
     )
     teacher_cache_gb: float = Field(
         default=4.0,
@@ -244,6 +245,18 @@ class TrainingConfig(Section):
         "study's and those that earlier ones left, of which the oldest go; what a recipe needs of them is computed "
         "again at each step where it would take more, or where a GPU computes it sooner than it is read",
     )
+
+    def settled(self, *, bf16: bool) -> TrainingConfig:
+        """With what ``auto`` comes to where bfloat16 has kernels, or where it has none."""
+        if self.precision != "auto":
+            return self
+        return self.model_copy(update={"precision": "bf16" if bf16 else "fp32"})
+
+    @property
+    def computes_in(self) -> Literal["fp32", "bf16"]:
+        """The precision of forward passes, of a study that has begun."""
+        assert self.precision != "auto", "settled when a study is prepared"
+        return self.precision
 
     def identity(self) -> dict[str, Any]:
         """What of these decides the result of a trial."""

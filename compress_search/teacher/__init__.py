@@ -177,8 +177,8 @@ def _config(study: Study, task: Task) -> Any:
 def _training_fingerprint(study: Study, raw: Raw) -> list[Any]:
     assert study.teacher.fine_tune
     settings = study.teacher.fine_tune.identity()
-    training = study.training
-    shared = [training.warmup, training.weight_decay, training.precision, study.data.max_length, study.search.seed]
+    training, seed = study.training, study.search.seed
+    shared = [training.warmup, training.weight_decay, training.computes_in, study.data.max_length, seed]
     return [settings, shared, raw.train.digest]
 
 
@@ -206,7 +206,7 @@ def _fine_tune(
             weight_decay=study.training.weight_decay,
             device=device,
             seed=study.search.seed,
-            precision=study.training.precision,
+            precision=study.training.computes_in,
             crf_multiplier=settings.crf_multiplier,
             on_progress=on_progress,
         )
