@@ -149,6 +149,13 @@ class Cell:
 
 def write_study(folder: Path, shared: Path, name: str, steps: int, objectives: Sequence[str] = ()) -> Path:
     """The data set's study, with a budget of about ``steps`` of 32 examples for a trial."""
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(study_of(folder, shared, name, steps, objectives)), encoding="utf-8")
+    return path
+
+
+def study_of(folder: Path, shared: Path, name: str, steps: int, objectives: Sequence[str] = ()) -> dict[str, Any]:
+    """What :func:`write_study` writes."""
     facts = SETS[name]
     teacher = json.loads(json.dumps(facts["teacher"]))
     if "model" in teacher:
@@ -158,7 +165,7 @@ def write_study(folder: Path, shared: Path, name: str, steps: int, objectives: S
     data = {part: shared / "data" / name / f"{file}.jsonl" for part, file in FILES.items()}
     with data["train"].open(encoding="utf-8") as lines:
         rows = sum(1 for _ in lines)
-    content = {
+    return {
         "name": f"quality-{name}",
         "task": facts["task"],
         "teacher": teacher,
@@ -168,9 +175,6 @@ def write_study(folder: Path, shared: Path, name: str, steps: int, objectives: S
         "output": str(folder / name),
         **({"objectives": list(objectives)} if objectives else {}),
     }
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(content), encoding="utf-8")
-    return path
 
 
 TEACHER = "teacher"

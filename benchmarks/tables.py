@@ -20,7 +20,7 @@ def write(name: str, title: str, parts: Iterable[str]) -> Path:
     """The page ``results/<name>.md``."""
     facts = fingerprint()
     cpu = facts["cpu"]
-    machine = f"{cpu['model']}, {cpu['cores']} cores, Python {facts['python']}"
+    machine = f"{cpu['model']} ({', '.join(cpu['flags'])}), {cpu['cores']} cores, Python {facts['python']}"
     RESULTS.mkdir(exist_ok=True)
     page = RESULTS / f"{name}.md"
     page.write_text("\n\n".join([f"# {title}", f"Machine: {machine}.", *parts]) + "\n", encoding="utf-8")
