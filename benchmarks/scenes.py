@@ -170,7 +170,7 @@ def _pretrained(source: Path, data: Mapping[str, Any], folder: Path) -> dict[str
 
 
 def train_language_model(source: Path, texts: list[str], length: int, layers: int, directory: Path) -> None:
-    """Train the lower layers of an encoder to tell hidden words, the same in every pass over the text; save them."""
+    """Train an encoder's lower layers to tell hidden words, the same in every pass over the text; save them."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(source)
     network = AutoModelForMaskedLM.from_pretrained(source)
