@@ -209,6 +209,7 @@ FEW_LABELS: Groups = {
     "plain_student": {
         "lower layers, labels": half("plain_student"),
         "lower layers, labels and soft targets": half("plain_student", alpha=0.5),
+        "lower layers of the pretrained network, labels": half("plain_student", start="untrained"),
         "a small pretrained network, labels": {"plain_student": {"start": "checkpoint", "learning_rate": RATE}},
     },
     "structured_pruning": LEFT_OUT,
@@ -226,7 +227,7 @@ FEW_LABELS: Groups = {
         "relations on text without labels": half("minilm", unlabelled_text=True),
     },
     "tinybert": {
-        "labelled text alone": half("tinybert"),
+        "labelled text alone": half("tinybert", augment=False),
         "augmented": half("tinybert", augment=True),
     },
     "distilbert": {
@@ -246,5 +247,8 @@ CHAINS: Groups = {
     },
 }
 SEVEN_BITS: Groups = {
-    "quantization": {"8 bits": rounded(8), "8 bits, of which 7 are used": rounded(8, reduce_range=True)},
+    "quantization": {
+        "8 bits": rounded(8, reduce_range=False),
+        "8 bits, of which 7 are used": rounded(8, reduce_range=True),
+    },
 }
