@@ -16,12 +16,17 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def write(name: str, title: str, parts: Iterable[str]) -> Path:
-    """The page ``results/<name>.md``."""
+def machine() -> str:
+    """This one, in a few words."""
     facts = fingerprint()
     cpu = facts["cpu"]
-    machine = f"{cpu['model']} ({', '.join(cpu['flags'])}), {cpu['cores']} cores, Python {facts['python']}"
+    return f"{cpu['model']} ({', '.join(cpu['flags'])}), {cpu['cores']} cores, Python {facts['python']}"
+
+
+def write(name: str, title: str, parts: Iterable[str], measured_on: str | None = None) -> Path:
+    """The page ``results/<name>.md``, of measurements on this machine unless others are named."""
     RESULTS.mkdir(exist_ok=True)
     page = RESULTS / f"{name}.md"
-    page.write_text("\n\n".join([f"# {title}", f"Machine: {machine}.", *parts]) + "\n", encoding="utf-8")
+    where = f"Machine: {measured_on or machine()}."
+    page.write_text("\n\n".join([f"# {title}", where, *parts]) + "\n", encoding="utf-8")
     return page

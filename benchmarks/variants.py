@@ -33,7 +33,7 @@ TEACHER: Methods = {}
 
 @dataclass(frozen=True)
 class Made:
-    """One candidate: by which recipe, what it scored (primary metric, 0 to 1), its size and the time it took."""
+    """One candidate: by which recipe, what it scored (primary metric, 0 to 1), its size, its time, and where."""
 
     scene: str
     methods: Methods
@@ -42,6 +42,7 @@ class Made:
     test: float
     megabytes: float
     seconds: float
+    machine: str
 
 
 def stored() -> list[Made]:
@@ -80,7 +81,7 @@ class Stage:
         own_reading = candidate.subject.vocabulary != ground.materials.teacher.subject.vocabulary
         as_file = own_reading or candidate.lowering
         scores = self._deployed(candidate) if as_file else ground.scores(candidate.network)
-        return Made(self.name, methods, self.steps, *scores, candidate.subject.megabytes, seconds)
+        return Made(self.name, methods, self.steps, *scores, candidate.subject.megabytes, seconds, tables.machine())
 
     def _deployed(self, candidate: Candidate) -> tuple[float, float]:
         """Validation and test score of a candidate whose numbers, or whose tokens, only its file has."""
@@ -130,13 +131,12 @@ def report(shared: Path, steps: int) -> Path:
     )
     header, parts = ["method", "variant", "validation", "test", "MB", "seconds"], [told]
     for name, scene in SCENES.items():
-        if found := list(rows(Stage(name, shared, steps, Path()))):
-            parts += [
-                f"## {name.capitalize()}",
-                scene.told[0].upper() + scene.told[1:],
-                tables.table(header, found),
-            ]
-    return tables.write("variants", "What the variants of the methods are worth", parts)
+        stage = Stage(name, shared, steps, Path())
+        machines = "; ".join(dict.fromkeys(made.machine for made in stage.known))
+        if found := list(rows(stage)):
+            parts += [f"## {name.capitalize()}", f"{scene.told} Machine: {machines}.", tables.table(header, found)]
+    title = "What the variants of the methods are worth"
+    return tables.write("variants", title, parts, "named with each table")
 
 
 @click.command()
