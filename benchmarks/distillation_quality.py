@@ -4,7 +4,8 @@
 
 Every method gets the same number of optimizer steps; phases are shares of it. A cell (data set, depth, method,
 seed) that is in ``results/distillation_quality.jsonl`` is not run again, so an interrupted run goes on where it
-was; what is in the file, of the same number of steps, is what the table shows. SHARED is a folder with
+was; what is in the file, of the same number of steps and in the same precision, is what the table shows: bfloat16
+where the machine has kernels for it, else float32. SHARED is a folder with
 ``data/<set>/*.jsonl`` and ``models/all-minilm-l6-v2``.
 """
 
@@ -51,6 +52,7 @@ Chosen as the rate is. By their papers Theseus begins as the first layers, as th
 from all the depth."""
 SHAPES = {"half": (3, 1.0), "third": (2, 1.0), "half and half as wide": (3, 0.5)}
 """(layers, width as a part of the teacher's); a narrow student is for the methods that can make one."""
+PRECISIONS = {"bf16": "in bfloat16", "fp32": "in float32"}
 BASELINES = ("truncated", "truncated teacher", "kd")
 """What the others are compared with: fine-tuning on the labels the lower layers of what the teacher was made from,
 which is the literature's control, or those of the teacher itself; and the latter with soft targets."""
@@ -147,6 +149,8 @@ class Cell:
     test: float
     seconds: float
     start: str = ""
+    precision: str = "bf16"
+    """Of training: what ``auto`` came to on its machine."""
 
 
 def write_study(folder: Path, shared: Path, name: str, steps: int, objectives: Sequence[str] = ()) -> Path:
@@ -173,7 +177,7 @@ def study_of(folder: Path, shared: Path, name: str, steps: int, objectives: Sequ
         "teacher": teacher,
         "data": {**{part: str(path) for part, path in data.items()}, "max_length": facts["max_length"]},
         "methods": ["quantization"],
-        "training": {"epochs": steps * BATCH / rows, "batch_size": BATCH, "precision": "bf16"},
+        "training": {"epochs": steps * BATCH / rows, "batch_size": BATCH, "precision": "auto"},
         "output": str(folder / name),
         **({"objectives": list(objectives)} if objectives else {}),
     }
@@ -189,10 +193,11 @@ class Students:
 
     def __init__(self, name: str, ground: Ground, scratch: Path) -> None:
         self.name, self.ground, self.scratch = name, ground, scratch
-        self.steps = ground.materials.steps
-        self.kept = [cell for cell in stored() if cell.set == name]
+        self.steps, self.precision = ground.materials.steps, ground.materials.training.computes_in
+        self.kept = [cell for cell in stored() if (cell.set, cell.precision) == (name, self.precision)]
         if not any(cell.method == TEACHER for cell in self.kept):
-            self._keep(Cell(name, "-", TEACHER, 0.0, 0, 0, *ground.scores(ground.materials.teacher.network), 0.0))
+            scores = ground.scores(ground.materials.teacher.network)
+            self._keep(Cell(name, "-", TEACHER, 0.0, 0, 0, *scores, 0.0, precision=self.precision))
 
     def trained(self, depth: str, method: str, setting: Setting, seed: int) -> Cell:
         """The student, trained unless it is kept from earlier."""
@@ -213,7 +218,7 @@ class Students:
         assert candidate.subject.layers == SHAPES[depth][0], recipe
         assert steps == self.steps, "every method trains for as many steps"
         scores = self.ground.scores(candidate.network)
-        return Cell(self.name, depth, method, learning_rate, seed, steps, *scores, seconds, start)
+        return Cell(self.name, depth, method, learning_rate, seed, steps, *scores, seconds, start, self.precision)
 
     def _keep(self, cell: Cell) -> Cell:
         self.kept.append(cell)
@@ -286,12 +291,14 @@ def rows_of(cells: Sequence[Cell]) -> Iterator[list[object]]:
                 yield row + [difference(found, method, baseline) for baseline in BASELINES]
 
 
-def report(cells: Sequence[Cell], steps: int) -> Path:
-    """Write the table."""
+def report(steps: int, precision: str) -> Path:
+    """Write the table of what was trained for about so many steps, in this precision."""
+    alike = [cell for cell in stored() if cell.precision == precision]
+    cells = [cell for cell in alike if abs(cell.steps - steps) <= 10 or not cell.steps]
     header = ["set", "layers", "method", "setting", "seeds", "validation", "test"]
     told = (
-        f"About {steps} optimizer steps of {BATCH} examples a student, phases included, in bfloat16; primary "
-        "metric of the task in points: mean over seeds with the 95 % t interval of the mean, and paired "
+        f"About {steps} optimizer steps of {BATCH} examples a student, phases included, {PRECISIONS[precision]}; "
+        "primary metric of the task in points: mean over seeds with the 95 % t interval of the mean, and paired "
         "differences on the test set. `truncated`: the lower layers of what the teacher was made from, fine-tuned "
         "on the labels; `truncated teacher`: those of the teacher; `kd`: the latter with soft targets (α = 0.5, "
         "τ = 2). Each method takes, on each set, that of two learning rates which validates best at half depth "
@@ -334,9 +341,7 @@ def main(shared: Path, sets: str, depths: str, methods: str, seeds: str, steps: 
             for depth, seed, method in product(listed(depths), numbers, listed(methods)):
                 if method in arms(*SHAPES[depth]):
                     students.trained(depth, method, students.setting(method, numbers[0]), seed)
-            click.echo(
-                report([cell for cell in stored() if abs(cell.steps - steps) <= 10 or not cell.steps], steps)
-            )
+            click.echo(report(steps, students.precision))
 
 
 if __name__ == "__main__":

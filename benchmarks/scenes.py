@@ -53,7 +53,7 @@ FIELD = {"fine_tune": {"crf": True}}
 FULL = {"training": {"precision": "fp32"}}
 """What scenes say that came after the first one, whose processor had kernels for bfloat16."""
 SCENES: Mapping[str, Scene] = {
-    "all labels": Scene("banking77", "banking77, in bfloat16.", ALL_LABELS),
+    "all labels": Scene("banking77", "banking77, in bfloat16.", ALL_LABELS, {"training": {"precision": "bf16"}}),
     "few labels": Scene(
         "banking77",
         f"{FEW}. The masked language model, and the small pretrained network of three layers, are the pretrained "

@@ -206,7 +206,8 @@ def test_every_recipe_that_is_proposed_by_default_is_legal(
 ) -> None:
     recipe = propose(ground.usual, seed)
     note(str(recipe))
-    is_legal(ground, ground.usual, recipe, clean_process)
+    candidate = carried_out(ground, ground.usual, recipe, clean_process)
+    assert not candidate.simulated, "simulated arithmetic is an expert's choice"
 
 
 @draws(7)
@@ -216,7 +217,8 @@ def test_every_recipe_that_a_study_can_open_is_legal(
 ) -> None:
     recipe = propose(ground.open, seed)
     note(str(recipe))
-    is_legal(ground, ground.open, recipe, clean_process)
+    candidate = carried_out(ground, ground.open, recipe, clean_process)
+    assert candidate.simulated == bool(simulated(recipe))
 
 
 def test_simulated_arithmetic_is_proposed_where_no_clock_runs_and_legal_there(
@@ -227,7 +229,7 @@ def test_simulated_arithmetic_is_proposed_where_no_clock_runs_and_legal_there(
     assert found.keys() == (set() if "timed" in ground.open.teacher.traits else SIMULATED)
     assert not any(simulated(propose(ground.usual, seed)) for seed in range(200)), "experts' choices"
     for recipe in found.values():
-        assert is_legal(ground, ground.open, recipe, clean_process).simulated
+        assert carried_out(ground, ground.open, recipe, clean_process).simulated
 
 
 def simulated(recipe: Recipe) -> set[str]:
@@ -237,7 +239,7 @@ def simulated(recipe: Recipe) -> set[str]:
     return codebook | ({"rounded activations"} if params.get("activation_bits", 32) < 32 else set())
 
 
-def is_legal(ground: Ground, plan: Plan, recipe: Recipe, clean_process: ProcessPoolExecutor) -> Candidate:
+def carried_out(ground: Ground, plan: Plan, recipe: Recipe, clean_process: ProcessPoolExecutor) -> Candidate:
     """Carry a recipe out and hold what comes of it to all that the engine relies on."""
     settled, promised = settle(recipe, plan.registry, plan.teacher)
     assert settled == recipe, "what it was settled to once it stays"
