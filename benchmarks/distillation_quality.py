@@ -60,6 +60,8 @@ which is the literature's control, or those of the teacher itself; and the latte
 Setting = tuple[float, str]
 """Learning rate, and the start of :data:`STARTS`, or "" for the method's own."""
 
+EXPLAINED = (200, "bf16")
+"""Steps and precision of the runs that these paragraphs speak of; others get a page of their own, without them."""
 FOUND = (
     """At half depth Theseus is above the fine-tuned lower layers of the pretrained network on all five sets. It is
 above those of the teacher on stsb, and on banking77 where its successors begin as the last layers of their blocks
@@ -311,8 +313,10 @@ def report(steps: int, precision: str) -> Path:
     rows = rows_of(at_best_settings(cells))
     table = tables.table([*header, *(f"over {baseline}" for baseline in BASELINES)], rows)
     found = [paragraph.replace("\n", " ") for paragraph in FOUND]
-    parts = [told, table, "## What pays, and what does not", *found]
-    return tables.write("distillation_quality", "What the ways of distillation are worth", parts)
+    title = "What the ways of distillation are worth"
+    if (steps, precision) != EXPLAINED:
+        return tables.write(f"distillation_quality_{steps}_{precision}", title, [told, table])
+    return tables.write("distillation_quality", title, [told, table, "## What pays, and what does not", *found])
 
 
 def listed(value: str) -> list[str]:
