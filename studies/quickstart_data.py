@@ -16,7 +16,7 @@ import hashlib
 import json
 import re
 import sys
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
@@ -34,6 +34,8 @@ WORDS = range(25, 61)
 """How long a row is."""
 PER_FILE = 30
 """At most so many rows of a file: the more files, the more of a library's subjects are heard."""
+BLOCKS = (ast.stmt, ast.excepthandler, ast.match_case)
+"""What definitions can stand in."""
 SKIPPED = {"tests", "testing", "test", "_vendor", "thirdparty", "thirdparty_files", "externals", "generated"}
 
 # long names are masked inside other words too (PyTorch, TorchScript); "ray" would be found in "array"
@@ -80,9 +82,13 @@ def docstrings(source: str) -> Iterator[str]:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return
-    for node in ast.walk(tree):
+    waiting: deque[ast.AST] = deque([tree])
+    while waiting:
+        node = waiting.popleft()
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield ast.get_docstring(node) or ""
+        # nothing is documented inside an expression, and most of a module is expressions
+        waiting += (child for child in ast.iter_child_nodes(node) if isinstance(child, BLOCKS))
 
 
 def passages(docstring: str) -> Iterator[str]:

@@ -16,6 +16,9 @@ from typing import Any
 
 import psutil
 import pytest
+from click.testing import CliRunner
+
+from compress_search.cli import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -31,20 +34,25 @@ def executor(request: Any) -> str:
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    cache = tmp_path_factory.mktemp("cache")
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COMPRESS_SEARCH_CACHE": str(cache)}
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def environment(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("COMPRESS_SEARCH_CACHE", str(cache))
 
 
 @pytest.fixture
-def command(environment: dict[str, str]) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+def command() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts a command in a process of its own, for those that come to harm or go on beside the test."""
     started: list[subprocess.Popen[str]] = []
 
     def start(*arguments: object) -> subprocess.Popen[str]:
         started.append(
             subprocess.Popen(
                 [*COMMAND, *map(str, arguments)],
-                env=environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -58,14 +66,15 @@ def command(environment: dict[str, str]) -> Iterator[Callable[..., subprocess.Po
         process.communicate()
 
 
-def finish(process: subprocess.Popen[str], code: int = 0) -> str:
-    output = process.communicate(timeout=500)[0]
-    assert process.returncode == code, output
-    return output
+def said(*arguments: object, code: int = 0) -> str:
+    """What a command says, run in this process: another would first load the libraries."""
+    result = CliRunner().invoke(main, [*map(str, arguments)])
+    assert result.exit_code == code, result.output
+    return result.output
 
 
-def report(path: Path, command: Callable[..., subprocess.Popen[str]]) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(finish(command("report", path, "--format", "json")))
+def report(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(said("report", path, "--format", "json"))
     return found
 
 
@@ -101,13 +110,11 @@ def troubled(tiny_study: Study, tmp_path: Path, kinds: list[str], **search: Any)
     return path
 
 
-def test_a_method_in_trouble_costs_its_trial_only(
-    tiny_study: Study, tmp_path: Path, command: Any, executor: str
-) -> None:
+def test_a_method_in_trouble_costs_its_trial_only(tiny_study: Study, tmp_path: Path, executor: str) -> None:
     kinds = ["fine", "raises", "refuses", "nan", "oom", "hangs", "dies"]
     path = troubled(tiny_study, tmp_path, kinds, trial_minutes=0.15, retries=1)
-    finish(command("run", path, "--executor", executor))
-    trials = [trial for trial in report(path, command)["trials"] if trial.get("baseline") is None]
+    said("run", path, "--executor", executor)
+    trials = [trial for trial in report(path)["trials"] if trial.get("baseline") is None]
     ended = {trial["recipe"][0]["params"]["kind"]: trial for trial in trials if trial["state"] != "duplicate"}
     assert {kind: trial["state"] for kind, trial in ended.items()} == {
         kind: "complete" if kind == "fine" else "failed" for kind in kinds
@@ -123,47 +130,51 @@ def test_a_method_in_trouble_costs_its_trial_only(
         "dies": "the worker process died (exit code 9)" if executor == "local" else "the worker process died",
     }.items():
         assert text in ended[kind]["error"], kind
-    shown = finish(command("show", path, ended["raises"]["number"]))
+    shown = said("show", path, ended["raises"]["number"])
     assert "misbehave" in shown
     assert "ZeroDivisionError" in shown
     wait_until(lambda: not left_running(path), 30)
 
 
-def test_a_methods_own_metric_is_an_aim(tiny_study: Study, tmp_path: Path, command: Any) -> None:
+def test_a_methods_own_metric_is_an_aim(tiny_study: Study, tmp_path: Path) -> None:
     path = troubled(tiny_study, tmp_path, ["fine", "metric"])
     own = 'objectives=["accuracy", {"trouble.value": "maximize"}]', "constraints.trouble.value=>= 0.5"
-    finish(command("run", path, "--executor", "local", *(word for aim in own for word in ("--set", aim))))
-    found = report(path, command)
+    said("run", path, "--executor", "local", *(word for aim in own for word in ("--set", aim)))
+    found = report(path)
     made = [trial for trial in found["trials"] if trial["state"] == "complete" and trial.get("baseline") is None]
     assert made
     assert {trial["metrics"]["trouble.value"] for trial in made} == {1.0}
     assert set(found["front"]) <= {trial["number"] for trial in made}, "a baseline has no number of the method's"
     assert found["front"]
-    finish(command("report", path, "--format", "html", "-o", tmp_path / "page.html"))
+    said("report", path, "--format", "html", "-o", tmp_path / "page.html")
     assert "trouble.value" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_a_full_disk_ends_the_run_and_is_held_against_no_recipe(
-    tiny_study: Study,
-    tmp_path: Path,
-    command: Any,
-    executor: str,
-    environment: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,
+    tiny_study: Study, tmp_path: Path, executor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = troubled(tiny_study, tmp_path, ["fine", "disk"])
-    said = finish(command("run", path, "--executor", executor), code=2)
-    assert "output: a disk is full (cannot write the file): free some space, and the same command goes on" in said
+    full = "output: a disk is full (cannot write the file): free some space, and the same command goes on"
+    assert full in said("run", path, "--executor", executor, code=2)
     wait_until(lambda: not left_running(path), 60)
-    monkeypatch.setitem(environment, "TROUBLE_FREED", "yes")
-    finish(command("run", path, "--executor", executor))
-    trials = [trial for trial in report(path, command)["trials"] if trial["state"] != "duplicate"]
+    monkeypatch.setenv("TROUBLE_FREED", "yes")
+    said("run", path, "--executor", executor)
+    trials = [trial for trial in report(path)["trials"] if trial["state"] != "duplicate"]
     assert {trial["state"] for trial in trials} == {"complete"}
     kinds = [trial["recipe"][0]["params"]["kind"] for trial in trials if trial.get("baseline") is None]
     assert sorted(kinds) == ["disk", "fine"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("executor", "number"),
+    [
+        ("local", signal.SIGINT),
+        ("local", signal.SIGKILL),
+        ("ray", signal.SIGINT),
+        ("ray", signal.SIGTERM),  # for which Ray has a handler of its own
+        ("ray", signal.SIGKILL),
+    ],
+)
 def test_an_interrupted_study_resumes_where_it_was(
     tiny_study: Study, tmp_path: Path, command: Any, executor: str, number: signal.Signals
 ) -> None:
@@ -180,8 +191,8 @@ def test_an_interrupted_study_resumes_where_it_was(
         assert "resumes" in output
     wait_until(lambda: not left_running(path), 60)
 
-    finish(command("run", path, "--executor", executor, *slow))
-    found = report(path, command)
+    said("run", path, "--executor", executor, *slow)
+    found = report(path)
     trials = [trial for trial in found["trials"] if trial.get("baseline") is None]
     done = [trial for trial in trials if trial["state"] != "duplicate"]
     assert [trial["number"] for trial in found["trials"]] == list(range(len(found["trials"])))
@@ -194,35 +205,33 @@ def test_a_second_driver_is_refused(tiny_study: Study, tmp_path: Path, command: 
     path = troubled(tiny_study, tmp_path, ["fine"])
     first = command("run", path, "--executor", "local", "--set", "methods.trouble.seconds=60")
     wait_until((tmp_path / "run" / "trials").exists)
-    output = finish(command("run", path, "--executor", "local", "--set", "methods.trouble.seconds=60"), code=3)
+    output = said("run", path, "--executor", "local", "--set", "methods.trouble.seconds=60", code=3)
     assert f"process {first.pid}" in output
 
 
-def test_constraints_that_nothing_meets_name_the_closest_recipes(
-    tiny_study: Study, tmp_path: Path, command: Any
-) -> None:
+def test_constraints_that_nothing_meets_name_the_closest_recipes(tiny_study: Study) -> None:
     path = tiny_study(
         methods=["structured_pruning", "quantization"],
         constraints={"size_mb": "<= 0.001"},
         search={"trials": 2},
         training=TRAINING,
     )
-    output = finish(command("run", path, "--executor", "local"), code=4)
-    last = output.splitlines()[-1]
-    assert last.startswith("error: Nothing meets the constraints; the closest: trial ")
-    assert "structured_pruning" in last
-    assert "against ≤ 0.0010 MB" in last
+    output = said("run", path, "--executor", "local", code=4)
+    [error] = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert error.startswith("error: Nothing meets the constraints; the closest: trial ")
+    assert "structured_pruning" in error
+    assert "against ≤ 0.0010 MB" in error
 
 
-def test_a_finished_study_prints_its_front_again_at_once(tiny_study: Study, tmp_path: Path, command: Any) -> None:
+def test_a_finished_study_prints_its_front_again_at_once(tiny_study: Study, tmp_path: Path) -> None:
     path = troubled(tiny_study, tmp_path, ["fine"])
-    finish(command("run", path, "--executor", "local"))
-    for trial in report(path, command)["trials"]:
+    said("run", path, "--executor", "local")
+    for trial in report(path)["trials"]:
         lost = trial["intervals"].get("accuracy_drop")
         assert (lost is None) == (not trial["recipe"]), "the teacher loses nothing against itself"
         assert lost is None or lost[0] <= trial["metrics"]["accuracy_drop"] <= lost[1]
     started = time.monotonic()
-    output = finish(command("run", path, "--executor", "local"))
+    output = said("run", path, "--executor", "local")
     assert "front" in output.lower()
     assert "started" not in output
     assert time.monotonic() - started < 60

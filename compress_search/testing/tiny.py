@@ -156,7 +156,8 @@ def _batch(candidate: Candidate, rng: np.random.Generator, index: np.ndarray[Any
 class TinyContext:
     """A working :class:`~compress_search.Context` over the tiny task.
 
-    ``steps`` is the whole training budget of a method; ``fits`` records the steps of each call of :meth:`fit`.
+    ``steps`` is the whole training budget of a method, ``examples`` how many its training data have; ``fits``
+    records the steps of each call of :meth:`fit`.
     """
 
     candidate: Candidate
@@ -257,8 +258,9 @@ class TinyContext:
         )
 
     def calibration(self, examples: int, batch_size: int = 32) -> Iterator[Batch]:
-        """Batches of the tiny task, the same ones for the same seed."""
-        return tiny_batches(self.candidate, batch_size=batch_size, seed=self.seed, examples=examples)
+        """Batches of the tiny task, the same ones for the same seed; no more examples than it trains on."""
+        number = min(examples, self.examples)
+        return tiny_batches(self.candidate, batch_size=batch_size, seed=self.seed, examples=number)
 
     def layer_latency(self, subject: Subject) -> Callable[[int, int], float]:
         """A made-up machine, on which a layer takes a nanosecond for each of its weights."""

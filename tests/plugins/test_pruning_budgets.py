@@ -174,6 +174,7 @@ def distance(candidate: Candidate, teacher: Candidate) -> float:
 
 def test_without_retraining_fisher_beats_chance_and_scales_make_up_for_much(trained: Candidate) -> None:
     context = tiny_context(trained)
+    context.examples = 512  # what scales are fitted to
 
     def error(criterion: str, recover: str, seed: int = 0) -> float:
         how = {"budget": "macs", "target": 0.35, "ffn_multiple": 8, "criterion": criterion, "recover": recover}
