@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 INSTALLED := $(VENV)/.installed
 DATA := runs/quickstart/data/train.jsonl
 WORKERS := 2
@@ -15,10 +16,12 @@ install: $(INSTALLED)  ## a virtual environment in .venv with the tested version
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,postgresql]'
+	$(PIP) torch
+	$(PIP) --editable '.[dev,postgresql]'
 	# losses are compared with its own in the tests; it asks for tensorboard, which takes no part in that
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps textbrewer
+	$(PIP) --no-deps textbrewer
+	# pip would compile on one core; files for later versions of Python fail, as they may
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $@
 
 quickstart: $(DATA)  ## a search from nothing to a front, in minutes; the same command resumes
