@@ -88,6 +88,8 @@ class Board:
     rungs: dict[int, RungReported] = field(default_factory=dict)
     finished: dict[int, TrialFinished] = field(default_factory=dict)
     began: float = 0.0
+    searching: float | None = None
+    """When the first trial that is no baseline began: a teacher is trained and measured once."""
 
     @property
     def done(self) -> int:
@@ -101,13 +103,14 @@ class Board:
 
     @property
     def seconds_left(self) -> float | None:
-        """An estimate from the pace of this run, cut by the time limit; None before the first trial ends."""
+        """An estimate from the pace of this run's trials, cut by the time limit; None before the first one ends."""
         hours = self.study.hours
         limit = None if hours is None else max(hours * 3600 - self.study.seconds - self.elapsed, 0.0)
         here = self.done - sum(event.counted for event in self.study.earlier)
         if here <= 0:
             return limit
-        pace = self.elapsed / here * max(self.study.trials - self.done, 0)
+        searched = self.clock() - (self.began if self.searching is None else self.searching)
+        pace = searched / here * max(self.study.trials - self.done, 0)
         return pace if limit is None else min(pace, limit)
 
     def on(self, event: Event) -> None:
@@ -118,6 +121,8 @@ class Board:
                 self.finished = {earlier.number: earlier for earlier in event.earlier}
             case TrialStarted():
                 self.running[event.number] = event
+                if event.baseline is None and self.searching is None:
+                    self.searching = self.clock()
             case RungReported():
                 self.rungs[event.number] = event
             case TrialFinished():

@@ -68,6 +68,19 @@ def test_former_runs_count_but_say_nothing_of_the_pace() -> None:
     assert board.seconds_left == pytest.approx(50 * 7)
 
 
+def test_what_the_teacher_took_says_nothing_of_the_pace() -> None:
+    clock = Clock()
+    board = board_of(clock=clock)
+    clock.now += 500  # it was trained
+    board.on(TrialStarted(0, "teacher", baseline="teacher"))
+    clock.now += 500  # and measured
+    board.on(finished(0, counted=False))
+    board.on(TrialStarted(1, "a"))
+    clock.now += 50
+    board.on(finished(1))
+    assert board.seconds_left == pytest.approx(50 * 9)
+
+
 def test_the_time_limit_cuts_the_estimate() -> None:
     clock = Clock()
     board = board_of(hours=0.5, clock=clock)
