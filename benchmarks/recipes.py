@@ -6,6 +6,7 @@ recipe :mod:`benchmarks.variants`'s.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,6 +69,17 @@ def left_out(part: float) -> Methods:
     """The teacher without so many of its layers, evenly spaced."""
     none = {"head_ratio": 0.0, "ffn_ratio": 0.0, "recover": "none", "layer_strategy": "layer_drop"}
     return {"structured_pruning": {**none, "layer_ratio": part}}
+
+
+def top_layers(**params: Any) -> Methods:
+    """The lower half of the layers, which learns from the upper half's and from answers and labels at once."""
+    return half("layer_match", init="first", strategy="last", **params)
+
+
+def top_layer(**match: Any) -> Methods:
+    """The same with one match of the last layers' hidden states."""
+    last = {"teacher_layer": 6, "student_layer": 3, "feature": "hidden", **match}
+    return half("layer_match", init="first", matches=json.dumps([last]))
 
 
 def recovered(**params: Any) -> Methods:
@@ -236,6 +248,17 @@ FEW_LABELS: Groups = {
     },
 }
 ANSWERS: Groups = {"plain_student": {"lower layers, labels and soft targets": half("plain_student", alpha=0.5)}}
+BESIDE_ANSWERS: Groups = {
+    **ANSWERS,
+    "layer_match": {
+        "top three layers' states": top_layers(features="hidden", hidden_weight=0.1),
+        "top three layers' attention": top_layers(features="attention", attention_loss="relation_kl_rows"),
+        "top layer's states": top_layer(loss="hidden_mse", weight=0.1),
+        "top layer's directions": top_layer(loss="cos"),
+        "top layer's likeness of tokens": top_layer(loss="nst", teacher_layer=[6, 6], student_layer=[3, 3]),
+    },
+}
+"""What may be learnt of inner layers beside labels and answers, by students that begin as the first ones."""
 CHAINS: Groups = {
     "plain_student": {
         "labels": half("plain_student"),

@@ -22,7 +22,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from benchmarks.distillation_quality import BATCH, SETS, study_of
 from benchmarks.ground import Ground
-from benchmarks.recipes import ALL_LABELS, ANSWERS, CHAINS, FEW_LABELS, LEFT_OUT, SEVEN_BITS, Groups
+from benchmarks.recipes import ALL_LABELS, ANSWERS, BESIDE_ANSWERS, CHAINS, FEW_LABELS, LEFT_OUT, SEVEN_BITS, Groups
 from compress_search.losses import IGNORED
 
 LABELLED = 1000
@@ -81,7 +81,7 @@ SCENES: Mapping[str, Scene] = {
         {"teacher": {"fine_tune": {"layer_drop": 0.5}}, **FULL},
         few_labels=True,
     ),
-    "no chain": Scene("wikigold", "wikigold.", ANSWERS, FULL),
+    "no chain": Scene("wikigold", "wikigold.", BESIDE_ANSWERS, FULL),
     "chain": Scene(
         "wikigold", "wikigold, with a CRF that learns twice as fast.", CHAINS, {"teacher": FIELD, **FULL}
     ),
