@@ -74,7 +74,7 @@ has 5 to 11 points more. Steps without the task: where half of them go to inner 
 800 steps and one seed TinyBERT and MiniLM come to 71.9 and 71.8 on wikigold, plain distillation to 75.1, the
 teacher's own score. And inner states at the weight of the task: with those of the top layers alone, at a tenth of
 it, `layer_match` of the first layers is level with plain distillation, as it is with the top layer's states alone
-or with how alike they are from token to token; attention maps beside the task cost it 12 points (wikigold, one
+or with how alike they are from token to token; attention maps beside the task cost it 11.5 points (wikigold, one
 seed, float32: `variants.md`). The intervals are over seeds alone: on wikigold at half depth a DistilBERT is 1.3
 points above plain distillation on 203 validation sentences and 0.6 below on 422 of the test set, which is to say
 that these do not tell the two apart. Nor is there much to gain: plain distillation is 0.6 below the teacher.""",
