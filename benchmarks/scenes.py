@@ -82,6 +82,9 @@ SCENES: Mapping[str, Scene] = {
         few_labels=True,
     ),
     "no chain": Scene("wikigold", "wikigold.", BESIDE_ANSWERS, FULL),
+    "no chain, three teachers": Scene(
+        "wikigold", "wikigold; three teachers, means of logits.", ANSWERS, FULL, teachers=3
+    ),
     "chain": Scene(
         "wikigold", "wikigold, with a CRF that learns twice as fast.", CHAINS, {"teacher": FIELD, **FULL}
     ),
