@@ -155,6 +155,8 @@ class Cell:
     start: str = ""
     precision: str = "bf16"
     """Of training: what ``auto`` came to on its machine."""
+    machine: str = "AMD EPYC, 2 cores, Python 3.11.7"
+    """Where it was trained; the default is that of the records which do not say."""
 
 
 def write_study(folder: Path, shared: Path, name: str, steps: int, objectives: Sequence[str] = ()) -> Path:
@@ -201,7 +203,7 @@ class Students:
         self.kept = [cell for cell in stored() if (cell.set, cell.precision) == (name, self.precision)]
         if not any(cell.method == TEACHER for cell in self.kept):
             scores = ground.scores(ground.materials.teacher.network)
-            self._keep(Cell(name, "-", TEACHER, 0.0, 0, 0, *scores, 0.0, precision=self.precision))
+            self._keep(Cell(name, "-", TEACHER, 0.0, 0, 0, *scores, 0.0, "", self.precision, tables.machine()))
 
     def trained(self, depth: str, method: str, setting: Setting, seed: int) -> Cell:
         """The student, trained unless it is kept from earlier."""
@@ -222,7 +224,8 @@ class Students:
         assert candidate.subject.layers == SHAPES[depth][0], recipe
         assert steps == self.steps, "every method trains for as many steps"
         scores = self.ground.scores(candidate.network)
-        return Cell(self.name, depth, method, learning_rate, seed, steps, *scores, seconds, start, self.precision)
+        how = (start, self.precision, tables.machine())
+        return Cell(self.name, depth, method, learning_rate, seed, steps, *scores, seconds, *how)
 
     def _keep(self, cell: Cell) -> Cell:
         self.kept.append(cell)
@@ -315,10 +318,11 @@ def report(steps: int, precision: str) -> Path:
     rows = rows_of(at_best_settings(cells))
     table = tables.table([*header, *(f"over {baseline}" for baseline in BASELINES)], rows)
     found = [paragraph.replace("\n", " ") for paragraph in FOUND]
-    title = "What the ways of distillation are worth"
+    name, parts = "distillation_quality", [told, table, "## What pays, and what does not", *found]
     if (steps, precision) != EXPLAINED:
-        return tables.write(f"distillation_quality_{steps}_{precision}", title, [told, table])
-    return tables.write("distillation_quality", title, [told, table, "## What pays, and what does not", *found])
+        name, parts = f"{name}_{steps}_{precision}", [told, table]
+    machines = "; ".join(dict.fromkeys(cell.machine for cell in cells))
+    return tables.write(name, "What the ways of distillation are worth", parts, machines)
 
 
 def listed(value: str) -> list[str]:
