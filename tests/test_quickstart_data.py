@@ -78,6 +78,17 @@ def test_docstrings_are_parsed_and_never_run(maker: ModuleType) -> None:
     assert list(maker.docstrings("def (")) == []
 
 
+def test_docstrings_are_found_wherever_a_definition_can_stand(maker: ModuleType) -> None:
+    places = (
+        "try:\n {}\nexcept E:\n {}\nelse:\n {}\nfinally:\n {}",
+        "match x:\n case 1:\n  {}",
+        "if x:\n {}\nelse:\n {}",
+    )
+    for place in (*places, "with x:\n {}", "for x in y:\n {}\nelse:\n {}"):
+        found = maker.docstrings(place.replace("{}", 'def f(): "Text."'))
+        assert [text for text in found if text] == ["Text."] * place.count("{}"), place
+
+
 def test_files_go_whole_to_the_split_that_is_furthest_from_full(maker: ModuleType) -> None:
     rows = [maker.Row(f"{file} {number}", "x", file) for file in "abcdef" for number in range(4)]
     parts = maker.split(rows, {"train": 12, "validation": 3, "test": 4})

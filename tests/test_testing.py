@@ -405,6 +405,12 @@ def test_tiny_batches_are_the_same_for_the_same_seed_and_end_when_asked_to() -> 
     assert not torch.equal(first[0]["labels"], next(tiny_batches(candidate, seed=4))["labels"])
 
 
+def test_the_tiny_context_calibrates_on_no_more_than_it_trains_on() -> None:
+    context = tiny_context(tiny_candidate())
+    assert sum(len(batch["labels"]) for batch in context.calibration(10)) == 10
+    assert sum(len(batch["labels"]) for batch in context.calibration(1000)) == context.examples
+
+
 def test_the_tiny_context_really_trains() -> None:
     candidate = tiny_candidate(task="token-classification", layers=2)
     context = tiny_context(candidate, steps=80, batch_size=32)
