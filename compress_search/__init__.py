@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         StudyError,
         TrialError,
     )
-    from compress_search.method import Batch, Context, Loss, Method, ParameterGroup, Stage
+    from compress_search.method import AuxiliaryTask, Batch, Context, Loss, Method, ParameterGroup, Stage
     from compress_search.recipe import Recipe, Step
     from compress_search.space import Dim, Params, Space
     from compress_search.study import Study, load_study
@@ -32,6 +32,7 @@ __version__ = "0.1.0"
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOME = {
+    "AuxiliaryTask": "method",
     "Batch": "method",
     "Candidate": "candidate",
     "CompressSearchError": "errors",
@@ -57,6 +58,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AuxiliaryTask",
     "Batch",
     "Candidate",
     "CompressSearchError",

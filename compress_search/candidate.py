@@ -49,9 +49,10 @@ class Subject:
     on running time, so only real kernels count, or on the stored size), ``"tokenizer:<kind>"`` (as the
     ``tokenizers`` library calls it, or ``ByteLevelBPE``), ``"kernel:<name>"`` for each kernel that a probe found
     to be real on this machine (``kernel:int8``, ``kernel:bf16``, ``kernel:weight-only``), ``"unlabelled"`` (the
-    study names text without labels), ``"masked-lm"`` (it names a masked language model), ``"masked-lm:<shape>"``
-    (of that a shape, such as ``layers=3``, which is not the teacher's), ``"student-start"`` (it names a small
-    network to start from) and ``"student-start:<shape>"`` likewise, ``"all-tagged"`` (no tag is O),
+    study names text without labels), ``"auxiliary"`` (it names further tasks), ``"masked-lm"`` (it names a masked
+    language model), ``"masked-lm:<shape>"`` (of that a shape, such as ``layers=3``, which is not the teacher's),
+    ``"student-start"`` (it names a small network to start from) and ``"student-start:<shape>"`` likewise,
+    ``"all-tagged"`` (no tag is O),
     ``"pairs"`` (examples are two texts) and ``"came-trained"`` (nothing is known of its start). Steps add theirs,
     such as ``"lossy"`` (training could win back accuracy), ``"non-uniform"`` (layers differ in shape; with
     ``"neurons:<n>"``, n divides the neurons of each), ``"shared"``, ``"low-rank"``

@@ -39,7 +39,8 @@ from compress_search.storage.opening import open_store
 from compress_search.study import Study
 from compress_search.study.goals import default_objectives
 from compress_search.tasks import Task
-from compress_search.teacher import teacher_pieces, teacher_subject
+from compress_search.teacher import auxiliary, teacher_pieces, teacher_subject
+from compress_search.teacher.auxiliary import Sources
 from compress_search.teacher.contents import teacher_digests
 from compress_search.trial import TrialWorker, clear_scratch, read_death, read_result
 from compress_search.workbench import Brief
@@ -61,15 +62,19 @@ class Prepared:
     plan: Plan
     task: Task
     raw: Raw
+    auxiliary: Sources
     brief: Brief
 
     def estimate(self) -> Estimate:
         """How long the study will take on this machine."""
-        return estimate(self.study, self.plan.teacher, len(self.raw.train), mean_length(self.study, self.raw.train))
+        rows = {name: len(raw.train) for name, (raw, _) in self.auxiliary.items()}
+        length = mean_length(self.study, self.raw.train)
+        return estimate(self.study, self.plan.teacher, len(self.raw.train), length, further=rows)
 
     def contents(self) -> dict[str, str]:
         """A hash of what the study's data and model files hold, by the key that names them."""
-        return {**teacher_digests(self.study), **data_digests(self.study, self.raw, self.task)}
+        own = {**teacher_digests(self.study), **data_digests(self.study, self.raw, self.task)}
+        return {**own, **auxiliary.contents(self.study, self.auxiliary)}
 
 
 Probe = Callable[[str], Collection[str]]
@@ -87,14 +92,18 @@ def prepare(study: Study, subject: Subject | None = None, probe: Probe = kernels
     """
     registry = load_plugins(study)
     raw, task = read(study)
+    further = auxiliary.read(study)
     if not study.objectives:  # only now is it known what tags there are, and so which metric comes first
         study = study.model_copy(update={"objectives": default_objectives(task.primary)})
-    subject = subject or _with_engine_traits(study, raw, task, teacher_subject(study, task), probe)
+    if subject is None:
+        subject = _with_engine_traits(study, raw, task, teacher_subject(study, task), probe)
+        auxiliary.check(study, further)
     training = study.training.settled(bf16="kernel:bf16" in subject.traits)
     study = study.model_copy(update={"training": training})
     plan = make_plan(study, registry, subject)
     files = [(file.name, file.text) for file in registry.files]
-    return Prepared(study, plan, task, raw, Brief(study.to_dict(), files, subject.to_dict(), str(cache_folder())))
+    brief = Brief(study.to_dict(), files, subject.to_dict(), str(cache_folder()))
+    return Prepared(study, plan, task, raw, further, brief)
 
 
 def preview(study: Study) -> Prepared:
@@ -150,6 +159,7 @@ def _with_engine_traits(study: Study, raw: Raw, task: Task, teacher: Subject, pr
     traits |= {"sized"} if study.sized else set()
     traits |= set() if study.teacher.fine_tune else {"came-trained"}
     traits |= {"unlabelled"} if study.data.unlabeled else set()
+    traits |= {"auxiliary"} if study.auxiliary else set()
     traits |= {"masked-lm"} if study.teacher.masked_lm else set()
     traits |= {"student-start"} if study.teacher.student_start else set()
     traits |= {"all-tagged"} if task.tokens and "O" not in task.labels else set()

@@ -6,6 +6,7 @@ Owns the estimate and its assumptions. Knows nothing of trials that ran; it is a
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,7 @@ FIXED_SECONDS = 8.0
 
 @dataclass(frozen=True)
 class Estimate:
-    """Minutes for the teacher and for the whole search, and what they are computed from."""
+    """Minutes for all teachers and for the whole search, and what they are computed from."""
 
     step_seconds: float
     steps_per_trial: int
@@ -68,19 +69,29 @@ def matmul_rate(threads: int, seconds: float = 0.3) -> float:
         torch.set_num_threads(before)
 
 
-def estimate(study: Study, teacher: Subject, rows: int, mean_length: float, rate: float | None = None) -> Estimate:
+def estimate(
+    study: Study,
+    teacher: Subject,
+    rows: int,
+    mean_length: float,
+    rate: float | None = None,
+    *,
+    further: Mapping[str, int] | None = None,
+) -> Estimate:
     """The estimate for ``rows`` training examples of ``mean_length`` tokens.
 
     ``rate`` is in multiply-accumulates per second; measured on this machine when not given, so that a study
-    for GPUs planned on a laptop is overestimated.
+    for GPUs planned on a laptop is overestimated. ``further`` are the rows of further tasks by their names; a step
+    of their teachers' is taken to be as long as one of a trial.
     """
     rate = rate or matmul_rate(max(1, round(study.cluster.cpus_per_trial)))
     batch = study.training.batch_size
     step_seconds = TRAINING_FORWARDS * batch * teacher.macs(round(mean_length)) / (rate * EFFICIENCY)
     per_epoch = -(-rows // batch)
     steps = max(1, round(study.training.epochs * per_epoch))
-    tuning = study.teacher.fine_tune
-    teacher_steps = tuning.epochs * -(-rows // tuning.batch_size) if tuning else 0
+    trained = [(study.teacher.fine_tune, rows)]
+    trained += [(study.auxiliary[name].teacher.fine_tune, count) for name, count in (further or {}).items()]
+    teacher_steps = sum(tuning.epochs * -(-count // tuning.batch_size) for tuning, count in trained if tuning)
     per_trial = MEAN_TRIAL * steps * step_seconds + FIXED_SECONDS
     search_minutes = study.search.trials * per_trial / study.search.concurrency / 60
     if study.search.hours is not None:

@@ -6,7 +6,7 @@ Knows nothing of the search, of storage or of any particular method.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -35,6 +35,23 @@ class ParameterGroup:
     parameters: Collection[nn.Parameter]
     learning_rate: float | None = None
     weight_decay: float | None = None
+
+
+@dataclass(frozen=True)
+class AuxiliaryTask:
+    """A further task that the study names, as a method is lent it.
+
+    ``kind`` is as :attr:`Subject.task`, ``outputs`` the number of logits C and ``examples`` that of training rows.
+    ``batches`` are endless, of those rows and on the context's device. ``loss`` compares logits, (B, C) or
+    (B, S, C), with a batch's labels; ``teacher_logits`` are those of the task's own teacher, of the same shape.
+    """
+
+    kind: str
+    outputs: int
+    examples: int
+    batches: Iterator[Batch]
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    teacher_logits: Callable[[Batch], torch.Tensor]
 
 
 class Stage(IntEnum):
@@ -149,6 +166,9 @@ class Context(Protocol):
 
     def training_batches(self) -> Iterator[Batch]:
         """Endless batches of the training rows on ``device`` as :meth:`fit` draws them, to be changed first."""
+
+    def auxiliary(self) -> Sequence[AuxiliaryTask]:
+        """The study's further tasks; there are some if the subject has the trait "auxiliary"."""
 
     def unlabelled(self, batch_size: int, *, once: bool = False) -> Iterator[Batch]:
         """Batches of the study's unlabelled text; there is some if the subject has the trait "unlabelled".

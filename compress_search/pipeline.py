@@ -10,7 +10,7 @@ import errno
 import os
 import random
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,11 +24,12 @@ from compress_search.candidate import Candidate, Subject
 from compress_search.data import Split, ordered_batches, training_batches, without_labels
 from compress_search.encoders import bake, kept_ids
 from compress_search.errors import CompressSearchError, TrialError
-from compress_search.method import Batch, Method, Stage
+from compress_search.method import AuxiliaryTask, Batch, Method, Stage
 from compress_search.recipe import Recipe, digest
 from compress_search.records import rung_fraction
 from compress_search.study import TrainingConfig
 from compress_search.tasks import Task
+from compress_search.teacher.auxiliary import Auxiliary
 from compress_search.teacher.logits import TeacherLogits
 from compress_search.teacher.outputs import TeacherOutputs
 from compress_search.teacher.reading import cut
@@ -63,6 +64,7 @@ class Materials:
     device: torch.device
     training: TrainingConfig
     unlabelled: Split | None = None
+    auxiliary: Sequence[Auxiliary] = ()
     untrained: Callable[[], nn.Module | None] = lambda: None
     masked_lm: Callable[[], nn.Module | None] = lambda: None
     student_start: Callable[[], nn.Module | None] = lambda: None
@@ -100,6 +102,7 @@ class Materials:
             train=splits["train"],
             validation=splits["validation"],
             unlabelled=splits.get("unlabelled"),
+            auxiliary=[task.read_by(tokenizer, kept) for task in self.auxiliary],
             logits=self.logits.read_by(splits["train"], kept),
             outputs=self.outputs.read_by(network, splits["train"]),
             untrained=lambda: (start := untrained()) and cut(start, kept),
@@ -228,8 +231,25 @@ class StepContext:
 
     def training_batches(self) -> Iterator[Batch]:
         """Endless batches of the training rows on the device, in an order of this phase's own."""
-        seed = derive_seed(self.seed, self.budget.done)
-        batches = training_batches(self.materials.train, self.materials.training.batch_size, seed)
+        return self._drawn(self.materials.train, derive_seed(self.seed, self.budget.done))
+
+    def auxiliary(self) -> Sequence[AuxiliaryTask]:
+        """The study's further tasks, their rows in an order of this phase's own."""
+        return [
+            AuxiliaryTask(
+                further.task.name,
+                further.task.outputs,
+                len(further.train),
+                self._drawn(further.train, derive_seed(self.seed, self.budget.done, number)),
+                further.task.loss,
+                further.logits,
+            )
+            for number, further in enumerate(self.materials.auxiliary)
+        ]
+
+    def _drawn(self, split: Split, seed: int) -> Iterator[Batch]:
+        """Endless batches of a split's rows on the device."""
+        batches = training_batches(split, self.materials.training.batch_size, seed)
         return (training.to_device(batch, self.device) for batch in batches)
 
     def unlabelled(self, batch_size: int, *, once: bool = False) -> Iterator[Batch]:

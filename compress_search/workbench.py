@@ -44,6 +44,7 @@ from compress_search.teacher import (
     student_start,
     untrained,
 )
+from compress_search.teacher.auxiliary import prepare as prepare_auxiliary
 from compress_search.teacher.logits import TeacherLogits
 from compress_search.teacher.outputs import TeacherOutputs
 
@@ -138,6 +139,7 @@ class Workbench:
         subject = subject.having(*known.traits, threads=known.threads, cpus=known.cpus, alphabet=known.alphabet)
         teacher = Candidate(network, tokenizer, subject)
         training = self.study.training
+        auxiliary = tuple(prepare_auxiliary(self.study, tokenizer, self.cache, self.device).values())
         return Materials(
             teacher,
             task,
@@ -155,6 +157,7 @@ class Workbench:
             self.device,
             training,
             self.splits.get("unlabelled"),
+            auxiliary,
             partial(untrained, self.study, task),
             lambda: self.masked_lm,
             self.student_start,
@@ -220,6 +223,7 @@ class Workbench:
             parts += [recipe.key, seed, self.study.training.identity(), plugins]
             parts += [self.study.teacher.average, *(path.name for path in self.teachers[1:])]
             parts += self.lent_digests
+            parts += [further.digest for further in self.materials.auxiliary]
         else:
             parts += [GRAPHS]  # candidates of a resumed study are timed against a teacher in graphs like theirs
         return self.output / "artifacts" / digest(parts)[:20]

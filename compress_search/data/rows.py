@@ -85,19 +85,29 @@ def read(study: Study) -> tuple[Raw, Task]:
     Raises:
         StudyError: the first thing wrong with a row; the text names the key, and the data file with its line.
     """
-    train = list(_examples(study, "train"))
-    task = _task(study, train)
+    rows, task = read_training(study)
     _check_metrics(study, task)
-    rows = _number(study, "train", train, task)
-    test = _split(study, "test", train, task) if study.data.test else None
-    unlabelled = _unlabelled(study, paired=train[0].pair is not None) if study.data.unlabeled else None
+    paired = rows.pairs is not None
+    test = _split(study, "test", task, paired=paired) if study.data.test else None
+    unlabelled = _unlabelled(study, paired=paired) if study.data.unlabeled else None
     if study.data.validation:
-        return Raw(rows, _split(study, "validation", train, task), test, unlabelled), task
+        return Raw(rows, _split(study, "validation", task, paired=paired), test, unlabelled), task
     if len(rows) < 2:
         raise study.error("data.train", "one row; expected at least two, of which one is held out for validation")
     order = np.random.default_rng(0).permutation(len(rows)).tolist()
     cut = max(1, round(HELD_OUT * len(rows)))
     return Raw(rows.take(sorted(order[cut:])), rows.take(sorted(order[:cut])), test, unlabelled), task
+
+
+def read_training(study: Study) -> tuple[Rows, Task]:
+    """All training rows of a study, checked, and the task with the labels found in them; see :func:`read`.
+
+    Raises:
+        StudyError: the first thing wrong with a row.
+    """
+    train = list(_examples(study, "train"))
+    task = _task(study, train)
+    return _number(study, "train", train, task), task
 
 
 @dataclass(frozen=True)
@@ -110,8 +120,7 @@ class _Example:
     label: Any
 
 
-def _split(study: Study, split: str, train: Sequence[_Example], task: Task) -> Rows:
-    paired = train[0].pair is not None
+def _split(study: Study, split: str, task: Task, *, paired: bool) -> Rows:
     return _number(study, split, list(_examples(study, split, paired)), task)
 
 

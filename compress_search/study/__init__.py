@@ -42,6 +42,7 @@ from compress_search.study.methods import parse_methods
 from compress_search.study.sections import (
     Architecture,
     ArtifactsConfig,
+    AuxiliaryTask,
     ClusterConfig,
     DataConfig,
     Defaults,
@@ -66,6 +67,7 @@ __all__ = [
     "METRICS",
     "Architecture",
     "ArtifactsConfig",
+    "AuxiliaryTask",
     "ClusterConfig",
     "Constraint",
     "DataConfig",
@@ -111,6 +113,11 @@ class Study(Section):
     task: TaskName = Field(description="what the model does")
     teacher: Annotated[TeacherConfig, Defaults] = Field(description="the model to compress")
     data: Annotated[DataConfig, Defaults] = Field(description="the examples to train, select and report on")
+    auxiliary: Annotated[Mapping[str, AuxiliaryTask], Defaults] = Field(
+        default={},
+        description="further tasks by names of your own, for methods that have students learn them by turns with "
+        "this one",
+    )
     objectives: Annotated[
         tuple[str, ...],
         PlainValidator(_objectives, json_schema_input_type=list[str | dict[str, Direction]]),

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 _EXPECTED = {
+    "dict_type": "a mapping",
     "finite_number": "a finite number",
     "float_type": "a number",
     "greater_than": "a number above {gt:g}",
@@ -83,6 +84,8 @@ def _literals(annotation: Any) -> list[str]:
 def _section(model: type[BaseModel], loc: Iterable[str | int]) -> type[BaseModel]:
     """The nested model at a location."""
     for name in loc:
+        if name not in model.model_fields:  # an author's own name for one of several sections
+            continue
         annotation = model.model_fields[str(name)].annotation
         parts = get_args(annotation) or (annotation,)
         model = next(part for part in parts if isinstance(part, type) and issubclass(part, BaseModel))

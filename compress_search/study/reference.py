@@ -47,14 +47,19 @@ class Section:
     rows: tuple[Row, ...]
 
 
-def sections(schema: Schema, definitions: Mapping[str, Schema], key: str = "") -> Iterator[Section]:
-    """The section of a schema and all below it, in the order of the file."""
-    required = schema.get("required", ())
+def sections(
+    schema: Schema, definitions: Mapping[str, Schema], key: str = "", shown: set[str] | None = None
+) -> Iterator[Section]:
+    """The section of a schema and all below it, in the order of the file; of those that are alike the first."""
+    required, shown = schema.get("required", ()), set() if shown is None else shown
     rows = (_row(name, part, name in required) for name, part in schema["properties"].items())
     yield Section(key, schema["description"], tuple(rows))
     for name, part in schema["properties"].items():
-        if below := _reference(part):
-            yield from sections(definitions[below], definitions, f"{key}.{name}".lstrip("."))
+        below = _reference(part)
+        if below and below not in shown:
+            shown.add(below)
+            path = f"{key}.{name}{'.<name>' if _named(part) else ''}".lstrip(".")
+            yield from sections(definitions[below], definitions, path, shown)
 
 
 def reference() -> str:
@@ -74,7 +79,14 @@ def reference() -> str:
 
 def _reference(part: Schema) -> str | None:
     """The name of the section a key holds, if it holds one."""
-    return next((option["$ref"].rpartition("/")[2] for option in _options(part) if "$ref" in option), None)
+    held = [_named(option) or option for option in _options(part)]
+    return next((option["$ref"].rpartition("/")[2] for option in held if "$ref" in option), None)
+
+
+def _named(part: Schema) -> Schema | None:
+    """What stands under each of an author's own names, where a key holds sections by such."""
+    inner: Schema | bool = part.get("additionalProperties", False)
+    return inner if isinstance(inner, Mapping) and "$ref" in inner else None
 
 
 def _row(name: str, part: Schema, required: bool) -> Row:
@@ -101,7 +113,7 @@ def _options(part: Schema) -> list[Schema]:
 
 
 def _value(option: Schema) -> str:
-    if "$ref" in option:
+    if "$ref" in (_named(option) or option):
         return "mapping, see below"
     if "const" in option or "enum" in option:
         return ", ".join(f"`{value}`" for value in option.get("enum", [option.get("const")]))

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from compress_search.study.complaints import Fault, show
+from compress_search.study.goals import TaskName
 from compress_search.study.sources import data_source, data_sources, model_source, model_sources, vocabulary_source
 
 
@@ -191,6 +192,34 @@ class DataConfig(Section):
     label: str = Field(default="label", min_length=1, description="column with the class, or the number to predict")
     tokens: str = Field(default="tokens", min_length=1, description="column with the list of words (token tasks)")
     tags: str = Field(default="tags", min_length=1, description="column with one tag for each word (token tasks)")
+
+
+class AuxiliaryTask(Section):
+    """A further task for students to learn by turns with the study's own, of which nothing is left in the end."""
+
+    task: TaskName = Field(description="what is learnt")
+    teacher: Annotated[TeacherConfig, Defaults] = Field(
+        description="who teaches it, written as the study's `teacher`: `model`, of its vocabulary, and `fine_tune`"
+    )
+    data: Annotated[DataConfig, Defaults] = Field(
+        description="its examples, written as the study's `data`: `train`, the columns and `max_length`, of which "
+        "no more than the study's counts"
+    )
+
+    @model_validator(mode="after")
+    def _only_what_is_read(self) -> AuxiliaryTask:
+        unread = {
+            "teacher": ("architecture", "ensemble", "average", "masked_lm", "student_start"),
+            "data": ("validation", "test", "unlabeled"),
+        }
+        for section, keys in unread.items():
+            part = getattr(self, section)
+            for key in keys:
+                if getattr(part, key) != type(part).model_fields[key].default:
+                    raise Fault(f"{section}.{key}", "nothing reads this of an auxiliary task: leave it out")
+        if self.teacher.fine_tune and self.teacher.fine_tune.crf:
+            raise Fault("teacher.fine_tune.crf", "expected false: of an auxiliary task logits alone are learnt")
+        return self
 
 
 class SearchConfig(Section):

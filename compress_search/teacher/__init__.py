@@ -45,7 +45,7 @@ def teacher_subject(study: Study, task: Task) -> Subject:
     masked_lm.check(study, task)
     student_start.check(study, task)
     if study.teacher.ensemble or study.teacher.masked_lm or study.teacher.student_start:
-        _check_vocabularies(study, _known_tokenizer(study))
+        _check_vocabularies(study, known_tokenizer(study))
     with no_init_weights(), torch.device("meta"), quiet():
         try:
             network = auto_class(task.tokens).from_config(config)
@@ -61,7 +61,7 @@ def teacher_subject(study: Study, task: Task) -> Subject:
     return subject.having(*unlike)
 
 
-def _known_tokenizer(study: Study) -> PreTrainedTokenizerBase | None:
+def known_tokenizer(study: Study) -> PreTrainedTokenizerBase | None:
     """The teacher's tokenizer; None where it is yet to be trained."""
     return scratch.given_tokenizer(study) if study.teacher.architecture else pretrained.load_tokenizer(study)
 

@@ -20,7 +20,7 @@ import torch
 from compress_search.candidate import Candidate, Subject
 from compress_search.data import without_labels
 from compress_search.encoders import attach_crf, read_features, subject_of
-from compress_search.method import Batch
+from compress_search.method import AuxiliaryTask, Batch
 from compress_search.tasks import Task
 from compress_search.training import Phase, fit, forward, task_loss
 
@@ -249,6 +249,18 @@ class TinyContext:
     def training_batches(self) -> Iterator[Batch]:
         """Endless batches of the tiny task, others for each phase."""
         return tiny_batches(self.candidate, batch_size=self.batch_size, seed=self.seed + len(self.fits) + 2000)
+
+    def auxiliary(self) -> list[AuxiliaryTask]:
+        """One further task: sentences of the tiny language in two classes, and a teacher with random weights."""
+        other = tiny_candidate(self.candidate.subject.family, seed=4)
+        task = Task("text-classification", LABELS["text-classification"])
+        batches = tiny_batches(other, batch_size=self.batch_size, seed=self.seed + len(self.fits) + 3000)
+
+        def teacher_logits(batch: Batch) -> Tensor:
+            with torch.no_grad():
+                return forward(other.network, batch)
+
+        return [AuxiliaryTask(task.name, task.outputs, self.examples, batches, task.loss, teacher_logits)]
 
     def unlabelled(self, batch_size: int, *, once: bool = False) -> Iterator[Batch]:
         """Batches of the tiny task without labels and row numbers, endless or of as many texts as it trains on."""

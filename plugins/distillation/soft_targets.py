@@ -234,9 +234,16 @@ def annealed_loss(
     teacher: Callable[[Batch], Tensor] | None = None,
     speaker: nn.Module | None = None,
 ) -> tuple[Loss, Callable[[int, int], None]]:
-    """The mixed loss with the weight that :func:`mix_space` describes, and the ``on_step`` that moves it.
+    """The mixed loss with the weight that :func:`annealed_weight` gives, and the ``on_step`` that moves it.
 
     Arguments as of :func:`soft_target_loss`.
+    """
+    alpha, on_step = annealed_weight(params)
+    return soft_target_loss(context, term, alpha=alpha, teacher=teacher, speaker=speaker), on_step
+
+
+def annealed_weight(params: Params) -> tuple[Callable[[], float], Callable[[int, int], None]]:
+    """The soft term's weight that :func:`mix_space` describes, and the ``on_step`` that moves it.
 
     Source: Clark et al. 2019, BAM! Born-Again Multi-Task Networks, section 3.2 (teacher annealing).
     """
@@ -250,7 +257,7 @@ def annealed_loss(
     def alpha() -> float:
         return annealed(start, end, progress)
 
-    return soft_target_loss(context, term, alpha=alpha, teacher=teacher, speaker=speaker), on_step
+    return alpha, on_step
 
 
 def transfer_loss(context: Context, term: SoftTerm) -> Loss:
