@@ -276,7 +276,6 @@ def test_of_a_teacher_from_scratch_the_vocabulary_is_compared_once_it_is_there(
     content["teacher"] = {"architecture": shape, "fine_tune": {"epochs": 1}}
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     shutil.rmtree(tmp_path / "teacher")
-    result = CliRunner().invoke(main, ["run", str(path), "--executor", "local"])
-    assert result.exit_code == 2
-    (line,) = [line for line in result.output.splitlines() if "vocabulary" in line]
-    assert f"{path}:{line_of(path, 'model')}: auxiliary.further.teacher.model: " in line
+    with pytest.raises(StudyError, match="its vocabulary is not that of the study's teacher") as caught:
+        _ = Workbench(prepared(path).brief).materials
+    assert caught.value.key == "auxiliary.further.teacher.model"
