@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,23 @@ def tiny_study(tmp_path: Path) -> Callable[..., Path]:
         return tiny.tiny_study(tmp_path, task, **sections)
 
     return study
+
+
+@pytest.fixture(scope="module")
+def migrations_read_once() -> Iterator[None]:
+    """The newest of Optuna's migrations is looked up once: to tell which it is, each opening imports them all."""
+    from alembic.script import ScriptDirectory
+
+    read, heads = ScriptDirectory.get_current_head, {}
+
+    def head(scripts: ScriptDirectory) -> str | None:
+        if scripts.dir not in heads:
+            heads[scripts.dir] = read(scripts)
+        return heads[scripts.dir]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ScriptDirectory, "get_current_head", head)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -35,6 +35,8 @@ from tests.fake_plan import (
     states,
 )
 
+pytestmark = pytest.mark.usefixtures("migrations_read_once")
+
 INT8 = Recipe((Step.of("quantize", {"bits": 8}),))
 
 
