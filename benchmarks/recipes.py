@@ -259,6 +259,14 @@ BESIDE_ANSWERS: Groups = {
     },
 }
 """What may be learnt of inner layers beside labels and answers, by students that begin as the first ones."""
+BY_TURNS: Groups = {
+    "distill": {
+        "the study's own task alone": recovered(by_turns=0.0),
+        "by turns for a fifth of the steps": recovered(by_turns=0.2),
+        "by turns for half of the steps": recovered(by_turns=0.5),
+    }
+}
+"""Of a further task's turns: they take steps from the study's own."""
 CHAINS: Groups = {
     "plain_student": {
         "labels": half("plain_student"),

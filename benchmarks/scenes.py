@@ -22,7 +22,17 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from benchmarks.distillation_quality import BATCH, SETS, study_of
 from benchmarks.ground import Ground
-from benchmarks.recipes import ALL_LABELS, ANSWERS, BESIDE_ANSWERS, CHAINS, FEW_LABELS, LEFT_OUT, SEVEN_BITS, Groups
+from benchmarks.recipes import (
+    ALL_LABELS,
+    ANSWERS,
+    BESIDE_ANSWERS,
+    BY_TURNS,
+    CHAINS,
+    FEW_LABELS,
+    LEFT_OUT,
+    SEVEN_BITS,
+    Groups,
+)
 from compress_search.losses import IGNORED
 
 LABELLED = 1000
@@ -36,7 +46,7 @@ class Scene:
     """A data set, what its study says beside :data:`SETS`, and the recipes that are compared there.
 
     ``few_labels``: only the first :data:`LABELLED` rows are labelled. ``teachers``: how many there are, of as many
-    seeds.
+    seeds. ``further``: a further task, by its data set.
     """
 
     set: str
@@ -46,6 +56,7 @@ class Scene:
     few_labels: bool = False
     pretraining: bool = False
     teachers: int = 1
+    further: str = ""
 
 
 FEW = "1,000 labelled rows of banking77 and the text of the other 7,990"
@@ -85,6 +96,14 @@ SCENES: Mapping[str, Scene] = {
     "no chain, three teachers": Scene(
         "wikigold", "wikigold; three teachers, means of logits.", ANSWERS, FULL, teachers=3
     ),
+    "no chain, word classes by turns": Scene(
+        "wikigold",
+        "wikigold; by turns word classes of 6,989 other sentences (ewt_pos) are learnt, of a teacher that was "
+        "trained in one pass over them.",
+        BY_TURNS,
+        FULL,
+        further="ewt_pos",
+    ),
     "chain": Scene(
         "wikigold", "wikigold, with a CRF that learns twice as fast.", CHAINS, {"teacher": FIELD, **FULL}
     ),
@@ -114,10 +133,21 @@ def open_scene(scene: Scene, folder: Path, shared: Path, steps: int) -> Ground:
         _keep_few_labels(content, folder, steps)
     if scene.pretraining:
         content["teacher"] |= _pretrained(Path(content["teacher"]["model"]), content["data"], folder)
+    if scene.further:
+        content["auxiliary"] = {scene.further: _word_classes(content, shared / "data" / scene.further)}
     if scene.teachers > 1:
         others = range(1, scene.teachers)
         content["teacher"]["ensemble"] = [_teacher(content, folder, seed=number) for number in others]
     return Ground(_written(content, folder / "study.yaml"))
+
+
+def _word_classes(content: Mapping[str, Any], data: Path) -> dict[str, Any]:
+    """A further task of tags, whose teacher begins as the study's own did."""
+    return {
+        "task": "token-classification",
+        "teacher": {"model": content["teacher"]["model"], "fine_tune": {"epochs": 1, "learning_rate": 2e-4}},
+        "data": {"train": str(data / "train.jsonl"), "max_length": content["data"]["max_length"]},
+    }
 
 
 def _metric(scene: Scene) -> str:

@@ -52,14 +52,13 @@ class Subject:
     study names text without labels), ``"auxiliary"`` (it names further tasks), ``"masked-lm"`` (it names a masked
     language model), ``"masked-lm:<shape>"`` (of that a shape, such as ``layers=3``, which is not the teacher's),
     ``"student-start"`` (it names a small network to start from) and ``"student-start:<shape>"`` likewise,
-    ``"all-tagged"`` (no tag is O),
-    ``"pairs"`` (examples are two texts) and ``"came-trained"`` (nothing is known of its start). Steps add theirs,
-    such as ``"lossy"`` (training could win back accuracy), ``"non-uniform"`` (layers differ in shape; with
-    ``"neurons:<n>"``, n divides the neurons of each), ``"shared"``, ``"low-rank"``
-    (matrices that are products of two), ``"sparse"`` (zeros that must stay: nothing may rebuild the matrices),
-    ``"recurrent"`` (no transformer layers: nothing to cut, share or replace), ``"crf"`` (tags are a CRF's best
-    path), ``"data-sized"`` (the vocabulary is an upper bound), ``"estimated"`` (a promise whose ranks only weights
-    can tell: see :meth:`keeps`), ``"onnx-only"`` and ``"torch-only"``.
+    ``"all-tagged"`` (no tag is O), ``"pairs"`` (examples, or those of a further task, are two texts) and
+    ``"came-trained"`` (nothing is known of its start). Steps add theirs, such as ``"lossy"`` (training could win
+    back accuracy), ``"non-uniform"`` (layers differ in shape; with ``"neurons:<n>"``, n divides the neurons of
+    each), ``"shared"``, ``"low-rank"`` (matrices that are products of two), ``"sparse"`` (zeros that must stay:
+    nothing may rebuild the matrices), ``"recurrent"`` (no transformer layers: nothing to cut, share or replace),
+    ``"crf"`` (tags are a CRF's best path), ``"data-sized"`` (the vocabulary is an upper bound), ``"estimated"`` (a
+    promise whose ranks only weights can tell: see :meth:`keeps`), ``"onnx-only"`` and ``"torch-only"``.
     """
 
     family: str

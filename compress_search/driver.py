@@ -96,8 +96,8 @@ def prepare(study: Study, subject: Subject | None = None, probe: Probe = kernels
     if not study.objectives:  # only now is it known what tags there are, and so which metric comes first
         study = study.model_copy(update={"objectives": default_objectives(task.primary)})
     if subject is None:
-        subject = _with_engine_traits(study, raw, task, teacher_subject(study, task), probe)
-        auxiliary.check(study, further)
+        subject = _with_engine_traits(study, raw, task, further, teacher_subject(study, task), probe)
+        auxiliary.check(study, subject, further)
     training = study.training.settled(bf16="kernel:bf16" in subject.traits)
     study = study.model_copy(update={"training": training})
     plan = make_plan(study, registry, subject)
@@ -150,7 +150,9 @@ def stored_subject(study: Study, store: Store) -> Subject | None:
     return Subject.from_dict(known.subject) if known else None
 
 
-def _with_engine_traits(study: Study, raw: Raw, task: Task, teacher: Subject, probe: Probe) -> Subject:
+def _with_engine_traits(
+    study: Study, raw: Raw, task: Task, further: Sources, teacher: Subject, probe: Probe
+) -> Subject:
     """What the engine itself tells methods of a teacher: whether time counts, which kernels are real, what there is
     to learn from, and what its tokenizer is made of.
     """
@@ -163,7 +165,8 @@ def _with_engine_traits(study: Study, raw: Raw, task: Task, teacher: Subject, pr
     traits |= {"masked-lm"} if study.teacher.masked_lm else set()
     traits |= {"student-start"} if study.teacher.student_start else set()
     traits |= {"all-tagged"} if task.tokens and "O" not in task.labels else set()
-    traits |= {"pairs"} if raw.train.pairs is not None else set()
+    rows = [raw.train, *(other.train for other, _ in further.values())]
+    traits |= {"pairs"} if any(part.pairs is not None for part in rows) else set()
     kind, alphabet = teacher_pieces(study)
     traits.add(f"tokenizer:{kind}")
     threads, cpus = study.measure.threads, study.cluster.cpus_per_trial

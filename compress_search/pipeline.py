@@ -102,7 +102,7 @@ class Materials:
             train=splits["train"],
             validation=splits["validation"],
             unlabelled=splits.get("unlabelled"),
-            auxiliary=[task.read_by(tokenizer, kept) for task in self.auxiliary],
+            auxiliary=[further.read_by(tokenizer) for further in self.auxiliary],
             logits=self.logits.read_by(splits["train"], kept),
             outputs=self.outputs.read_by(network, splits["train"]),
             untrained=lambda: (start := untrained()) and cut(start, kept),
@@ -242,7 +242,7 @@ class StepContext:
                 len(further.train),
                 self._drawn(further.train, derive_seed(self.seed, self.budget.done, number)),
                 further.task.loss,
-                further.logits,
+                further.teacher_logits,
             )
             for number, further in enumerate(self.materials.auxiliary)
         ]

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from transformers import BertTokenizer
 
 from compress_search import Context, StudyError
 from compress_search.cli import main
@@ -66,7 +67,7 @@ def test_a_student_of_any_task_learns_any_other_by_turns(
     found = prepared(studied(tiny_study, tmp_path, own, further))
     bench = Workbench(found.brief)
     steps = [Step.of(name, defaults(found.plan.spaces[name])) for name in ("plain_student", "distill")]
-    assert steps[1].params["by_turns"] == 0.5
+    assert steps[1].params["by_turns"] > 0
     student, _ = run_recipe(Recipe(tuple(steps)), found.plan.methods, bench.materials, seed=0, scratch=tmp_path)
     assert student.subject.task == own
     ours = dict(student.network.named_parameters())
@@ -79,7 +80,7 @@ def lent(found: Prepared, tmp_path: Path) -> tuple[Workbench, Context]:
     return bench, StepContext(bench.materials, Budget(10, None), 10, 3, tmp_path, dry=False)
 
 
-@pytest.mark.parametrize("further", KINDS)
+@pytest.mark.parametrize("further", [*KINDS, "pairs"])
 def test_methods_are_lent_its_rows_and_what_its_teacher_says(
     tiny_study: Maker, tmp_path: Path, further: str
 ) -> None:
@@ -87,7 +88,11 @@ def test_methods_are_lent_its_rows_and_what_its_teacher_says(
     assert "auxiliary" in found.plan.teacher.traits
     _, context = lent(found, tmp_path)
     (task,) = context.auxiliary()
-    assert (task.kind, task.outputs, task.examples) == (further, len(tiny.labels_of(further)) or 1, 48)
+    assert (task.kind, task.outputs, task.examples) == (
+        tiny.task_of(further),
+        len(tiny.labels_of(further)) or 1,
+        48,
+    )
     teacher, _ = load_teacher(tmp_path / "further" / "teacher")
     seen: set[int] = set()
     for _ in range(3):
@@ -162,11 +167,50 @@ def test_no_more_of_a_text_is_read_than_the_study_reads(tiny_study: Maker, tmp_p
     assert set(Workbench(shorter.brief).materials.auxiliary[0].train.lengths) == {16}
 
 
-def test_it_is_part_of_what_artefacts_are_made_of(tiny_study: Maker, tmp_path: Path) -> None:
+def test_rows_and_teacher_are_part_of_what_artefacts_are_made_of(tiny_study: Maker, tmp_path: Path) -> None:
     path, recipe = studied(tiny_study, tmp_path), Recipe((Step.of("distill", {}),))
-    before = Workbench(prepared(path).brief).artifact(recipe, 0)
+
+    def artifact() -> Path:
+        return Workbench(prepared(path).brief).artifact(recipe, 0)
+
+    first = artifact()
     tiny.write_jsonl(tmp_path / "further" / "train.jsonl", tiny.tiny_rows("pos", 48, seed=8))
-    assert Workbench(prepared(path).brief).artifact(recipe, 0) != before
+    second = artifact()
+    tiny.tiny_teacher(tmp_path / "further" / "teacher", "pos", layers=1)
+    assert len({first, second, artifact()}) == 3
+
+
+def test_the_order_of_its_batches_is_the_trials_the_phases_and_its_own(tiny_study: Maker, tmp_path: Path) -> None:
+    sections = {name: beside(tmp_path, "pos") for name in ("one", "two")}
+    found = prepared(tiny_study(methods=["plain_student", "distill"], auxiliary=sections))
+    materials = Workbench(found.brief).materials
+
+    def orders(seed: int, done: int) -> list[tuple[int, ...]]:
+        context = StepContext(materials, Budget(10, None, done), 10, seed, tmp_path, dry=False)
+        return [tuple(next(task.batches)["index"].tolist()) for task in context.auxiliary()]
+
+    assert orders(3, 0) == orders(3, 0)
+    assert len({*orders(3, 0), *orders(4, 0), *orders(3, 1)}) == 6
+
+
+def test_the_order_of_the_tasks_does_not_count(tiny_study: Maker, tmp_path: Path) -> None:
+    pos = beside(tmp_path, "pos")
+    sections = {"tags": pos, "numbers": {**pos, "task": "text-regression"}}
+    tiny.write_jsonl(tmp_path / "numbers.jsonl", tiny.tiny_rows("text-regression", 16))
+    tiny.tiny_teacher(tmp_path / "numbers", "text-regression")
+    sections["numbers"] |= {"teacher": {"model": "numbers"}, "data": {"train": "numbers.jsonl"}}
+
+    def kinds(names: list[str]) -> list[str]:
+        path = tiny_study(methods=["plain_student", "distill"], auxiliary={name: sections[name] for name in names})
+        return [further.task.name for further in Workbench(prepared(path).brief).materials.auxiliary]
+
+    assert kinds(["tags", "numbers"]) == kinds(["numbers", "tags"]) == ["text-regression", "token-classification"]
+
+
+def test_no_segments_are_folded_that_a_further_task_tells_apart(tiny_study: Maker, tmp_path: Path) -> None:
+    found = prepared(studied(tiny_study, tmp_path, further="pairs"))
+    assert "pairs" in found.plan.teacher.traits
+    assert "pairs" not in prepared(studied(tiny_study, tmp_path)).plan.teacher.traits
 
 
 def test_a_study_with_one_runs_and_refuses_to_go_on_with_other_rows(tiny_study: Maker, tmp_path: Path) -> None:
@@ -245,6 +289,52 @@ def test_what_is_wrong_with_one_is_one_line_with_its_place(
     assert re.search(message, said), text
 
 
+@pytest.mark.parametrize("name", ["task", "teacher", "data"])
+def test_a_task_may_be_called_as_its_keys_are(tiny_study: Maker, tmp_path: Path, name: str) -> None:
+    section = beside(tmp_path, "pos")
+    assert prepared(tiny_study(methods=["plain_student", "distill"], auxiliary={name: section})).auxiliary[name]
+    wrong = tiny_study(auxiliary={name: {**section, "data": {"trian": "further/train.jsonl"}}})
+    assert f'auxiliary.{name}.data.trian: unknown key (did you mean "train"?)' in refused(wrong)
+
+
+def test_a_forgotten_name_is_told_by_what_was_expected(tiny_study: Maker, tmp_path: Path) -> None:
+    text = refused(tiny_study(auxiliary=beside(tmp_path, "pos")))
+    assert "auxiliary.task: expected a mapping with the keys task, teacher, data" in text
+
+
+@pytest.mark.parametrize("name", ["a.b", "a b", "", "a\nb"])
+def test_a_name_is_one_word(tiny_study: Maker, tmp_path: Path, name: str) -> None:
+    text = refused(tiny_study(auxiliary={name: beside(tmp_path, "pos")}))
+    assert "auxiliary: expected names of letters, digits, _ and -, got " in text
+
+
+def test_of_roberta_words_and_texts_do_not_go_together(tiny_study: Maker, tmp_path: Path) -> None:
+    def path(own: str, further: str) -> Path:
+        section = beside(tmp_path, further)
+        tiny.tiny_teacher(tmp_path / "further" / "teacher", further, "roberta")
+        return tiny_study(
+            own, family="roberta", methods=["plain_student", "distill"], auxiliary={"further": section}
+        )
+
+    for own, further in (("text-classification", "pos"), ("pos", "text-classification")):
+        assert "auxiliary.further.task: expected one like " in refused(path(own, further))
+    for kind in ("text-classification", "pos"):
+        assert prepared(path(kind, kind)).auxiliary
+
+
+def test_pairs_are_refused_where_the_study_cannot_tell_segments_apart(tiny_study: Maker, tmp_path: Path) -> None:
+    section = beside(tmp_path, "pairs")
+    path = tiny_study(family="distilbert", auxiliary={"further": section})
+    assert "auxiliary.further.data.train: these are pairs of texts" in refused(path)
+
+
+def test_a_teacher_with_a_crf_is_refused(tiny_study: Maker, tmp_path: Path) -> None:
+    path = studied(tiny_study, tmp_path)
+    config = tmp_path / "further" / "teacher" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "crf": True}))
+    assert "auxiliary.further.teacher.model: it has a CRF" in refused(path)
+
+
 def test_a_list_of_tasks_is_refused_by_what_was_expected(tiny_study: Maker) -> None:
     assert "auxiliary: expected a mapping" in refused(tiny_study(auxiliary=[]), "auxiliary=[{task: pos}]")
     assert "auxiliary.further: expected a mapping with the keys task, teacher, data" in refused(
@@ -270,12 +360,20 @@ def test_a_teacher_of_another_vocabulary_is_refused(tiny_study: Maker, tmp_path:
 def test_of_a_teacher_from_scratch_the_vocabulary_is_compared_once_it_is_there(
     tiny_study: Maker, tmp_path: Path
 ) -> None:
-    path = studied(tiny_study, tmp_path)
+    path, size = studied(tiny_study, tmp_path), 100
+    pieces = [*tiny.tiny_vocabulary(), *(f"more{n}" for n in range(size))][:size]
+    tiny.tiny_teacher(tmp_path / "further" / "teacher", "pos", vocab_size=size)
+    tokenizer = BertTokenizer(vocab={piece: number for number, piece in enumerate(pieces)})
+    tokenizer.save_pretrained(tmp_path / "further" / "teacher")
     content = yaml.safe_load(path.read_text())
-    shape = {"layers": 1, "hidden": 16, "heads": 2, "intermediate": 16, "vocabulary": 100}
+    shape = {"layers": 1, "hidden": 16, "heads": 2, "intermediate": 16, "vocabulary": size}
     content["teacher"] = {"architecture": shape, "fine_tune": {"epochs": 1}}
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     shutil.rmtree(tmp_path / "teacher")
     with pytest.raises(StudyError, match="its vocabulary is not that of the study's teacher") as caught:
         _ = Workbench(prepared(path).brief).materials
     assert caught.value.key == "auxiliary.further.teacher.model"
+    assert not list((tmp_path / "cache").rglob("logits.npy"))
+    shutil.rmtree(tmp_path / "cache")
+    text = refused(path, "teacher.architecture.vocabulary=101")
+    assert f"auxiliary.further.teacher.model: its vocabulary has {size} pieces: expected that of" in text

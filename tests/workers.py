@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from compress_search.errors import StudyError
+from compress_search.executor import Factory
 from compress_search.recipe import Recipe, Step
 from compress_search.records import Assignment, Failure, Report, Result, Rung
+from compress_search.search import Search
 
 TIMES = {"total": 2.5}
 """What every scripted trial says it took."""
@@ -128,6 +130,23 @@ class ScriptedSearch:
             self.queue.append(Assignment(number, attempt + 1, recipe, seed=number))
         else:
             self.results[number] = Result(number, attempt, "failed", failure=failure)
+
+
+class HereExecutor:
+    """Runs trials in this process, where it is not tested how they are run: another would load the libraries."""
+
+    def __init__(self, factory: Factory, brief: Any, *others: Any) -> None:
+        self.worker = factory(brief)
+
+    def run(self, search: Search) -> None:
+        while not search.done and (assignment := search.next()):
+            search.finish(self.worker.run(assignment, search.report))
+
+    def call(self, job: str, *arguments: Any) -> Any:
+        return getattr(self.worker, job)(*arguments)
+
+    def close(self) -> None:
+        self.worker.close()
 
 
 def no_reason(number: int, attempt: int) -> Failure:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Field,
     PlainSerializer,
     PlainValidator,
@@ -42,7 +43,7 @@ from compress_search.study.methods import parse_methods
 from compress_search.study.sections import (
     Architecture,
     ArtifactsConfig,
-    AuxiliaryTask,
+    AuxiliaryConfig,
     ClusterConfig,
     DataConfig,
     Defaults,
@@ -67,7 +68,7 @@ __all__ = [
     "METRICS",
     "Architecture",
     "ArtifactsConfig",
-    "AuxiliaryTask",
+    "AuxiliaryConfig",
     "ClusterConfig",
     "Constraint",
     "DataConfig",
@@ -95,6 +96,14 @@ def _plain_name(text: str) -> str:
     return text
 
 
+def _plain_keys(value: Any) -> Any:
+    """Names of an author's own become parts of dotted keys."""
+    for name in value if isinstance(value, Mapping) else ():
+        if not re.fullmatch(r"[\w-]+", str(name)):
+            raise ValueError(f"expected names of letters, digits, _ and -, got {show(name)}")
+    return value
+
+
 def _objectives(items: Any, info: ValidationInfo) -> tuple[str, ...]:
     # without a task nothing can be said about metrics, and the study is refused for that already
     return parse_objectives(items, info.data["task"]) if "task" in info.data else ()
@@ -113,7 +122,7 @@ class Study(Section):
     task: TaskName = Field(description="what the model does")
     teacher: Annotated[TeacherConfig, Defaults] = Field(description="the model to compress")
     data: Annotated[DataConfig, Defaults] = Field(description="the examples to train, select and report on")
-    auxiliary: Annotated[Mapping[str, AuxiliaryTask], Defaults] = Field(
+    auxiliary: Annotated[Mapping[str, AuxiliaryConfig], BeforeValidator(_plain_keys), Defaults] = Field(
         default={},
         description="further tasks by names of your own, for methods that have students learn them by turns with "
         "this one",

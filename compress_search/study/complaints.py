@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -83,10 +83,11 @@ def _literals(annotation: Any) -> list[str]:
 
 def _section(model: type[BaseModel], loc: Iterable[str | int]) -> type[BaseModel]:
     """The nested model at a location."""
-    for name in loc:
-        if name not in model.model_fields:  # an author's own name for one of several sections
-            continue
+    names = iter(loc)
+    for name in names:
         annotation = model.model_fields[str(name)].annotation
+        if get_origin(annotation) is Mapping:  # of sections by names of the author's own
+            next(names, None)
         parts = get_args(annotation) or (annotation,)
         model = next(part for part in parts if isinstance(part, type) and issubclass(part, BaseModel))
     return model

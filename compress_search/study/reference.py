@@ -40,7 +40,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Section:
-    """A mapping within the study file; the file itself has no key."""
+    """A mapping within the study file; the file itself has no key. Of an author's own names the key has NAME."""
 
     key: str
     meaning: str
@@ -58,7 +58,7 @@ def sections(
         below = _reference(part)
         if below and below not in shown:
             shown.add(below)
-            path = f"{key}.{name}{'.<name>' if _named(part) else ''}".lstrip(".")
+            path = f"{key}.{name}{'.NAME' if _named(part) else ''}".lstrip(".")
             yield from sections(definitions[below], definitions, path, shown)
 
 

@@ -194,7 +194,7 @@ class DataConfig(Section):
     tags: str = Field(default="tags", min_length=1, description="column with one tag for each word (token tasks)")
 
 
-class AuxiliaryTask(Section):
+class AuxiliaryConfig(Section):
     """A further task for students to learn by turns with the study's own, of which nothing is left in the end."""
 
     task: TaskName = Field(description="what is learnt")
@@ -207,7 +207,7 @@ class AuxiliaryTask(Section):
     )
 
     @model_validator(mode="after")
-    def _only_what_is_read(self) -> AuxiliaryTask:
+    def _only_what_is_read(self) -> AuxiliaryConfig:
         unread = {
             "teacher": ("architecture", "ensemble", "average", "masked_lm", "student_start"),
             "data": ("validation", "test", "unlabeled"),

@@ -6,24 +6,30 @@ and what the student has on top for it, is a method's to say.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from compress_search.candidate import Subject
 from compress_search.data import Raw, Split, tokenize_rows
 from compress_search.data.contents import data_digests
 from compress_search.data.rows import read_training
-from compress_search.errors import StudyError
+from compress_search.errors import NotFinite, StudyError
 from compress_search.recipe import digest
 from compress_search.study import Study
 from compress_search.tasks import Task
-from compress_search.teacher import known_tokenizer, load_teacher, prepare_teacher, pretrained, teacher_subject
+from compress_search.teacher import known_tokenizer, prepare_teacher, pretrained, teacher_subject
 from compress_search.teacher.contents import teacher_digests
-from compress_search.teacher.logits import TeacherLogits
+from compress_search.teacher.logits import LogitCache, teacher_logits
+
+if TYPE_CHECKING:
+    from compress_search.method import Batch
 
 Sources = Mapping[str, tuple[Raw, Task]]
 """By a task's name its training rows and its labels."""
@@ -35,16 +41,21 @@ class Auxiliary:
 
     task: Task
     train: Split
-    logits: TeacherLogits
+    logits: LogitCache
     reread: Callable[[PreTrainedTokenizerBase], Split]
     """The rows as another tokenizer cuts them."""
     digest: str
     """Of all that decides what can be learnt here."""
 
-    def read_by(self, tokenizer: PreTrainedTokenizerBase, kept: Sequence[int]) -> Auxiliary:
-        """The same texts in the pieces of a tokenizer that kept only these of the teacher's."""
+    def teacher_logits(self, batch: Batch) -> Tensor:
+        """(B, C) or (B, S, C) for a batch of the rows, on its device; zero at padding."""
+        tokens = batch["input_ids"]
+        return self.logits.batch(batch["index"].cpu(), tokens.shape[1]).to(tokens.device)
+
+    def read_by(self, tokenizer: PreTrainedTokenizerBase) -> Auxiliary:
+        """The same texts in the pieces of a candidate's tokenizer; what was said of a word stays what it was."""
         split = self.reread(tokenizer)
-        return replace(self, train=split, logits=self.logits.read_by(split, kept))
+        return replace(self, train=split, logits=self.logits.read_by(self.train, split))
 
 
 def read(study: Study) -> dict[str, tuple[Raw, Task]]:
@@ -61,18 +72,30 @@ def read(study: Study) -> dict[str, tuple[Raw, Task]]:
     return found
 
 
-def check(study: Study, sources: Sources) -> None:
-    """Refuse teachers that cannot be read or do not fit their tasks, from their configurations alone.
+def check(study: Study, subject: Subject, sources: Sources) -> None:
+    """Refuse teachers that cannot be read or do not fit, from their configurations and tokenizers alone.
+
+    Args:
+        study: names them.
+        subject: the study's own teacher.
+        sources: what :func:`read` found.
 
     Raises:
-        StudyError: as for the study's own teacher; or a vocabulary is not its.
+        StudyError: as for the study's own teacher; or it has another vocabulary or a CRF, or the study's tokens do
+            not say of words or segments what it was trained on.
     """
     own = known_tokenizer(study) if sources else None
     for name, alone in _alone(study).items():
+        raw, task = sources[name]
         with _blamed(study, name):
-            teacher_subject(alone, sources[name][1])
+            teacher = teacher_subject(alone, task)
+            if "crf" in teacher.traits:
+                raise alone.error("teacher.model", "it has a CRF: expected one whose answers are logits alone")
+            theirs = pretrained.load_tokenizer(alone)
+            _check_size(study, alone, theirs)
             if own:
-                _check_vocabulary(alone, own, pretrained.load_tokenizer(alone))
+                _check_vocabulary(alone, own, theirs)
+            _check_tokens(subject, teacher, alone, pairs=raw.train.pairs is not None)
 
 
 def contents(study: Study, sources: Sources) -> dict[str, str]:
@@ -97,28 +120,26 @@ def prepare(
         device: where teachers answer.
 
     Raises:
-        StudyError: see :func:`read` and :func:`check`; or weights are damaged or not there.
-        NotFinite: a training diverged.
+        StudyError: see :func:`read` and :func:`check`; or weights are damaged or not there, or a training diverged.
     """
     found = {}
     for name, (raw, task) in read(study).items():
         alone = _alone(study)[name]
         with _blamed(study, name):
+            _check_vocabulary(alone, tokenizer, pretrained.load_tokenizer(alone))
             path = prepare_teacher(alone, raw, task, cache)
-            network, theirs = load_teacher(path, device)
-            _check_vocabulary(alone, tokenizer, theirs)
 
         def reread(own: PreTrainedTokenizerBase, raw: Raw = raw, task: Task = task, alone: Study = alone) -> Split:
             return tokenize_rows(raw.train, own, alone.data.max_length, task, cache)
 
         train = reread(tokenizer)
-        logits = TeacherLogits(network, [path], train, cache)
+        logits = teacher_logits(path, train, cache, device)
         found[name] = Auxiliary(task, train, logits, reread, digest([path.name, train.path.name]))
     return found
 
 
 def _alone(study: Study) -> dict[str, Study]:
-    """Each further task as a study of its own, with this one's settings."""
+    """Each further task as a study of its own, with this one's settings; in the order of their names."""
     longest = study.data.max_length
     return {
         name: study.model_copy(
@@ -129,13 +150,33 @@ def _alone(study: Study) -> dict[str, Study]:
                 "auxiliary": {},
             }
         )
-        for name, other in study.auxiliary.items()
+        for name, other in sorted(study.auxiliary.items())
     }
 
 
-def _check_vocabulary(alone: Study, own: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> None:
+def _check_size(study: Study, alone: Study, theirs: PreTrainedTokenizerBase) -> None:
+    """Refuse a vocabulary of another size than the study's is yet to be trained to."""
+    wanted = study.teacher.architecture and study.teacher.architecture.vocabulary
+    if isinstance(wanted, int) and len(theirs) != wanted:
+        message = f"its vocabulary has {len(theirs)} pieces: expected that of the study's teacher, of {wanted}"
+        raise alone.error("teacher.model", message)
+
+
+def _check_tokens(own: Subject, teacher: Subject, alone: Study, *, pairs: bool) -> None:
+    """Refuse a task whose texts the study's tokens would show to its teacher in another way than it knows.
+
+    A byte-level BPE writes the space before a word into its piece, which words that come one by one have not got.
+    """
+    words = "token-classification"
+    if own.family == "roberta" and (own.task == words) != (alone.task == words):
+        raise alone.error("task", f"expected one like {own.task}: RoBERTa's pieces of lone words are others")
+    if pairs and teacher.token_types > 1 >= own.token_types:
+        raise alone.error("data.train", "these are pairs of texts, and the study's teacher takes no token types")
+
+
+def _check_vocabulary(alone: Study, own: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> None:
     """Refuse a teacher that would read the study's tokens as something else."""
-    if own.get_vocab() != other.get_vocab() or own.all_special_ids != other.all_special_ids:
+    if not pretrained.same_vocabulary(own, theirs):
         message = "its vocabulary is not that of the study's teacher, whose tokens it would be given"
         raise alone.error("teacher.model", f"{alone.teacher.model}: {message}")
 
@@ -147,3 +188,5 @@ def _blamed(study: Study, name: str) -> Iterator[None]:
         yield
     except StudyError as error:
         raise study.error(f"auxiliary.{name}.{error.key or 'teacher'}", error.message) from error
+    except NotFinite as error:
+        raise study.error(f"auxiliary.{name}.teacher.fine_tune", error.message) from error

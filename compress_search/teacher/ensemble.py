@@ -73,8 +73,7 @@ def check_vocabulary(
     Raises:
         StudyError: their pieces or special tokens have different numbers.
     """
-    same = first.get_vocab() == other.get_vocab() and first.all_special_ids == other.all_special_ids
-    if not same:
+    if not pretrained.same_vocabulary(first, other):
         raise study.error(
             f"teacher.ensemble.{number}",
             f"{study.teacher.ensemble[number]}: its vocabulary is not the first teacher's, "

@@ -289,6 +289,11 @@ def load_tokenizer(study: Study, source: Path | str | None = None, **options: An
     return tokenizer
 
 
+def same_vocabulary(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers have the same pieces and special tokens under the same numbers."""
+    return one.get_vocab() == other.get_vocab() and one.all_special_ids == other.all_special_ids
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 

@@ -251,16 +251,19 @@ class TinyContext:
         return tiny_batches(self.candidate, batch_size=self.batch_size, seed=self.seed + len(self.fits) + 2000)
 
     def auxiliary(self) -> list[AuxiliaryTask]:
-        """One further task: sentences of the tiny language in two classes, and a teacher with random weights."""
-        other = tiny_candidate(self.candidate.subject.family, seed=4)
-        task = Task("text-classification", LABELS["text-classification"])
-        batches = tiny_batches(other, batch_size=self.batch_size, seed=self.seed + len(self.fits) + 3000)
+        """Two further tasks, classes of texts and tags of four times as many, by teachers of random weights."""
+        kinds = {"text-classification": self.examples, "token-classification": 4 * self.examples}
+        return [self._further(kind, examples, 3000 + 100 * n) for n, (kind, examples) in enumerate(kinds.items())]
+
+    def _further(self, kind: str, examples: int, seed: int) -> AuxiliaryTask:
+        teacher, task = tiny_candidate(self.candidate.subject.family, kind, seed=4), Task(kind, LABELS[kind])
+        batches = tiny_batches(teacher, batch_size=self.batch_size, seed=self.seed + len(self.fits) + seed)
 
         def teacher_logits(batch: Batch) -> Tensor:
             with torch.no_grad():
-                return forward(other.network, batch)
+                return forward(teacher.network, batch)
 
-        return [AuxiliaryTask(task.name, task.outputs, self.examples, batches, task.loss, teacher_logits)]
+        return AuxiliaryTask(kind, task.outputs, examples, batches, task.loss, teacher_logits)
 
     def unlabelled(self, batch_size: int, *, once: bool = False) -> Iterator[Batch]:
         """Batches of the tiny task without labels and row numbers, endless or of as many texts as it trains on."""

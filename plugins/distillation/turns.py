@@ -34,15 +34,16 @@ DROPOUT = 0.1
 
 
 def turns_space(teacher: Subject) -> dict[str, Dim]:
-    """``by_turns`` is the part of the training, from its beginning, in which further tasks have their turns.
+    """``by_turns`` is the part of the training on labels, from its beginning, in which further tasks have turns.
 
-    A task of n examples then has its turn in proportion to n to the power of ``turn_exponent``. Nothing where the
-    study names no further task.
+    A task of n examples then has its turn in proportion to n to the power of ``turn_exponent``. Its soft term is
+    that of the study's own task; where that has no temperature, neither has this. Nothing where the study names no
+    further task.
     """
     if "auxiliary" not in teacher.traits:
         return {}
     return {
-        "by_turns": Dim.real(0.0, LONGEST_TURNS, 0.5),
+        "by_turns": Dim.real(0.0, LONGEST_TURNS, 0.2),
         "turn_exponent": Dim.real(0.0, 1.0, 0.5, expert=True),
     }
 
