@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,11 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
+from compress_search import driver
 from compress_search.cli import main
+from compress_search.storage import Store
+from compress_search.study import load_study
+from tests.workers import HereExecutor
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -42,6 +47,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def environment(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("COMPRESS_SEARCH_CACHE", str(cache))
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials of the local executor run in this process."""
+    monkeypatch.setattr(driver, "LocalExecutor", HereExecutor)
 
 
 @pytest.fixture
@@ -111,7 +122,7 @@ def troubled(tiny_study: Study, tmp_path: Path, kinds: list[str], **search: Any)
 
 
 def test_a_method_in_trouble_costs_its_trial_only(tiny_study: Study, tmp_path: Path, executor: str) -> None:
-    kinds = ["fine", "raises", "refuses", "nan", "oom", "hangs", "dies"]
+    kinds = ["fine", "raises", "refuses", "nan", "oom", "dies-then-hangs"]
     path = troubled(tiny_study, tmp_path, kinds, trial_minutes=0.15, retries=1)
     said("run", path, "--executor", executor)
     trials = [trial for trial in report(path)["trials"] if trial.get("baseline") is None]
@@ -120,22 +131,27 @@ def test_a_method_in_trouble_costs_its_trial_only(tiny_study: Study, tmp_path: P
         kind: "complete" if kind == "fine" else "failed" for kind in kinds
     }
     assert {kind: trial["attempts"] for kind, trial in ended.items()} == {
-        kind: 2 if kind in ("hangs", "dies") else 1 for kind in kinds
+        kind: 2 if kind == "dies-then-hangs" else 1 for kind in kinds
     }
     for kind, text in {
         "raises": "a bug of the method",
         "refuses": "do not go together",
         "oom": "MemoryError",
-        "hangs": "outlasted",
-        "dies": "the worker process died (exit code 9)" if executor == "local" else "the worker process died",
+        "dies-then-hangs": "outlasted",
     }.items():
         assert text in ended[kind]["error"], kind
+    study = load_study(path)
+    death = Store(study.storage).result(study.name, ended["dies-then-hangs"]["number"], 0).failure
+    assert death is not None
+    died = "the worker process died (exit code 9)" if executor == "local" else "the worker process died"
+    assert died in death.message
     shown = said("show", path, ended["raises"]["number"])
     assert "misbehave" in shown
     assert "ZeroDivisionError" in shown
     wait_until(lambda: not left_running(path), 30)
 
 
+@pytest.mark.usefixtures("here")
 def test_a_methods_own_metric_is_an_aim(tiny_study: Study, tmp_path: Path) -> None:
     path = troubled(tiny_study, tmp_path, ["fine", "metric"])
     own = 'objectives=["accuracy", {"trouble.value": "maximize"}]', "constraints.trouble.value=>= 0.5"
@@ -153,12 +169,14 @@ def test_a_methods_own_metric_is_an_aim(tiny_study: Study, tmp_path: Path) -> No
 def test_a_full_disk_ends_the_run_and_is_held_against_no_recipe(
     tiny_study: Study, tmp_path: Path, executor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The executor matters where the run ends; what goes on is the search, wherever the rest is run."""
     path = troubled(tiny_study, tmp_path, ["fine", "disk"])
     full = "output: a disk is full (cannot write the file): free some space, and the same command goes on"
     assert full in said("run", path, "--executor", executor, code=2)
     wait_until(lambda: not left_running(path), 60)
     monkeypatch.setenv("TROUBLE_FREED", "yes")
-    said("run", path, "--executor", executor)
+    monkeypatch.setattr(driver, "LocalExecutor", HereExecutor)
+    said("run", path, "--executor", "local")
     trials = [trial for trial in report(path)["trials"] if trial["state"] != "duplicate"]
     assert {trial["state"] for trial in trials} == {"complete"}
     kinds = [trial["recipe"][0]["params"]["kind"] for trial in trials if trial.get("baseline") is None]
@@ -166,37 +184,44 @@ def test_a_full_disk_ends_the_run_and_is_held_against_no_recipe(
 
 
 @pytest.mark.parametrize(
-    ("executor", "number"),
+    ("executor", "numbers"),
     [
-        ("local", signal.SIGINT),
-        ("local", signal.SIGKILL),
-        ("ray", signal.SIGINT),
-        ("ray", signal.SIGTERM),  # for which Ray has a handler of its own
-        ("ray", signal.SIGKILL),
+        ("local", [signal.SIGINT, signal.SIGKILL]),
+        ("ray", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL]),  # Ray has a handler of its own for SIGTERM
     ],
+    ids=["local", "ray"],
 )
-def test_an_interrupted_study_resumes_where_it_was(
-    tiny_study: Study, tmp_path: Path, command: Any, executor: str, number: signal.Signals
+def test_a_study_resumes_where_it_was_however_often_it_is_interrupted(
+    tiny_study: Study, tmp_path: Path, command: Any, executor: str, numbers: list[signal.Signals]
 ) -> None:
-    path = troubled(tiny_study, tmp_path, ["fine", "raises", "refuses", "oom"])
-    slow = ("--set", "methods.trouble.seconds=1.5")
-    first = command("run", path, "--executor", executor, *slow)
-    results = tmp_path / "run" / "trials"
-    wait_until(lambda: len(list(results.glob("*/result.json"))) >= 2)
-    time.sleep(random.uniform(0, 2))
-    first.send_signal(number)
-    output = first.communicate(timeout=60)[0]
-    if number is not signal.SIGKILL:
-        assert first.returncode == 130, output
-        assert "resumes" in output
-    wait_until(lambda: not left_running(path), 60)
+    kinds = ["fine", "raises", "refuses", "oom", "nan", "metric"]
+    path = troubled(tiny_study, tmp_path, kinds)
+    slow = ("--set", "methods.trouble.seconds=2")
+
+    def results() -> int:
+        return len(list((tmp_path / "run" / "trials").glob("*/result.json")))
+
+    def arrived(count: int) -> bool:
+        return results() >= count
+
+    for number in numbers:
+        enough = max(2, results() + 1)  # both baselines, which are quick; then a trial more than before
+        run = command("run", path, "--executor", executor, *slow)
+        wait_until(partial(arrived, enough))
+        time.sleep(random.uniform(0, 2))  # in which one more trial can end, so that some are left each time
+        run.send_signal(number)
+        output = run.communicate(timeout=60)[0]
+        assert run.returncode == (-number if number is signal.SIGKILL else 130), output
+        assert number is signal.SIGKILL or "resumes" in output
+        assert "the search ended" not in output
+        wait_until(lambda: not left_running(path), 60)
 
     said("run", path, "--executor", executor, *slow)
     found = report(path)
     trials = [trial for trial in found["trials"] if trial.get("baseline") is None]
     done = [trial for trial in trials if trial["state"] != "duplicate"]
     assert [trial["number"] for trial in found["trials"]] == list(range(len(found["trials"])))
-    assert sorted(trial["recipe"][0]["params"]["kind"] for trial in done) == ["fine", "oom", "raises", "refuses"]
+    assert sorted(trial["recipe"][0]["params"]["kind"] for trial in done) == sorted(kinds)
     assert {trial["state"] for trial in done} == {"complete", "failed"}
     wait_until(lambda: not left_running(path), 60)
 
@@ -204,16 +229,18 @@ def test_an_interrupted_study_resumes_where_it_was(
 def test_a_second_driver_is_refused(tiny_study: Study, tmp_path: Path, command: Any) -> None:
     path = troubled(tiny_study, tmp_path, ["fine"])
     first = command("run", path, "--executor", "local", "--set", "methods.trouble.seconds=60")
-    wait_until((tmp_path / "run" / "trials").exists)
+    assert first.stdout
+    assert any("trial 0 started" in line for line in first.stdout)
     output = said("run", path, "--executor", "local", "--set", "methods.trouble.seconds=60", code=3)
     assert f"process {first.pid}" in output
 
 
+@pytest.mark.usefixtures("here")
 def test_constraints_that_nothing_meets_name_the_closest_recipes(tiny_study: Study) -> None:
     path = tiny_study(
         methods=["structured_pruning", "quantization"],
         constraints={"size_mb": "<= 0.001"},
-        search={"trials": 2},
+        search={"trials": 1},
         training=TRAINING,
     )
     output = said("run", path, "--executor", "local", code=4)
@@ -223,6 +250,7 @@ def test_constraints_that_nothing_meets_name_the_closest_recipes(tiny_study: Stu
     assert "against ≤ 0.0010 MB" in error
 
 
+@pytest.mark.usefixtures("here")
 def test_a_finished_study_prints_its_front_again_at_once(tiny_study: Study, tmp_path: Path) -> None:
     path = troubled(tiny_study, tmp_path, ["fine"])
     said("run", path, "--executor", "local")

@@ -17,7 +17,7 @@ class Trouble(Method):
     def search_space(self, teacher: Subject) -> Mapping[str, Dim]:
         return {
             "kind": Dim.choice(
-                ["fine", "raises", "refuses", "nan", "metric", "oom", "disk", "hangs", "dies"], "fine"
+                ["fine", "raises", "refuses", "nan", "metric", "oom", "disk", "dies-then-hangs"], "fine"
             ),
             "seconds": Dim.real(0.0, 60.0, 0.0, expert=True),
         }
@@ -25,10 +25,13 @@ class Trouble(Method):
     def apply(self, candidate: Candidate, params: Params, context: Context) -> Candidate:
         candidate = candidate.copy()
         if not context.dry:
-            self.misbehave(str(params["kind"]), candidate.network, float(params["seconds"]), params)
+            tried = context.scratch.parent / "tried"  # the trial's own folder, which its next attempt finds
+            first = not tried.exists()
+            tried.touch()
+            self.misbehave(str(params["kind"]), candidate.network, float(params["seconds"]), first)
         return candidate
 
-    def misbehave(self, kind: str, network: Any, seconds: float, params: Params) -> None:
+    def misbehave(self, kind: str, network: Any, seconds: float, first: bool) -> None:
         time.sleep(seconds)
         if kind == "raises":
             raise ZeroDivisionError("a bug of the method")
@@ -40,10 +43,10 @@ class Trouble(Method):
             raise MemoryError
         if kind == "disk" and "TROUBLE_FREED" not in os.environ:
             raise RuntimeError("cannot write the file") from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if kind == "hangs":
+        if kind == "dies-then-hangs":
+            if first:
+                os._exit(9)
             time.sleep(600)
-        if kind == "dies":
-            os._exit(9)
 
     def evaluate(self, candidate: Candidate, context: Context) -> Mapping[str, float]:
         return {"value": 1.0}
