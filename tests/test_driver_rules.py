@@ -57,7 +57,7 @@ def test_no_other_precision_is_called_int8(kernels: tuple[str, ...]) -> None:
 def test_a_study_goes_on_where_it_was_begun_only(tiny_study: Callable[..., Path]) -> None:
     def prepared(gpus: int) -> Prepared:
         study = load_study(tiny_study(cluster={"gpus_per_trial": gpus}))
-        return Prepared(study, Plan(study, Registry(), TEACHER, {}, ()), NOTHING, NOTHING, NOTHING)
+        return Prepared(study, Plan(study, Registry(), TEACHER, {}, ()), NOTHING, NOTHING, {}, NOTHING)
 
     refuse_another_device(prepared(0))
     with pytest.raises(StudyError, match=r"cluster.gpus_per_trial: this study was begun on cpu"):
