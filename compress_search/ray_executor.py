@@ -39,7 +39,6 @@ from compress_search.environment import usable_cores
 from compress_search.errors import CompressSearchError, StudyError
 from compress_search.executor import Factory, ReadDeath, Worker, raised, verdict
 from compress_search.records import Assignment, Failure, Result, Rung
-from compress_search.runtimes.probe import kernels
 from compress_search.study import Study
 
 if TYPE_CHECKING:
@@ -229,6 +228,8 @@ def probe_cluster(study: Study, device: str) -> frozenset[str]:
     Raises:
         CompressSearchError: as :func:`connect`; or the package cannot be run there.
     """
+    from compress_search.runtimes.probe import kernels  # with torch, which an actor loads only for what needs it
+
     connect(study)
     cluster = study.cluster
     probe: Any = ray.remote(num_cpus=cluster.cpus_per_trial, num_gpus=cluster.gpus_per_trial)(kernels)

@@ -15,7 +15,7 @@ import yaml
 from click.testing import CliRunner
 from transformers import BertTokenizer
 
-from compress_search import Context, StudyError
+from compress_search import Context, StudyError, driver
 from compress_search.cli import main
 from compress_search.driver import Prepared, prepare
 from compress_search.encoders import keep_pieces
@@ -27,6 +27,7 @@ from compress_search.teacher import load_teacher
 from compress_search.training import forward
 from compress_search.workbench import Workbench
 from tests import tiny
+from tests.workers import HereExecutor
 
 KINDS = ("text-classification", "text-regression", "token-classification")
 Maker = Callable[..., Path]
@@ -213,7 +214,10 @@ def test_no_segments_are_folded_that_a_further_task_tells_apart(tiny_study: Make
     assert "pairs" not in prepared(studied(tiny_study, tmp_path)).plan.teacher.traits
 
 
-def test_a_study_with_one_runs_and_refuses_to_go_on_with_other_rows(tiny_study: Maker, tmp_path: Path) -> None:
+def test_a_study_with_one_runs_and_refuses_to_go_on_with_other_rows(
+    tiny_study: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "LocalExecutor", HereExecutor)
     path = studied(tiny_study, tmp_path)
     ran = CliRunner().invoke(main, ["run", str(path), "--executor", "local"])
     assert ran.exit_code == 0, ran.output

@@ -106,6 +106,13 @@ class Ground:
             "training": {"epochs": 0.34, "batch_size": 32, "precision": precision},
             "teacher": {"fine_tune": {"epochs": 0.1, "crf": crf}, "masked_lm": "language_model"},
             "data": {"unlabeled": "data/test.jsonl"},
+            "auxiliary": {
+                "more_of_it": {
+                    "task": tiny.task_of(kind),
+                    "teacher": {"model": "./teacher"},
+                    "data": {"train": "data/validation.jsonl"},
+                }
+            },
         }
         save_language_model(folder / "language_model", kind, family)
         tiny.tiny_teacher(folder / "teacher", kind, family, layers=4)

@@ -235,11 +235,12 @@ def _wait_until(holds: Callable[[], bool], seconds: float = 30.0) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_kernels_are_those_of_the_place_that_trials_run_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    from compress_search import ray_executor
+    from compress_search.ray_executor import probe_cluster
+    from compress_search.runtimes import probe
 
-    monkeypatch.setattr(ray_executor, "kernels", lambda device: {device, str(os.getpid())})
+    monkeypatch.setattr(probe, "kernels", lambda device: {device, str(os.getpid())})
     study: Any = SimpleNamespace(cluster=SimpleNamespace(cpus_per_trial=1, gpus_per_trial=0))
-    found = ray_executor.probe_cluster(study, "cpu")
+    found = probe_cluster(study, "cpu")
     assert "cpu" in found
     assert str(os.getpid()) not in found
 
