@@ -6,7 +6,7 @@ study is read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ def sections(
 ) -> Iterator[Section]:
     """The section of a schema and all below it, in the order of the file; of those that are alike the first."""
     required, shown = schema.get("required", ()), set() if shown is None else shown
-    rows = (_row(name, part, name in required) for name, part in schema["properties"].items())
+    rows = [_row(name, part, name in required, shown) for name, part in schema["properties"].items()]
     yield Section(key, schema["description"], tuple(rows))
     for name, part in schema["properties"].items():
         below = _reference(part)
@@ -89,8 +89,8 @@ def _named(part: Schema) -> Schema | None:
     return inner if isinstance(inner, Mapping) and "$ref" in inner else None
 
 
-def _row(name: str, part: Schema, required: bool) -> Row:
-    return Row(name, _values(part), _escape(_default(part, required)), _escape(part["description"]))
+def _row(name: str, part: Schema, required: bool, shown: Collection[str]) -> Row:
+    return Row(name, _values(part, shown), _escape(_default(part, required)), _escape(part["description"]))
 
 
 def _default(part: Schema, required: bool) -> str:
@@ -102,8 +102,10 @@ def _default(part: Schema, required: bool) -> str:
     return "required" if required else ""
 
 
-def _values(part: Schema) -> str:
+def _values(part: Schema, shown: Collection[str]) -> str:
     """What may be written, in words."""
+    if section := _reference(part):
+        return f"mapping, see {'above' if section in shown else 'below'}"
     return " or ".join(filter(None, (_value(option) for option in _options(part))))
 
 
@@ -113,8 +115,6 @@ def _options(part: Schema) -> list[Schema]:
 
 
 def _value(option: Schema) -> str:
-    if "$ref" in (_named(option) or option):
-        return "mapping, see below"
     if "const" in option or "enum" in option:
         return ", ".join(f"`{value}`" for value in option.get("enum", [option.get("const")]))
     kind = str(option["type"])
