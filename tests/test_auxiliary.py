@@ -19,11 +19,12 @@ from compress_search import Context, StudyError, driver
 from compress_search.cli import main
 from compress_search.driver import Prepared, prepare
 from compress_search.encoders import keep_pieces
+from compress_search.errors import NotFinite
 from compress_search.pipeline import Budget, StepContext, run_recipe
 from compress_search.recipe import Recipe, Step
 from compress_search.space import defaults
 from compress_search.study import Study, load_study
-from compress_search.teacher import load_teacher
+from compress_search.teacher import auxiliary, load_teacher
 from compress_search.training import forward
 from compress_search.workbench import Workbench
 from tests import tiny
@@ -117,6 +118,20 @@ def test_a_teacher_is_trained_on_its_own_task_once(tiny_study: Maker, tmp_path: 
     made = {path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
     assert Workbench(found.brief).materials.auxiliary[0].digest == bench.materials.auxiliary[0].digest
     assert made == {path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
+
+
+def test_a_training_that_diverges_names_its_task(
+    tiny_study: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = prepared(studied(tiny_study, tmp_path))
+
+    def diverge(*_: object, **__: object) -> Path:
+        raise NotFinite("loss is nan at step 3")
+
+    monkeypatch.setattr(auxiliary, "prepare_teacher", diverge)
+    with pytest.raises(StudyError, match="loss is nan at step 3") as caught:
+        _ = Workbench(found.brief).materials
+    assert caught.value.key == "auxiliary.further.teacher.fine_tune"
 
 
 def test_the_estimate_counts_its_teachers_training(tiny_study: Maker, tmp_path: Path) -> None:

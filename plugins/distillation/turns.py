@@ -132,7 +132,8 @@ def taking_turns(
             return own(network, batch)
         task, head, term = tasks[turn - 1], heads[turn - 1], terms[turn - 1]
         logits = head(read_features(network, batch, [feature])[feature])
-        return mixed(term(logits, task.teacher_logits(batch), batch), task.loss(logits, batch["labels"]), alpha())
+        hard, weight = task.loss(logits, batch["labels"]), alpha()
+        return mixed(term(logits, task.teacher_logits(batch), batch), hard, weight) if weight else hard
 
     return {
         "loss": loss,
