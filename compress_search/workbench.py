@@ -131,7 +131,7 @@ class Workbench:
         self.teacher_directory = prepare_teacher(self.study, raw, task, self.cache)
         network, tokenizer = load_teacher(self.teacher_directory, self.device)
         self.splits = tokenize(raw, tokenizer, self.study, task, self.cache)
-        auxiliary = tuple(prepare_auxiliary(self.study, tokenizer, self.cache, self.device).values())
+        auxiliary = prepare_auxiliary(self.study, tokenizer, self.cache, self.device)
         train = self.splits["train"]
         self.teachers = prepare_ensemble(self.study, self.teacher_directory, raw, task, self.cache)
         logits = TeacherLogits(network, self.teachers, train, self.cache, self.study.teacher.average)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -230,6 +231,18 @@ class Study(Section):
         if self._document is None:
             return StudyError(message, key=key)
         return self._document.error(key, message)
+
+    @contextmanager
+    def blamed(self, key: str, *, below: bool = False) -> Iterator[None]:
+        """What is wrong with a study made of parts of this one stands at this key of it.
+
+        With ``below`` it stands at the key under this one that the other study names.
+        """
+        try:
+            yield
+        except StudyError as error:
+            place = f"{key}.{error.key}" if below and error.key else key
+            raise self.error(place, error.message) from error
 
     def method_key(self, name: str) -> str:
         """The dotted key at which the study names a method: by its number where the methods are a list."""

@@ -137,7 +137,7 @@ def prepare_ensemble(study: Study, first: Path, raw: Raw, task: Task, cache: Pat
     paths = [first]
     _check_vocabularies(study, AutoTokenizer.from_pretrained(first))
     for number, member in enumerate(ensemble.members(study)):
-        with ensemble.blamed(study, number):
+        with study.blamed(ensemble.key_of(number)):
             paths.append(prepare_teacher(member, raw, task, cache))
     return paths
 

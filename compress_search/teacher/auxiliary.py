@@ -6,8 +6,7 @@ and what the student has on top for it, is a method's to say.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +19,7 @@ from compress_search.candidate import Subject
 from compress_search.data import Raw, Split, tokenize_rows
 from compress_search.data.contents import data_digests
 from compress_search.data.rows import read_training
-from compress_search.errors import NotFinite, StudyError
+from compress_search.errors import NotFinite
 from compress_search.recipe import digest
 from compress_search.study import Study
 from compress_search.tasks import Task
@@ -66,7 +65,7 @@ def read(study: Study) -> dict[str, tuple[Raw, Task]]:
     """
     found = {}
     for name, alone in _alone(study).items():
-        with _blamed(study, name):
+        with study.blamed(f"auxiliary.{name}", below=True):
             rows, task = read_training(alone)
         found[name] = Raw(rows, rows.take([])), task
     return found
@@ -87,7 +86,7 @@ def check(study: Study, subject: Subject, sources: Sources) -> None:
     own = known_tokenizer(study) if sources else None
     for name, alone in _alone(study).items():
         raw, task = sources[name]
-        with _blamed(study, name):
+        with study.blamed(f"auxiliary.{name}", below=True):
             teacher = teacher_subject(alone, task)
             if "crf" in teacher.traits:
                 raise alone.error("teacher.model", "it has a CRF: expected one whose answers are logits alone")
@@ -110,8 +109,10 @@ def contents(study: Study, sources: Sources) -> dict[str, str]:
 
 def prepare(
     study: Study, tokenizer: PreTrainedTokenizerBase, cache: Path, device: torch.device | str
-) -> dict[str, Auxiliary]:
-    """All further tasks of a study, by name; their teachers are trained on the first call, where they are to be.
+) -> list[Auxiliary]:
+    """All further tasks of a study, in the order of their names.
+
+    Their teachers are trained on the first call, where they are to be.
 
     Args:
         study: names them.
@@ -122,19 +123,22 @@ def prepare(
     Raises:
         StudyError: see :func:`read` and :func:`check`; or weights are damaged or not there, or a training diverged.
     """
-    found = {}
+    found = []
     for name, (raw, task) in read(study).items():
         alone = _alone(study)[name]
-        with _blamed(study, name):
+        with study.blamed(f"auxiliary.{name}", below=True):
             _check_vocabulary(alone, tokenizer, pretrained.load_tokenizer(alone))
-            path = prepare_teacher(alone, raw, task, cache)
+            try:
+                path = prepare_teacher(alone, raw, task, cache)
+            except NotFinite as error:
+                raise alone.error("teacher.fine_tune", error.message) from error
 
         def reread(own: PreTrainedTokenizerBase, raw: Raw = raw, task: Task = task, alone: Study = alone) -> Split:
             return tokenize_rows(raw.train, own, alone.data.max_length, task, cache)
 
         train = reread(tokenizer)
         logits = teacher_logits(path, train, cache, device)
-        found[name] = Auxiliary(task, train, logits, reread, digest([path.name, train.path.name]))
+        found.append(Auxiliary(task, train, logits, reread, digest([path.name, train.path.name])))
     return found
 
 
@@ -179,14 +183,3 @@ def _check_vocabulary(alone: Study, own: PreTrainedTokenizerBase, theirs: PreTra
     if not pretrained.same_vocabulary(own, theirs):
         message = "its vocabulary is not that of the study's teacher, whose tokens it would be given"
         raise alone.error("teacher.model", f"{alone.teacher.model}: {message}")
-
-
-@contextmanager
-def _blamed(study: Study, name: str) -> Iterator[None]:
-    """Complaints about a key of a task name its place in the study."""
-    try:
-        yield
-    except StudyError as error:
-        raise study.error(f"auxiliary.{name}.{error.key or 'teacher'}", error.message) from error
-    except NotFinite as error:
-        raise study.error(f"auxiliary.{name}.teacher.fine_tune", error.message) from error

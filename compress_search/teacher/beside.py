@@ -6,8 +6,6 @@ depend on what the model is for; each names the key that it stands under. Loads 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 
 from compress_search.candidate import Subject
 from compress_search.encoders import subject_of
-from compress_search.errors import StudyError
 from compress_search.study import FineTune, Study, TeacherConfig
 from compress_search.tasks import Task
 from compress_search.teacher import pretrained
@@ -58,14 +55,6 @@ class Beside:
         teacher = TeacherConfig(model=self.model, fine_tune=FineTune(crf=crf))
         return self.study.model_copy(update={"teacher": teacher})
 
-    @contextmanager
-    def blamed(self) -> Iterator[None]:
-        """Complaints about the model name the key it stands under."""
-        try:
-            yield
-        except StudyError as error:
-            raise self.study.error(self.key, error.message) from error
-
     def config(self, task: Task) -> Any:
         """Its configuration, for the task's labels.
 
@@ -73,7 +62,7 @@ class Beside:
             StudyError: as for the teacher; or it has another number of pieces than the teacher's tokenizer is yet
                 to be trained to.
         """
-        with self.blamed():
+        with self.study.blamed(self.key):
             config = pretrained.read_config(self.as_teacher(), task)
         wanted = self.study.teacher.architecture and self.study.teacher.architecture.vocabulary
         if isinstance(wanted, int) and (found := len(self.tokenizer())) != wanted:
@@ -84,7 +73,7 @@ class Beside:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer beside it."""
-        with self.blamed():
+        with self.study.blamed(self.key):
             return pretrained.load_tokenizer(self.as_teacher())
 
     def check_vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -100,7 +89,7 @@ class Beside:
 
     def source(self) -> Path:
         """The directory of its files."""
-        with self.blamed():
+        with self.study.blamed(self.key):
             return pretrained.directory_of(self.as_teacher())
 
     def fingerprint(self) -> str:

@@ -7,8 +7,7 @@ students learn from is averaged. Knows nothing of files or training.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from compress_search.crf import asks_for_crf
-from compress_search.errors import StudyError
 from compress_search.study import Study, TeacherConfig
 from compress_search.tasks import Task
 from compress_search.teacher import pretrained
@@ -38,19 +36,15 @@ def check(study: Study, task: Task) -> None:
     if study.teacher.average == "probabilities" and not task.labels:
         raise study.error("teacher.average", f"{task.name} has no probabilities: expected logits")
     for number, member in enumerate(members(study)):
-        with blamed(study, number):
+        with study.blamed(key_of(number)):
             config = pretrained.read_config(member, task)
         if asks_for_crf(config):
-            raise study.error(f"teacher.ensemble.{number}", "it has a CRF, whose transitions cannot be averaged")
+            raise study.error(key_of(number), "it has a CRF, whose transitions cannot be averaged")
 
 
-@contextmanager
-def blamed(study: Study, number: int) -> Iterator[None]:
-    """Complaints about a teacher name its place in the list."""
-    try:
-        yield
-    except StudyError as error:
-        raise study.error(f"teacher.ensemble.{number}", error.message) from error
+def key_of(number: int) -> str:
+    """Where a further teacher stands in the study."""
+    return f"teacher.ensemble.{number}"
 
 
 def check_vocabularies(study: Study, first: PreTrainedTokenizerBase) -> None:
@@ -60,7 +54,7 @@ def check_vocabularies(study: Study, first: PreTrainedTokenizerBase) -> None:
         StudyError: a tokenizer cannot be loaded, or is another one.
     """
     for number, member in enumerate(members(study)):
-        with blamed(study, number):
+        with study.blamed(key_of(number)):
             tokenizer = pretrained.load_tokenizer(member)
         check_vocabulary(study, number, first, tokenizer)
 
@@ -75,7 +69,7 @@ def check_vocabulary(
     """
     if not pretrained.same_vocabulary(first, other):
         raise study.error(
-            f"teacher.ensemble.{number}",
+            key_of(number),
             f"{study.teacher.ensemble[number]}: its vocabulary is not the first teacher's, "
             "whose tokens it would be given",
         )

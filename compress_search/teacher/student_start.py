@@ -61,7 +61,7 @@ def load(study: Study, task: Task, tokenizer: PreTrainedTokenizerBase, *, crf: b
     own = Beside(study, "student_start")
     own.check_vocabulary(tokenizer)
     named, source = own.as_teacher(crf=crf), own.source()
-    with own.blamed():
+    with study.blamed(own.key):
         config = pretrained.read_config(named, task)
         network: nn.Module = pretrained.load_pretrained(named, source, config, task)[0]
     return network.eval()
