@@ -1,0 +1,241 @@
+"""Shortcuts: the map that stands for layers, the head that takes it in, and which layers stay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from compress_search_plugins.distillation.shortcuts import (
+    DAMPING,
+    ENOUGH,
+    LinearMap,
+    Moments,
+    best_cut,
+    blocks_out,
+    take_in,
+)
+from compress_search_plugins.distillation.students import cut_student
+from compress_search_plugins.shortcut import Shortcut
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from compress_search import Batch, Candidate, TrialError
+from compress_search.encoders import FAMILIES, layers, parts, read_features
+from compress_search.space import active, defaults
+from compress_search.testing import tiny_batches, tiny_candidate, tiny_context
+from compress_search.training import forward
+
+TASKS = ("text-classification", "text-regression", "token-classification")
+
+
+def parameters(candidate: Candidate, **changes: Any) -> dict[str, Any]:
+    space = Shortcut().search_space(candidate.subject)
+    params = defaults(space) | changes
+    return {name: value for name, value in params.items() if active(space[name], params)}
+
+
+def solved(inputs: torch.Tensor, targets: torch.Tensor, pieces: int = 3) -> LinearMap:
+    moments = Moments(inputs.shape[1], inputs.device)
+    for x, y in zip(inputs.chunk(pieces), targets.chunk(pieces), strict=True):
+        moments.add(x, y)
+    return moments.solve()
+
+
+def silenced(candidate: Candidate, *which: int) -> Candidate:
+    """A copy in which these layers add nothing to what passes, so that only their norms are left of them."""
+    copied = candidate.copy()
+    for index in which:
+        view = parts(layers(copied.network)[index])
+        for linear in (view.attention_output, view.down):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+    return copied
+
+
+def batches(candidate: Candidate, count: int = 6) -> list[Batch]:
+    stream = tiny_batches(candidate)
+    return [next(stream) for _ in range(count)]
+
+
+class TestMap:
+    def test_it_is_ridge_regression(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(90, 5, generator=generator) @ torch.randn(5, 5, generator=generator) + 3
+        y = x @ torch.randn(5, 5, generator=generator) + torch.randn(90, 5, generator=generator) - 1
+        found = solved(x, y)
+        design, wanted = (np.asarray(z.double() - z.double().mean(0)) for z in (x, y))
+        strength = DAMPING * np.mean(np.sum(design**2, axis=0))
+        # ridge is least squares with rows that hold every coefficient at 0
+        rows = np.vstack([design, np.sqrt(strength) * np.eye(5)])
+        expected = np.linalg.lstsq(rows, np.vstack([wanted, np.zeros((5, 5))]), rcond=None)[0]
+        np.testing.assert_allclose(found.weight.T, expected, rtol=1e-6, atol=1e-6)
+        said = np.asarray(x.double() @ found.weight.T + found.bias)
+        np.testing.assert_allclose(said.mean(0), np.asarray(y.double().mean(0)), rtol=1e-8)
+        left = ((said - np.asarray(y.double())) ** 2).sum() / (wanted**2).sum()
+        assert found.unexplained == pytest.approx(left, rel=1e-6)
+
+    @given(st.integers(1, 6), st.integers(1, 60), st.integers(0, 2**16))
+    def test_it_never_explains_less_than_the_mean_does(self, width: int, count: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        x, y = (torch.randn(count, width, generator=generator) for _ in range(2))
+        assert -1e-9 <= solved(x, y, pieces=1).unexplained <= 1 + 1e-9
+
+    def test_channels_that_never_change_are_no_trouble(self) -> None:
+        x = torch.ones(20, 3)
+        found = solved(x, torch.arange(20.0)[:, None].expand(20, 3))
+        assert found.weight.isfinite().all()
+        torch.testing.assert_close(found.bias, torch.full((3,), 9.5, dtype=torch.float64))
+        assert solved(x, x).unexplained == pytest.approx(0)
+
+
+class TestHead:
+    @pytest.mark.parametrize("task", TASKS)
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_it_answers_as_if_it_read_the_maps_states(self, family: str, task: str) -> None:
+        candidate = tiny_candidate(family, task)
+        batch, width = batches(candidate, 1)[0], candidate.subject.hidden
+        generator = torch.Generator().manual_seed(1)
+        weight = torch.randn(width, width, generator=generator, dtype=torch.float64)
+        found = LinearMap(weight, torch.randn(width, generator=generator, dtype=torch.float64), 0.0)
+        mapped, taken = candidate.copy().network.eval(), candidate.copy().network.eval()
+
+        def through(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+            return (output.double() @ weight.T + found.bias).float()
+
+        layers(mapped)[-1].register_forward_hook(through)
+        take_in(taken, found)
+        with torch.no_grad():
+            torch.testing.assert_close(forward(taken, batch), forward(mapped, batch), rtol=1e-4, atol=1e-4)
+            assert not torch.allclose(forward(taken, batch), forward(candidate.network.eval(), batch), atol=1e-3)
+
+
+class TestLayers:
+    @given(st.integers(1, 12).flatmap(lambda depth: st.tuples(st.just(depth), st.integers(1, depth))))
+    def test_one_block_goes(self, sizes: tuple[int, int]) -> None:
+        depth, count = sizes
+        ways = blocks_out(depth, count)
+        assert ways[0] == list(range(count))
+        assert ways[-1] == list(range(depth - count, depth))
+        assert len(ways) == count + 1
+        for way in ways:
+            gone = sorted(set(range(depth)) - set(way))
+            assert (len(way), way) == (count, sorted(set(way)))
+            assert gone == list(range(gone[0], gone[0] + depth - count)) if gone else way == list(range(depth))
+
+    @pytest.mark.parametrize("silent", [(0, 1), (1, 2), (2, 3)])
+    @pytest.mark.parametrize("task", TASKS)
+    def test_layers_that_say_nothing_go_and_nothing_is_lost(self, task: str, silent: tuple[int, ...]) -> None:
+        candidate = silenced(tiny_candidate("bert", task, layers=4), *silent)
+        context = tiny_context(candidate)
+        params = parameters(candidate, layers=2, trained=False)
+        student = Shortcut().apply(candidate, params, context)
+        assert context.fits == []
+        assert Shortcut().evaluate(student, context)["unexplained"] < 1e-2
+        batch, stays = batches(candidate, 1)[0], [layer for layer in range(4) if layer not in silent]
+        with torch.no_grad():
+            said, expected = forward(student.network, batch), forward(candidate.network, batch)
+        real = batch["attention_mask"].bool() if task == "token-classification" else ...
+        assert F.mse_loss(said[real], expected[real]) < 1e-2 * expected[real].var()
+        found, kept = (
+            [parts(layer).query.weight for layer in layers(network)]
+            for network in (student.network, cut_student(candidate, stays, 1.0).network)
+        )
+        assert all(map(torch.equal, found, kept))
+
+    @pytest.mark.parametrize("task", TASKS)
+    def test_that_way_is_taken_which_alone_leaves_least_unexplained(self, task: str) -> None:
+        candidate = tiny_candidate("bert", task, layers=4)
+        examples, pooled = batches(candidate), task != "token-classification"
+        network = candidate.network.eval()
+        ways = blocks_out(4, 2)
+        alone = [best_cut(network, [way], examples, pooled=pooled)[1].unexplained for way in ways]
+        assert len(set(alone)) == len(ways)
+        kept, found = best_cut(network, ways, examples, pooled=pooled)
+        assert kept == ways[alone.index(min(alone))]
+        assert found.unexplained == pytest.approx(min(alone))
+        for keep, way in (("first", ways[0]), ("last", ways[-1])):
+            params = parameters(candidate, layers=2, keep=keep, trained=False)
+            student = Shortcut().apply(candidate, params, tiny_context(candidate))
+            wanted = [parts(layers(candidate.network)[index]).up.weight for index in way]
+            assert all(map(torch.equal, [parts(layer).up.weight for layer in layers(student.network)], wanted))
+
+    def test_of_whole_texts_only_the_first_tokens_state_counts(self) -> None:
+        candidate = tiny_candidate(layers=3)
+        examples = batches(candidate)
+        network = candidate.network.eval()
+        _, found = best_cut(network, [[0]], examples, pooled=True)
+        moments = Moments(candidate.subject.hidden, torch.device("cpu"))
+        student = cut_student(candidate, [0], 1.0).network.eval()
+        with torch.no_grad():
+            for batch in examples:
+                ours = read_features(student, batch, ["hidden.1"])["hidden.1"][:, 0]
+                moments.add(ours, read_features(network, batch, ["hidden.3"])["hidden.3"][:, 0])
+        torch.testing.assert_close(found.weight, moments.solve().weight)
+
+    def test_no_more_is_read_than_is_enough_and_the_network_stays_whole_whatever_happens(self) -> None:
+        candidate = tiny_candidate("bert", "token-classification", layers=3)
+        network, stack = candidate.network.eval(), list(layers(candidate.network))
+        drawn: list[int] = []
+
+        def endless(failing: bool) -> Any:
+            for batch in iter(lambda: batches(candidate, 1)[0], None):
+                drawn.append(int(batch["attention_mask"].sum()))
+                yield {} if failing else batch
+
+        best_cut(network, blocks_out(3, 1), endless(False), pooled=False)
+        enough = ENOUGH * candidate.subject.hidden
+        assert sum(drawn) >= enough > sum(drawn[:-1])
+        with pytest.raises((KeyError, TrialError, TypeError, ValueError)):
+            best_cut(network, blocks_out(3, 1), endless(True), pooled=False)
+        assert list(layers(network)) == stack
+
+
+class TestStudent:
+    @pytest.mark.parametrize("task", TASKS)
+    def test_untrained_it_is_nearer_to_its_teacher_than_the_same_layers_alone(self, task: str) -> None:
+        candidate = tiny_candidate("bert", task, layers=4)
+        context = tiny_context(candidate)
+        student = Shortcut().apply(candidate, parameters(candidate, layers=2, keep="first", trained=False), context)
+        bare = cut_student(candidate, [0, 1], 1.0)
+        far = {"student": 0.0, "bare": 0.0}
+        with torch.no_grad():
+            for batch in batches(candidate):
+                wanted = forward(candidate.network.eval(), batch)
+                for name, model in (("student", student), ("bare", bare)):
+                    far[name] += float(F.mse_loss(forward(model.network.eval(), batch), wanted))
+        assert far["student"] < 0.7 * far["bare"]
+        assert student.subject == Shortcut().after(candidate.subject, parameters(candidate, layers=2))
+
+    def test_it_is_trained_by_answers_and_labels_on_all_of_its_share(self) -> None:
+        candidate = tiny_candidate(layers=3)
+        context = tiny_context(candidate)
+        asked: list[dict[str, Any]] = []
+        context.fit = lambda network, **options: asked.append(options | {"network": network})  # type: ignore[method-assign]
+        for alpha in (0.0, 1.0):
+            Shortcut().apply(candidate, parameters(candidate, alpha=alpha, learning_rate=2e-4), context)
+        hard, soft = asked
+        batch = batches(candidate, 1)[0]
+        assert hard["loss"](hard["network"], batch) == context.task_loss(hard["network"], batch)
+        said = forward(soft["network"], batch) / 2
+        wanted = (context.teacher_logits(batch) / 2).softmax(-1)
+        expected = 4 * F.kl_div(said.log_softmax(-1), wanted, reduction="batchmean")
+        torch.testing.assert_close(soft["loss"](soft["network"], batch), expected)
+        assert (hard["learning_rate"], hard.get("share", 1.0)) == (2e-4, 1.0)
+
+    def test_answers_without_weight_have_no_temperature(self) -> None:
+        candidate = tiny_candidate()
+        method, params = Shortcut(), parameters(candidate, alpha=0.0)
+        assert "temperature" in params
+        assert "temperature" not in method.effective(candidate.subject, params)
+        assert not method.trains(parameters(candidate, trained=False))
+
+    def test_a_dry_run_reads_nothing(self) -> None:
+        candidate = tiny_candidate(layers=3)
+        context = tiny_context(candidate, dry=True)
+        context.calibration = lambda *_, **__: pytest.fail("examples were read")  # type: ignore[method-assign]
+        student = Shortcut().apply(candidate, parameters(candidate, layers=2), context)
+        assert len(layers(student.network)) == 2
