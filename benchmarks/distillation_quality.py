@@ -52,6 +52,8 @@ Chosen as the rate is. By their papers Theseus begins as the first layers, as th
 from all the depth."""
 SHAPES = {"half": (3, 1.0), "third": (2, 1.0), "half and half as wide": (3, 0.5)}
 """(layers, width as a part of the teacher's); a narrow student is for the methods that can make one."""
+ONE_WIDTH = ("theseus", "distilbert", "shortcut")
+"""Methods whose students are as wide as their teacher."""
 PRECISIONS = {"bf16": "in bfloat16", "fp32": "in float32"}
 BASELINES = ("truncated", "truncated teacher", "kd")
 """What the others are compared with: fine-tuning on the labels the lower layers of what the teacher was made from,
@@ -135,8 +137,9 @@ def arms(layers: int, width: float = 1.0) -> dict[str, dict[str, Any]]:
         "distilbert": {"distilbert": {"layers": layers}},
         "minilm": {"minilm": shape},
         "layer_match": {"layer_match": shape},
+        "shortcut": {"shortcut": {"layers": layers}},
     }
-    return {name: arm for name, arm in found.items() if width == 1 or name not in ("theseus", "distilbert")}
+    return {name: arm for name, arm in found.items() if width == 1 or name not in ONE_WIDTH}
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,13 @@ Groups = Mapping[str, Mapping[str, Methods]]
 LEFT_OUT: Mapping[str, Methods] = {
     f"{gone} of 6 layers left out, not trained": left_out(gone / 6) for gone in (1, 2, 3)
 }
+SHORTCUTS: Mapping[str, Methods] = {
+    **{
+        f"a map for {gone} of 6 layers, not trained": {"shortcut": {"layers": 6 - gone, "trained": False}}
+        for gone in (1, 2, 3, 4)
+    },
+    "a map for 3 of 6 layers, trained": half("shortcut"),
+}
 
 ALL_LABELS: Groups = {
     "baselines": {
@@ -225,6 +232,7 @@ FEW_LABELS: Groups = {
         "a small pretrained network, labels": {"plain_student": {"start": "checkpoint", "learning_rate": RATE}},
     },
     "structured_pruning": LEFT_OUT,
+    "shortcut": SHORTCUTS,
     "distill": {
         "labelled text alone": recovered(),
         "half of the steps on text without labels": recovered(transfer=0.5),
@@ -250,6 +258,7 @@ FEW_LABELS: Groups = {
 ANSWERS: Groups = {"plain_student": {"lower layers, labels and soft targets": half("plain_student", alpha=0.5)}}
 BESIDE_ANSWERS: Groups = {
     **ANSWERS,
+    "shortcut": SHORTCUTS,
     "layer_match": {
         "top three layers' states": top_layers(features="hidden", hidden_weight=0.1),
         "top three layers' attention": top_layers(features="attention", attention_loss="relation_kl_rows"),

@@ -22,9 +22,7 @@ from compress_search import Batch
 from compress_search.encoders import head, layers, read_features, set_layers
 
 DAMPING = 1e-2
-"""How strongly a map is held at 0, as a part of the mean variance of a channel that it reads."""
-CONSTANT = 1e-8
-"""The part of its mean square below which a channel's variance is that of rounding."""
+"""How strongly a map is held at 0, as a part of the mean variance of a channel that it is to tell."""
 ENOUGH = 16
 """States for each channel of the map: more change it no more."""
 
@@ -59,9 +57,9 @@ class Moments:
         mean = self.means / max(self.count, 1)
         spread = self.products - self.count * torch.outer(mean, mean)  # of what is left without the means
         read, crossed, told = spread[:width, :width], spread[:width, width:], spread[width:, width:]
-        # states that never change explain nothing: what rounding leaves of their variance must not be divided by
-        squares = self.products.diagonal()[:width].mean()
-        damping = DAMPING * read.diagonal().mean() + CONSTANT * squares + torch.finfo(torch.float64).tiny
+        # held by what is to be told: where lower states hardly change, a map that tells much of them would amplify
+        # them a thousandfold, and with them whatever training or rounding does to them
+        damping = DAMPING * told.diagonal().mean() + torch.finfo(torch.float64).tiny
         eye = torch.eye(width, dtype=read.dtype, device=read.device)
         weight = torch.linalg.lstsq(read + damping * eye, crossed).solution.T
         rest = told.trace() - 2 * (weight.T * crossed).sum() + (weight @ read * weight).sum()
