@@ -191,7 +191,7 @@ def test_its_learning_rate_is_a_multiple(tiny_study: Callable[..., Path], tmp_pa
     assert moved == pytest.approx([2 * 0.003, 8 * 0.003], rel=0.01)
 
 
-@pytest.mark.parametrize("method", ["plain_student", "layer_match", "distilbert", "bilstm", "distill"])
+@pytest.mark.parametrize("method", ["plain_student", "shortcut", "layer_match", "distilbert", "bilstm", "distill"])
 def test_methods_train_it_at_the_studys_multiple_of_their_own_rate(
     method: str, tiny_study: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -162,6 +162,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Any:
 EARLY, RATE = [0, 1], {"learning_rate": 5e-5}
 REPORTED: list[tuple[str, dict[str, Any], list[int]]] = [
     ("plain_student", {}, EARLY),
+    ("shortcut", {}, EARLY),
     ("born_again", {}, EARLY),
     ("bilstm", {}, EARLY),
     ("distilbert", {}, EARLY),

@@ -189,7 +189,7 @@ def _layer(network: nn.Module, name: str) -> nn.Module:
 
 def _pooled(network: nn.Module) -> tuple[nn.Module, int]:
     """The module that gives ``pooled``, and its width."""
-    linears = [part for module in view.head(network) for part in module.modules() if isinstance(part, nn.Linear)]
+    linears = view.head_linears(network)
     if len(linears) < 2:
         raise TrialError("pooled cannot be read: the network classifies tokens, it has no sentence to pool")
     pooler = getattr(view.backbone(network), "pooler", None)

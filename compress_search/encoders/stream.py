@@ -46,7 +46,7 @@ def stream(network: nn.Module) -> Stream:
     projection = cast("nn.Linear | None", getattr(view.backbone(network), "embeddings_project", None))
     tables = [] if projection else [m for m in block.children() if isinstance(m, nn.Embedding)]
     norms = [] if projection else [cast(nn.LayerNorm, block.LayerNorm)]
-    linears = [m for module in view.head(network) for m in module.modules() if isinstance(m, nn.Linear)]
+    linears = view.head_linears(network)
     readers = [m for p in all_parts for m in (p.query, p.key, p.value, p.up)]
     writers = [m for p in all_parts for m in (p.attention_output, p.down)]
     return Stream(

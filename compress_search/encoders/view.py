@@ -178,6 +178,11 @@ def head(network: nn.Module) -> list[nn.Module]:
     return cast(list[nn.Module], pooler + rest)
 
 
+def head_linears(network: nn.Module) -> list[nn.Linear]:
+    """The linear maps of the head in the order in which they run: the first reads states, the last gives logits."""
+    return [part for module in head(network) for part in module.modules() if isinstance(part, nn.Linear)]
+
+
 def inputs(network: nn.Module) -> tuple[str, ...]:
     """Names of the tensors the network takes, all of shape (B, S)."""
     segments = getattr(network.config, "type_vocab_size", 0) > 1  # type: ignore[union-attr]
@@ -202,7 +207,7 @@ def subject_of(network: nn.Module, task: str, device: str = "cpu") -> Subject:
         for name, table in block.named_children()
         if isinstance(table, nn.Embedding | FactoredEmbedding)
     }
-    linears = [m for module in head(network) for m in module.modules() if isinstance(m, nn.Linear)]
+    linears = head_linears(network)
     shapes = {(p.heads, p.neurons) for p in all_parts}
     sets = _shared_sets(all_parts)
     traits = {"non-uniform": len(shapes) > 1, "shared": any(sets.values()), "crf": crf_of(network) is not None}

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from compress_search import hub
 from compress_search.crf import attach_crf, crf_of
-from compress_search.encoders import FAMILIES, head, inputs
+from compress_search.encoders import FAMILIES, head_linears, inputs
 from compress_search.study import Study
 from compress_search.tasks import Task
 from compress_search.teacher.networks import HEADS, auto_class, quiet, restore_crf, seeded, with_crf, with_labels
@@ -246,7 +246,7 @@ def _is_head(name: str, network: Any) -> bool:
 
 def reorder_logits(network: nn.Module, order: Sequence[int]) -> None:
     """Permute the classifier, and a CRF, in place: logit i becomes what logit ``order[i]`` was."""
-    classifier = [m for module in head(network) for m in module.modules() if isinstance(m, nn.Linear)][-1]
+    classifier = head_linears(network)[-1]
     with torch.no_grad():
         classifier.weight.copy_(classifier.weight[list(order)])
         classifier.bias.copy_(classifier.bias[list(order)])

@@ -3,8 +3,8 @@
 Owns the least squares that bring a shorter network's last states to the whole one's, which of a network's layers
 stay so that this succeeds best, and how a head takes in a map. Trains nothing, and does not decide how many stay.
 
-Where sums are normalised, as here, no map between two layers folds into what follows, for the sums go on beside it.
-After the last layer nothing but the head follows: layers may go anywhere, and the map is at the top.
+Between two layers there is no place for a map: the residual stream would have to go through it as well, and nothing
+there can take it in. After the last layer nothing but the head follows.
 
 Sources: Din et al. 2024, Jump to Conclusions: Short-Cutting Transformers With Linear Transformations, 3 (the map);
 Shopkhoev et al. 2025, ReplaceMe (a block of layers as one linear map that is merged into the rest).
@@ -19,17 +19,23 @@ import torch
 from torch import Tensor, nn
 
 from compress_search import Batch
-from compress_search.encoders import head, layers, read_features, set_layers
+from compress_search.encoders import head_linears, layers, read_features, set_layers
+from compress_search.losses import IGNORED
 
 DAMPING = 1e-2
 """How strongly a map is held at 0, as a part of the mean variance of a channel that it is to tell."""
-ENOUGH = 16
-"""States for each channel of the map: more change it no more."""
+ROUNDING = 1e-12
+"""The part of its mean square below which the variance of what is to be told is that of rounding."""
 
 
 @dataclass(frozen=True)
 class LinearMap:
-    """x ↦ W·x + b, W (H, H) and b (H,) in float64, and the part of the targets' variance that it leaves."""
+    """x ↦ A·x + c, with A (H, H) and c (H,) in float64.
+
+    ``unexplained`` is the part of the targets' variance that it would leave of other examples: 0 is all told, 1 no
+    more than the mean. By generalised cross-validation (Golub, Heath and Wahba 1979), for what is left of the very
+    examples that a map was fitted on says little where they are few.
+    """
 
     weight: Tensor
     bias: Tensor
@@ -37,34 +43,37 @@ class LinearMap:
 
 
 class Moments:
-    """Sums over pairs of states, from which least squares follow without any state being kept."""
+    """Sums over pairs of states x and y, from which least squares follow without any state being kept."""
 
-    def __init__(self, width: int, device: torch.device) -> None:
+    def __init__(self) -> None:
         self.count = 0
-        self.means = torch.zeros(2 * width, dtype=torch.float64, device=device)
-        self.products = torch.zeros(2 * width, 2 * width, dtype=torch.float64, device=device)
+        self.inputs = self.targets = self.squares = torch.zeros(())  # Σx (H,), Σy (H,), Σ‖y‖²
+        self.gram = self.crossed = torch.zeros(())  # Σx·xᵀ, Σx·yᵀ (H, H)
 
     def add(self, inputs: Tensor, targets: Tensor) -> None:
         """Count in states x and y, (N, H) each."""
-        both = torch.cat((inputs, targets), dim=1).double()
-        self.count += len(both)
-        self.means += both.sum(0)
-        self.products += both.T @ both
+        x, y = inputs.double(), targets.double()
+        self.count += len(x)
+        self.inputs, self.targets = self.inputs.to(x) + x.sum(0), self.targets.to(y) + y.sum(0)
+        self.gram, self.crossed = self.gram.to(x) + x.T @ x, self.crossed.to(x) + x.T @ y
+        self.squares = self.squares.to(y) + (y**2).sum()
 
     def solve(self) -> LinearMap:
         """The map from x to y of least squared error, damped."""
-        width = len(self.means) // 2
-        mean = self.means / max(self.count, 1)
-        spread = self.products - self.count * torch.outer(mean, mean)  # of what is left without the means
-        read, crossed, told = spread[:width, :width], spread[:width, width:], spread[width:, width:]
+        x, y = self.inputs / self.count, self.targets / self.count
+        width = len(x)
+        # sums of products of what is left without the means
+        gram = self.gram - self.count * torch.outer(x, x)
+        crossed = self.crossed - self.count * torch.outer(x, y)
+        told = (self.squares - self.count * (y @ y)).clamp_min(ROUNDING * self.squares + torch.finfo(y.dtype).tiny)
         # held by what is to be told: where lower states hardly change, a map that tells much of them would amplify
         # them a thousandfold, and with them whatever training or rounding does to them
-        damping = DAMPING * told.diagonal().mean() + torch.finfo(torch.float64).tiny
-        eye = torch.eye(width, dtype=read.dtype, device=read.device)
-        weight = torch.linalg.lstsq(read + damping * eye, crossed).solution.T
-        rest = told.trace() - 2 * (weight.T * crossed).sum() + (weight @ read * weight).sum()
-        whole = told.trace().clamp_min(torch.finfo(torch.float64).tiny)
-        return LinearMap(weight, mean[width:] - weight @ mean[:width], float(rest / whole))
+        damped = gram + DAMPING * told / width * torch.eye(width, dtype=gram.dtype, device=gram.device)
+        weight, smoothing = torch.linalg.solve(damped, torch.cat((crossed, gram), dim=1)).split(width, dim=1)
+        left = told - 2 * (weight * crossed).sum() + (weight * (gram @ weight)).sum()
+        free = 1 - (1 + float(smoothing.trace())) / self.count  # the part of the examples that is not fitted away
+        unexplained = float(left / told) / free**2 if free > 0 else float("inf")
+        return LinearMap(weight.T, y - weight.T @ x, unexplained)
 
 
 def blocks_out(depth: int, count: int) -> list[list[int]]:
@@ -83,24 +92,18 @@ def best_cut(
     """Which of these layers are to stay so that a linear map makes up best for the others, and that map.
 
     Args:
-        network: in evaluation mode, with all of its layers, none of them shared; left as it is.
+        network: in evaluation mode, with all of its layers; left with them unless this fails.
         ways: the layers (0-based) that stay, for each way to choose.
-        batches: examples to fit on, of which no more are drawn than are :data:`ENOUGH`.
-        pooled: whether only the first token's last state is used, as for whole texts.
+        batches: labelled examples to fit on.
+        pooled: whether only the first token's last state is used, as for whole texts; else those with a label are.
     """
     stack = list(layers(network))
-    found: list[Moments] = []
-    try:
-        for batch in batches:
-            targets = _last_states(network, batch, pooled=pooled)
-            found = found or [Moments(targets.shape[1], targets.device) for _ in ways]
-            for way, moments in zip(ways, found, strict=True):
-                set_layers(network, [stack[layer] for layer in way])
-                moments.add(_last_states(network, batch, pooled=pooled), targets)
-            set_layers(network, stack)
-            if found[0].count >= ENOUGH * targets.shape[1]:
-                break
-    finally:
+    found = [Moments() for _ in ways]
+    for batch in batches:
+        targets = _last_states(network, batch, pooled=pooled)
+        for way, moments in zip(ways, found, strict=True):
+            set_layers(network, [stack[layer] for layer in way])
+            moments.add(_last_states(network, batch, pooled=pooled), targets)
         set_layers(network, stack)
     maps = [moments.solve() for moments in found]
     best = min(range(len(maps)), key=lambda way: maps[way].unexplained)
@@ -109,15 +112,15 @@ def best_cut(
 
 @torch.no_grad()
 def take_in(network: nn.Module, found: LinearMap) -> None:
-    """Have the head read its network's last states through the map, in place: W'x + b' = W(Ax + c) + b."""
-    first = next(m for part in head(network) for m in part.modules() if isinstance(m, nn.Linear))
-    weight = first.weight.double()
-    first.bias.copy_(first.bias.double() + weight @ found.bias)
-    first.weight.copy_(weight @ found.weight)
+    """Have the head read last states through the map, in place: W·(A·x + c) + b = (W·A)·x + (W·c + b)."""
+    reads = head_linears(network)[0]
+    weight = reads.weight.double()
+    reads.bias.copy_(reads.bias.double() + weight @ found.bias)
+    reads.weight.copy_(weight @ found.weight)
 
 
 def _last_states(network: nn.Module, batch: Batch, *, pooled: bool) -> Tensor:
-    """The states (N, H) that the head reads."""
+    """The states (N, H) that the head reads and somebody its answers to."""
     name = f"hidden.{len(layers(network))}"
     states = read_features(network, batch, [name])[name]
-    return states[:, 0] if pooled else states[batch["attention_mask"].bool()]
+    return states[:, 0] if pooled else states[batch["labels"] != IGNORED]

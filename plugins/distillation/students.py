@@ -22,7 +22,7 @@ from compress_search.encoders import (
     crf_of,
     embeddings,
     family,
-    head,
+    head_linears,
     keep_layers,
     layers,
     parts,
@@ -228,9 +228,7 @@ def _copy_head(small: nn.Module, network: nn.Module, channels: Tensor) -> None:
 
     A CRF has no width, and stays as it is.
     """
-    ours, theirs = (
-        [m for part in head(n) for m in part.modules() if isinstance(m, nn.Linear)] for n in (small, network)
-    )
+    ours, theirs = head_linears(small), head_linears(network)
     for mine, old in zip(ours[:-1], theirs[:-1], strict=True):
         _copy_linear(mine, old, channels, channels)
     _copy_linear(ours[-1], theirs[-1], slice(None), channels)

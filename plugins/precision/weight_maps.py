@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from compress_search import Batch, Context
-from compress_search.encoders import head, layers, parts
+from compress_search.encoders import head_linears, layers, parts
 
 from .bits import Grid
 
@@ -30,7 +30,7 @@ def linear_maps(network: nn.Module) -> dict[str, nn.Linear]:
 def excluded_maps(network: nn.Module, names: Collection[str]) -> set[str]:
     """Paths of the linear maps within these parts; the head's last map is its classifier, the others its pooler."""
     stack, maps = list(layers(network)), linear_maps(network)
-    ending = [m for module in head(network) for m in module.modules() if isinstance(m, nn.Linear)]
+    ending = head_linears(network)
     owners: dict[str, Sequence[nn.Module]] = {
         "pooler": ending[:-1],
         "classifier": ending[-1:],

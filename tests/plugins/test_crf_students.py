@@ -18,6 +18,7 @@ from compress_search_plugins.layer_match import LayerMatch
 from compress_search_plugins.minilm import MiniLM
 from compress_search_plugins.plain_student import PlainStudent
 from compress_search_plugins.quantization import Quantization
+from compress_search_plugins.shortcut import Shortcut
 from compress_search_plugins.structured_pruning import StructuredPruning
 from compress_search_plugins.theseus import Theseus
 from compress_search_plugins.tinybert import TinyBert
@@ -238,6 +239,7 @@ STUDENTS: list[tuple[Method, dict[str, Any]]] = [
     (LayerMatch(), {}),
     (BornAgain(), {}),
     (PlainStudent(), {"alpha": 0.5}),
+    (Shortcut(), {}),
     (BiLstm(), {"units": 32}),
 ]
 NAMES = [type(method).__name__ for method, _ in STUDENTS]
