@@ -95,11 +95,8 @@ LEFT_OUT: Mapping[str, Methods] = {
     f"{gone} of 6 layers left out, not trained": left_out(gone / 6) for gone in (1, 2, 3)
 }
 SHORTCUTS: Mapping[str, Methods] = {
-    **{
-        f"a map for {gone} of 6 layers, not trained": {"shortcut": {"layers": 6 - gone, "trained": False}}
-        for gone in (1, 2, 3, 4)
-    },
-    "a map for 3 of 6 layers, trained": half("shortcut"),
+    f"a map for {gone} of 6 layers, not trained": {"shortcut": {"layers": 6 - gone, "trained": False}}
+    for gone in (1, 2, 3, 4)
 }
 
 ALL_LABELS: Groups = {
@@ -232,7 +229,6 @@ FEW_LABELS: Groups = {
         "a small pretrained network, labels": {"plain_student": {"start": "checkpoint", "learning_rate": RATE}},
     },
     "structured_pruning": LEFT_OUT,
-    "shortcut": SHORTCUTS,
     "distill": {
         "labelled text alone": recovered(),
         "half of the steps on text without labels": recovered(transfer=0.5),
@@ -267,7 +263,8 @@ BESIDE_ANSWERS: Groups = {
         "top layer's likeness of tokens": top_layer(loss="nst", teacher_layer=[6, 6], student_layer=[3, 3]),
     },
 }
-"""What may be learnt of inner layers beside labels and answers, by students that begin as the first ones."""
+"""What may be learnt of inner layers beside labels and answers, by students that begin as the first ones; and what
+a student is that learns nothing."""
 BY_TURNS: Groups = {
     "distill": {
         "the study's own task alone": recovered(by_turns=0.0),

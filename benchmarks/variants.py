@@ -1,6 +1,6 @@
 """What is each variant of a method worth? One student of each, scene by scene: the figures of docs/systems.
 
-``python -m benchmarks.variants SHARED [--scenes "few labels,…"] [--groups theseus,…] [--quick]``
+``python -m benchmarks.variants SHARED [--scenes "few labels;…"] [--groups theseus,…] [--quick]``
 
 A recipe that is in ``results/variants.jsonl`` is not run again, so an interrupted run goes on where it was. SHARED
 is a folder with ``data/<set>/*.jsonl`` and ``models/all-minilm-l6-v2``.
