@@ -120,7 +120,7 @@ def take_in(network: nn.Module, found: LinearMap) -> None:
 
 
 def _last_states(network: nn.Module, batch: Batch, *, pooled: bool) -> Tensor:
-    """The states (N, H) that the head reads and somebody its answers to."""
+    """The last states (N, H) whose answers count: of the first token, or of those that have a label."""
     name = f"hidden.{len(layers(network))}"
     states = read_features(network, batch, [name])[name]
     return states[:, 0] if pooled else states[batch["labels"] != IGNORED]
