@@ -91,6 +91,8 @@ def best_cut(
 ) -> tuple[list[int], LinearMap]:
     """Which of these layers are to stay so that a linear map makes up best for the others, and that map.
 
+    The layers below those that a way takes out are run once, for all ways.
+
     Args:
         network: in evaluation mode, with all of its layers; left with them unless this fails.
         ways: the layers (0-based) that stay, for each way to choose.
@@ -98,12 +100,14 @@ def best_cut(
         pooled: whether only the first token's last state is used, as for whole texts; else those with a label are.
     """
     stack = list(layers(network))
+    names = [f"hidden.{layer}" for layer in range(len(stack) + 1)]
     found = [Moments() for _ in ways]
     for batch in batches:
-        targets = _last_states(network, batch, pooled=pooled)
+        states = list(read_features(network, batch, names).values())
+        counted = (slice(None), 0) if pooled else batch["labels"] != IGNORED
         for way, moments in zip(ways, found, strict=True):
             set_layers(network, [stack[layer] for layer in way])
-            moments.add(_last_states(network, batch, pooled=pooled), targets)
+            moments.add(_last_states(network, batch, _shared(way), states)[counted], states[-1][counted])
         set_layers(network, stack)
     maps = [moments.solve() for moments in found]
     best = min(range(len(maps)), key=lambda way: maps[way].unexplained)
@@ -119,8 +123,17 @@ def take_in(network: nn.Module, found: LinearMap) -> None:
     reads.weight.copy_(weight @ found.weight)
 
 
-def _last_states(network: nn.Module, batch: Batch, *, pooled: bool) -> Tensor:
-    """The last states (N, H) whose answers count: of the first token, or of those that have a label."""
-    name = f"hidden.{len(layers(network))}"
-    states = read_features(network, batch, [name])[name]
-    return states[:, 0] if pooled else states[batch["labels"] != IGNORED]
+def _shared(way: Sequence[int]) -> int:
+    """How many of the lowest layers stay where they are."""
+    return next((place for place, layer in enumerate(way) if place != layer), len(way))
+
+
+def _last_states(network: nn.Module, batch: Batch, done: int, states: Sequence[Tensor]) -> Tensor:
+    """The last states (B, S, H), where those after each of the first ``done`` layers are known."""
+    rest = list(layers(network))[done:]
+    if not rest:
+        return states[done]
+    set_layers(network, rest)
+    with rest[0].register_forward_pre_hook(lambda layer, args: (states[done], *args[1:])):
+        name = f"hidden.{len(rest)}"
+        return read_features(network, batch, [name])[name]

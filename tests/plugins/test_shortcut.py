@@ -196,6 +196,24 @@ class TestLayers:
             wanted = [parts(layers(candidate.network)[index]).up.weight for index in way]
             assert all(map(torch.equal, [parts(layer).up.weight for layer in layers(student.network)], wanted))
 
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_layers_that_ways_share_are_run_once(self, family: str) -> None:
+        candidate = tiny_candidate(family, "token-classification", layers=4)
+        examples, network = batches(candidate, 2), candidate.network.eval()
+        stack, runs = list(layers(network)), [0] * 4
+        for place, layer in enumerate(stack):
+            layer.register_forward_hook(lambda *_, place=place: runs.__setitem__(place, runs[place] + 1))
+        taken, found = best_cut(network, blocks_out(4, 2), examples, pooled=False)
+        # 0 1, 0 3 and 2 3 are the ways; whole, then what stands above the lowest layers that stay
+        assert runs == [2 * (1 + 0), 2 * (1 + 0), 2 * (1 + 1), 2 * (1 + 2)]
+        moments, student = Moments(), cut_student(candidate, taken, 1.0).network.eval()
+        with torch.no_grad():
+            for batch in examples:
+                real = batch["labels"] != IGNORED
+                ours = read_features(student, batch, ["hidden.2"])["hidden.2"][real]
+                moments.add(ours, read_features(network, batch, ["hidden.4"])["hidden.4"][real])
+        torch.testing.assert_close(found.weight, moments.solve().weight)
+
     def test_of_whole_texts_only_the_first_tokens_state_counts(self) -> None:
         candidate = tiny_candidate(layers=3)
         examples = batches(candidate)
