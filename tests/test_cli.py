@@ -19,6 +19,7 @@ from click.testing import CliRunner, Result
 
 from compress_search import __version__, cli, doctor, driver
 from compress_search.errors import ExportError, StorageError, StudyError, StudyLocked
+from compress_search.estimate import Estimate
 from compress_search.progress import StudyStarted, TrialStarted
 from compress_search.report import terminal
 from compress_search.storage import RungRow, Store, TrialRow
@@ -384,6 +385,24 @@ def test_plan_shows_the_space_and_creates_nothing(tmp_path: Path) -> None:
     assert "bert, 2 layers of width 32" in result.output
     assert "distill (recovery)" in result.output
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("kernels", "precision", "told"),
+    [
+        ({"bf16"}, "auto", "each, in bf16\n"),
+        ({"bf16"}, "fp32", "each, in fp32\n"),
+        (set(), "auto", "each, in fp32\n"),
+        (set(), "bf16", "each, in bf16, for which no kernel is real here: slower than fp32\n"),
+    ],
+)
+def test_plan_says_in_which_precision_trials_train_and_when_that_is_the_slower_one(
+    kernels: set[str], precision: str, told: str, tmp_path: Path
+) -> None:
+    study = load_study(tiny.tiny_study(tmp_path, methods=["theseus"], training={"precision": precision}))
+    prepared = driver.prepare(study, probe=lambda device: kernels)
+    shown = terminal.text(*terminal.plan_tables(prepared.plan, Estimate(0.1, 20, 1.0, 2.0)))
+    assert f"20 steps a trial, 100 ms {told}" in shown
 
 
 def test_plugins_list_names_stage_and_origin() -> None:

@@ -219,7 +219,8 @@ def plan_tables(plan: Plan, estimate: Estimate) -> list[RenderableType]:
         "starting recipes": len(plan.starting_points()),
         "time": f"about {formats.duration(60 * estimate.minutes)}, "
         f"{formats.duration(60 * estimate.teacher_minutes)} of it for the teacher",
-        "training": f"{estimate.steps_per_trial} steps a trial, {1000 * estimate.step_seconds:.0f} ms each",
+        "training": f"{estimate.steps_per_trial} steps a trial, {1000 * estimate.step_seconds:.0f} ms each, "
+        f"in {_computes_in(plan)}",
     }
     slots = [(slot.name, ", ".join(slot.options), _needs(plan, slot.options)) for slot in plan.slots]
     heads = ("decision", "one of", "needs")
@@ -229,6 +230,13 @@ def plan_tables(plan: Plan, estimate: Estimate) -> list[RenderableType]:
         if searched:
             parts += [Text(), space_table(name, plan.methods[name], searched)]
     return parts
+
+
+def _computes_in(plan: Plan) -> str:
+    """The precision of training, and what it costs where it was asked for without there being kernels."""
+    precision = plan.study.training.computes_in
+    idle = precision != "fp32" and f"kernel:{precision}" not in plan.teacher.traits
+    return precision + (", for which no kernel is real here: slower than fp32" if idle else "")
 
 
 def _needs(plan: Plan, options: Sequence[str]) -> str:
