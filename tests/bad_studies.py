@@ -123,6 +123,12 @@ def tagged(folder: Path) -> None:
     language_model()(folder)
 
 
+def scored(folder: Path) -> None:
+    """Texts with a number each, and a teacher of it."""
+    tiny.tiny_data(folder / "data", "text-regression")
+    tiny.tiny_teacher(folder / "teacher", "text-regression")
+
+
 def from_scratch(vocabulary: int | str, **keys: Any) -> dict[str, Any]:
     """A teacher that is to be trained from nothing."""
     architecture = {"layers": 2, "hidden": 32, "heads": 4, "vocabulary": vocabulary}
@@ -390,6 +396,12 @@ CASES = {
         "methods.layer_match.matches",
         "match 1: mse cannot compare heads of size 4 and 8: use relation_kl:<heads>",
         {"methods": {"layer_match": {"width": 0.5, "matches": "- {feature: k, loss: mse}"}}},
+    ),
+    "classes of a number": Case(
+        "methods.layer_match.matches",
+        "match 1: kd_ce compares classes, and the task has none: use kd_mse",
+        {"task": "text-regression", "methods": {"layer_match": {"matches": "- {feature: logits, loss: kd_ce}"}}},
+        scored,
     ),
     "unknown objective": Case("objectives.0", "unknown objective", {"objectives": ["acuracy", "latency_ms"]}),
     "contradictory constraints": Case(

@@ -5,8 +5,9 @@ Owns the names, and what must agree between the two models for each loss. Knows 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,7 @@ class FeatureLoss:
 
     ``kinds``: features it compares, by :mod:`compress_search.encoders.features`. ``pair``: whether it takes two
     layers of each model. ``any_heads``, ``any_width``: whether the models may differ in their number of heads, in
-    their width.
+    their width. ``classes``: whether it compares probabilities of classes, so that a single number says nothing.
     """
 
     function: Callable[[Any, Any, Any], Tensor]
@@ -34,6 +35,7 @@ class FeatureLoss:
     pair: bool = False
     any_heads: bool = False
     any_width: bool = False
+    classes: bool = False
 
     def __call__(self, student: Any, teacher: Any, mask: Tensor) -> Tensor:
         """The loss of tensors, or of pairs of them, under a mask (B, S)."""
@@ -47,11 +49,13 @@ def _relation_kl(heads: float) -> FeatureLoss:
 
 
 def _kd_ce(temperature: float) -> FeatureLoss:
-    return _of_logits(lambda student, teacher, mask: z.soft_cross_entropy(student, teacher, temperature, mask))
+    loss = _of_logits(lambda student, teacher, mask: z.soft_cross_entropy(student, teacher, temperature, mask))
+    return replace(loss, classes=True)
 
 
 def _kd_kl(temperature: float) -> FeatureLoss:
-    return _of_logits(lambda student, teacher, mask: z.kl(student, teacher, temperature, mask))
+    loss = _of_logits(lambda student, teacher, mask: z.kl(student, teacher, temperature, mask))
+    return replace(loss, classes=True)
 
 
 def _kd_mse(temperature: float) -> FeatureLoss:
@@ -108,7 +112,7 @@ def feature_loss(name: str) -> FeatureLoss:
     if kind in PARAMETRIC:
         what, default, build = PARAMETRIC[kind]
         value = _number(number) if colon else default
-        if value is None or value <= 0:
+        if value is None or not 0 < value < math.inf:
             raise ValueError(f"expected {kind}:<{what}>, a number above 0, got {name!r}")
         return build(value)
     known = ALIASES.get(name, name)

@@ -27,6 +27,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 from torch import nn
 
 from compress_search import Subject, TrialError
@@ -163,12 +164,31 @@ def parse_matches(text: str) -> tuple[Match, ...]:
     if not isinstance(items, list) or not items:
         raise ValueError(f"expected a list of matches, got {str(text)[:40]!r}")
     try:
-        return tuple(TypeAdapter(list[Match]).validate_python(items))
+        found = tuple(TypeAdapter(list[Match]).validate_python(items))
     except ValidationError as error:
-        first = error.errors()[0]
-        number, *keys = first["loc"]
-        place = ".".join(map(str, [f"match {int(number) + 1}", *keys]))
-        raise ValueError(f"{place}: {first['msg'].removeprefix('Value error, ')}") from None
+        raise ValueError(_complaint(error.errors()[0])) from None
+    _check_shared(found)
+    return found
+
+
+def _complaint(error: ErrorDetails) -> str:
+    """One of pydantic's errors in a line that names the match and the key."""
+    number, *keys = error["loc"]
+    place = ".".join(map(str, [f"match {int(number) + 1}", *keys]))
+    if error["type"] == "extra_forbidden":
+        known = (Projection if "proj" in keys[:-1] else Match).model_fields
+        return f"{place}: unknown key, expected one of {', '.join(known)}"
+    return f"{place}: {error['msg'].removeprefix('Value error, ')}"
+
+
+def _check_shared(matches: Sequence[Match]) -> None:
+    """Refuse one name for two projections."""
+    first: dict[str, tuple[int, Projection]] = {}
+    for number, match in enumerate(matches, start=1):
+        if match.proj and match.proj.shared:
+            before, proj = first.setdefault(match.proj.shared, (number, match.proj))
+            if proj != match.proj:
+                raise ValueError(f"match {number}.proj: {proj.shared!r} is another one in match {before}")
 
 
 def check_depths(matches: Sequence[Match], teacher: int | None = None, student: int | None = None) -> None:
@@ -208,6 +228,8 @@ class Shapes:
         """Those of a network whose layers are all alike, before there is one."""
 
         def of(name: str) -> tuple[int, ...]:
+            if name == "logits":
+                return (subject.labels,)
             if name == "pooled" and not subject.pooler:
                 raise TrialError("pooled cannot be read: the network classifies tokens, it has no sentence to pool")
             wide = name == "pooled" or name.startswith("hidden")
@@ -221,7 +243,7 @@ def check_matches(matches: Sequence[Match], student: Shapes, teacher: Shapes) ->
 
     Raises:
         TrialError: other vocabularies, a layer that does not exist, heads or widths that differ where they may not,
-            or a projection of other widths; the text names what would do.
+            a projection of other widths, or classes where there are none; the text names what would do.
     """
     if student.vocabulary != teacher.vocabulary:
         raise TrialError(
@@ -239,6 +261,8 @@ def check_matches(matches: Sequence[Match], student: Shapes, teacher: Shapes) ->
 
 def _check_shapes(place: str, match: Match, student: Shapes, teacher: Shapes, ours: str, theirs: str) -> None:
     if match.kind == "logits":
+        if match.function.classes and teacher.of("logits") == (1,):
+            raise TrialError(f"{place}: {match.loss} compares classes, and the task has none: use kd_mse")
         return
     if match.kind in ("hidden", "pooled"):
         mine, other = student.of(ours)[0], teacher.of(theirs)[0]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from compress_search_plugins.distillation.matches import Match
 from compress_search_plugins.distillation.matching import Matching
-from compress_search_plugins.distillation.objective import Objective, aligned, some
+from compress_search_plugins.distillation.objective import Objective, aligned, some, transported
 from compress_search_plugins.distillation.soft_targets import SoftTerm
-from compress_search_plugins.layer_match import ALIGNED, FEATURES, LayerMatch, strategic
+from compress_search_plugins.layer_match import ALIGNED, EARTH_MOVER, FEATURES, LayerMatch, objectives, strategic
 
 from compress_search import Params, StudyError, Subject, TrialError
 from compress_search.driver import prepare
@@ -248,6 +248,62 @@ class TestObjective:
         batch = next(tiny_batches(candidate))
         loss = objective(candidate.network, batch)
         torch.testing.assert_close(loss, objective.context.task_loss(candidate.network, batch))
+
+    @pytest.mark.parametrize(
+        ("strategy", "layers", "choice"), [(EARTH_MOVER, 2, transported), (ALIGNED, 3, aligned)]
+    )
+    def test_a_step_has_the_matches_that_its_strategy_chooses(self, strategy, layers, choice):
+        candidate, batch = tiny_candidate(layers=4), next(tiny_batches(tiny_candidate()))
+        student = tiny_candidate(layers=layers, seed=3)
+        params = params_for(candidate.subject, layers=layers, strategy=strategy, logit_weight=0.0)
+        matches = strategic(params, layers, 4)
+        matching = Matching.between(matches, student.network, candidate.network, 0)
+        (objective,) = objectives(student, matching, {**params, "hard_weight": 0.0}, tiny_context(candidate))
+        with torch.no_grad():
+            ours = read_features(student.network, batch, matching.student_features)
+            theirs = read_features(candidate.network, batch, matching.teacher_features)
+            mask = batch["attention_mask"]
+            shares = choice(matching, ours, theirs, mask)
+            terms = {n: matching.term(n, ours, theirs, mask) for n in range(len(matches))}
+            expected = matching.loss({n: share * terms[n] for n, share in shares.items()})
+            torch.testing.assert_close(objective(student.network, batch), expected)
+            assert matching.loss(terms) > 1.1 * expected, "it is not all of them"
+
+    def test_dropout_leaves_out_other_matches_in_other_steps(self):
+        candidate, batch = tiny_candidate(layers=4), next(tiny_batches(tiny_candidate()))
+        student = tiny_candidate(layers=3, seed=3)
+        params = params_for(candidate.subject, layers=3, layer_dropout=0.5, features="hidden", logit_weight=0.0)
+        matching = Matching.between(strategic(params, 3, 4), student.network, candidate.network, 0)
+        (objective,) = objectives(student, matching, {**params, "hard_weight": 0.0}, tiny_context(candidate))
+        with torch.no_grad():
+            steps = {round(float(objective(student.network, batch)), 5) for _ in range(20)}
+            ours = read_features(student.network, batch, matching.student_features)
+            theirs = read_features(candidate.network, batch, matching.teacher_features)
+        assert len(steps) > 2
+        assert max(steps) <= round(float(matching(ours, theirs, batch["attention_mask"])), 5)
+
+    @pytest.mark.parametrize(
+        ("schedule", "weights"),
+        [("linear_growth", [0, 0.25, 0.5, 0.75]), ("linear_decay", [1, 0.75, 0.5, 0.25]), ("const", [1, 1, 1, 1])],
+    )
+    def test_a_matchs_weight_follows_its_schedule_through_the_training(self, schedule, weights):
+        candidate, student, batch = (
+            tiny_candidate(),
+            tiny_candidate(seed=3).network,
+            next(tiny_batches(tiny_candidate())),
+        )
+        matches = [Match(student_layer=2, teacher_layer=2, schedule=schedule)]
+        objective = Objective(tiny_context(candidate), Matching.between(matches, student, student, 0))
+        losses = []
+
+        def fit(network, *, loss, on_step, **options):
+            for step in range(4):
+                on_step(step, 4)
+                losses.append(loss(network, batch).item())
+
+        objective.context.fit = fit
+        objective.fit(student)
+        assert losses == pytest.approx([weight * objective.report()["hidden"] for weight in weights])
 
 
 class TestTraining:

@@ -71,7 +71,18 @@ class TestForm:
             ("- 3", "match 1: Input should be"),
             ("- {feature: hiden}", "match 1.feature: Input should be 'hidden'"),
             ("- {loss: mse2}", "match 1: no loss is called 'mse2': expected one of mse, hidden_mse"),
-            ("- {match_weghts: 1}", "match 1.match_weghts: Extra inputs"),
+            (
+                "- {match_weghts: 1}",
+                "match 1.match_weghts: unknown key, expected one of teacher_layer, student",
+            ),
+            (
+                "- {proj: {kindd: relu}}",
+                "match 1.proj.kindd: unknown key, expected one of kind, widths",
+            ),
+            (
+                "- {proj: {shared: a}}\n- {proj: {shared: b}}\n- {proj: {shared: a, lr: 0.1}}",
+                "match 3.proj: 'a' is another one in match 1",
+            ),
             ("- {}\n- {weight: -1}", "match 2.weight: Input should be greater than 0"),
             ("- {weight: .nan}", "match 1.weight: Input should be"),
             ("- {feature: q, loss: cos}", "cos compares hidden, embedding, not q"),
@@ -85,6 +96,9 @@ class TestForm:
             ("- {phase: 3}", "match 1.phase"),
             ("- {token_scope: attended}", "token_scope: only logits have one, of hidden all but padding counts"),
             ("- {loss: 'relation_kl:0', feature: q}", "expected relation_kl:<heads>"),
+            ("- {loss: 'relation_kl:inf', feature: q}", "expected relation_kl:<heads>, a number above 0, got"),
+            ("- {loss: 'kd_ce:nan', feature: logits}", "expected kd_ce:<temperature>, a number above 0, got"),
+            ("- {loss: 'kd_mse:inf', feature: logits}", "expected kd_mse:<temperature>, a number above 0, got"),
         ],
     )
     def test_what_is_wrong_is_one_line(self, text, message):
@@ -138,6 +152,14 @@ class TestForm:
         for loss in ("attention_mse_sum", "attention_ce_mean"):
             assert value([item | {"loss": loss}], student, teacher, batch)[0] > 0
         assert value([item | {"feature": "v", "loss": "relation_kl:2"}], student, teacher, batch)[0] > 0
+
+    @pytest.mark.parametrize("loss", ["kd_ce", "kd_kl:4"])
+    def test_classes_are_not_compared_where_there_are_none(self, loss):
+        candidate = tiny_candidate(task="text-regression")
+        for shapes in (Shapes.read(candidate.network), Shapes.described(candidate.subject)):
+            with pytest.raises(TrialError, match=f"match 1: {loss} compares classes, .*: use kd_mse"):
+                check_matches([Match(feature="logits", loss=loss)], shapes, shapes)
+            check_matches([Match(feature="logits", loss="kd_mse")], shapes, shapes)
 
     def test_another_vocabulary_is_refused(self):
         student, teacher, _ = networks()
