@@ -89,6 +89,19 @@ def test_what_teachers_said_of_words_is_found_again_at_their_first_pieces(bench:
         )
 
 
+def test_a_reading_of_a_reading_is_that_reading(bench: Any) -> None:
+    materials = bench("token-classification").materials
+    pieces = Pieces(materials.teacher.tokenizer)
+    gone = {pieces.ids[word] for word in ("the", "film")}
+    most = keep_pieces(materials.teacher.tokenizer, [i for i in range(len(pieces.ids)) if i not in gone])
+    least = smallest(materials.teacher.tokenizer)
+    once, twice = materials.read_by(least), materials.read_by(most).read_by(least)
+    batch, again = (own.train.batch(range(20)) for own in (once, twice))
+    assert torch.equal(batch["input_ids"], again["input_ids"])
+    words = batch["labels"] != IGNORED
+    assert torch.equal(twice.logits(again)[words], once.logits(batch)[words])
+
+
 def test_teachers_read_the_candidates_pieces_and_share_all_else(bench: Any) -> None:
     materials = bench().materials
     pieces = Pieces(materials.teacher.tokenizer)

@@ -62,6 +62,11 @@ class TeacherLogits:
         reader.split, reader._kept = split, kept
         return reader
 
+    @property
+    def several(self) -> bool:
+        """Whether they are an average."""
+        return bool(self._further)
+
     @cached_property
     def _networks(self) -> list[nn.Module]:
         """All teachers; further ones are only loaded for what is no training row."""
@@ -93,7 +98,8 @@ class LogitCache:
         """The logits for another reading of the same rows; those of whole texts are the same."""
         if self._offsets is None:
             return self
-        return LogitCache(self.path, after.offsets, matching_places(before, after))
+        places = matching_places(before, after)
+        return LogitCache(self.path, after.offsets, places if self._places is None else self._places[places])
 
     def batch(self, index: Tensor, width: int) -> Tensor:
         """The teacher's logits for rows of the split: float32 on the CPU.
