@@ -160,6 +160,7 @@ class Context(Protocol):
     def teacher_outputs(self, batch: Batch, features: Collection[str]) -> dict[str, torch.Tensor]:
         """What the teacher computes on the way, by the names of :mod:`compress_search.encoders.features`.
 
+        Where the study names further teachers, ``logits`` are the average of all, the rest is the first's.
         For training rows read from disk where the study's ``training.teacher_cache_gb`` allows and that is sooner,
         else computed. Zero at padding where it is read from disk; undefined there otherwise.
         """

@@ -226,8 +226,11 @@ class StepContext:
         return self.materials.logits(batch)
 
     def teacher_outputs(self, batch: Batch, features: Collection[str]) -> dict[str, Tensor]:
-        """What the teacher computes on the way, by the features' names."""
-        return self.materials.outputs(batch, features)
+        """What the teacher computes on the way, by the features' names; logits are those of all teachers."""
+        averaged = {"logits"} & set(features) if self.materials.logits.several else set()
+        inner = [name for name in features if name not in averaged]
+        found = self.materials.outputs(batch, inner) if inner else {}
+        return found | {name: self.materials.logits(batch) for name in averaged}
 
     def training_batches(self) -> Iterator[Batch]:
         """Endless batches of the training rows on the device, in an order of this phase's own."""
@@ -320,6 +323,8 @@ def run_recipe(
                 raise
             # which step failed is known here, and not where a helper raised
             raise type(error)(error.message, method=step.method) from error
+        finally:
+            materials.outputs.release()
         candidate.network.eval()
         materials = materials.read_by(candidate.tokenizer)
     bake(candidate.network)

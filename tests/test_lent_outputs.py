@@ -15,7 +15,10 @@ from compress_search.encoders import read_features
 from compress_search.pipeline import Budget, StepContext, extra_metrics, run_recipe
 from compress_search.recipe import Recipe, Step
 from compress_search.study import load_study
+from compress_search.teacher.outputs import TeacherOutputs
+from compress_search.teacher.room import make_room
 from compress_search.workbench import Workbench
+from tests import tiny
 
 NAMES = ["hidden.1", "scores.1"]
 
@@ -53,6 +56,33 @@ def test_outputs_are_the_teachers_and_come_from_disk_for_training_rows(bench: An
     assert workbench.materials.outputs.directory.is_relative_to(workbench.cache)
     made = {path.name for path in workbench.materials.outputs.directory.iterdir() if path.is_dir()}
     assert made == {"hidden.1", "key.1", "query.1"}
+
+
+@pytest.mark.parametrize("rows", [True, False], ids=["training rows", "other text"])
+def test_logits_are_those_of_all_teachers_and_states_the_firsts(bench: Any, tmp_path: Path, rows: bool) -> None:
+    tiny.tiny_teacher(tmp_path / "other", layers=3)
+    _, workbench = bench(teacher__ensemble="[other]")
+    context = context_of(workbench, tmp_path)
+    batch = next(iter(context.calibration(8, 8)))
+    batch = batch if rows else {name: tensor for name, tensor in batch.items() if name != "index"}
+    found = context.teacher_outputs(batch, ["logits", "hidden.1"])
+    with torch.no_grad():
+        alone = read_features(context.teacher, batch, ["logits", "hidden.1"])
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(found["hidden.1"][real], alone["hidden.1"][real], atol=1e-5, rtol=1e-5)
+    assert torch.equal(found["logits"], context.teacher_logits(batch))
+    assert not torch.allclose(found["logits"], alone["logits"], atol=1e-3)
+    assert torch.equal(context.teacher_outputs(batch, ["logits"])["logits"], found["logits"])
+
+
+def test_a_trials_outputs_give_way_once_it_has_ended(bench: Any, tmp_path: Path) -> None:
+    plan, workbench = bench()
+    (recipe, _), outputs = plan.at_defaults({"layer_match"}), workbench.materials.outputs
+    run_recipe(recipe, plan.methods, workbench.materials, seed=1, scratch=tmp_path)
+    (first, *_) = (path for path in outputs.directory.iterdir() if path.is_dir())
+    other = TeacherOutputs(outputs.teacher, "other", outputs.split, workbench.cache, limit=1)
+    assert make_room(other.directory, 1, 1, ())
+    assert not first.exists()
 
 
 def test_a_study_may_forbid_the_disk(bench: Any, tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """What the teacher computes on the way is the same from disk as from a forward pass, and keeps to its limit."""
 
 import errno
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -150,20 +152,29 @@ def test_whether_it_is_stored_does_not_depend_on_what_was_asked_before(prepared,
     assert not fresh.directory.exists()
 
 
-def test_a_reader_keeps_what_another_worker_deletes(prepared, tmp_path, monkeypatch):
+def test_what_another_worker_reads_stays_and_the_rest_is_computed(prepared, tmp_path, monkeypatch):
     key, network, split = prepared()
     one = int(split.offsets[-1]) * 32 * 4
-    first, second = (TeacherOutputs(network, key, split, tmp_path, limit=1.5 * one) for _ in range(2))
+    first, second, third = (TeacherOutputs(network, key, split, tmp_path, limit=1.5 * one) for _ in range(3))
     batch, other = batches(split, 2)
     first(batch, ["hidden.1"])
+    with torch.no_grad():
+        expected = read_features(network, other, ["hidden.1", "hidden.2"])
+    with monkeypatch.context() as patch:
+        patch.setattr(outputs, "_compute", lambda *_: pytest.fail("there is no room for it"))
+        close(second(other, ["hidden.2"]), {"hidden.2": expected["hidden.2"]}, other)
+        patch.setattr(outputs, "read_features", lambda *_: pytest.fail("the teacher was run again"))
+        for reader in (first, third):
+            close(reader(other, ["hidden.1"]), {"hidden.1": expected["hidden.1"]}, other)
+    for reader in (first, third):
+        assert kept(first) == ["hidden.1"]
+        second(batch, ["hidden.2"])
+        reader.release()
     second(batch, ["hidden.2"])
     assert kept(first) == ["hidden.2"]
-    assert not (first.directory / "hidden.1").exists()
-    with torch.no_grad():
-        expected = read_features(network, other, ["hidden.1"])
-    for name in ("_compute", "read_features"):
-        monkeypatch.setattr(outputs, name, lambda *_: pytest.fail("the teacher was run again"))
-    close(first(other, ["hidden.1"]), expected, other)
+    if (maps := Path("/proc/self/maps")).exists():
+        held = [line.split("/") for line in maps.read_text().splitlines() if str(first.directory) in line]
+        assert {path[-2] for path in held} == {"hidden.2"}, "a deleted file that is still mapped takes its place"
 
 
 def test_a_full_disk_is_an_error_and_leaves_nothing_that_looks_finished(prepared, tmp_path, monkeypatch):
@@ -192,8 +203,8 @@ def test_what_was_half_deleted_is_made_anew(prepared, tmp_path):
 def test_what_a_dead_process_left_is_made_anew(prepared, tmp_path):
     key, network, split = prepared()
     stored = TeacherOutputs(network, key, split, tmp_path, limit=1e9)
-    (stored.directory / "unfinished" / "hidden.1").mkdir(parents=True)
-    (stored.directory / "unfinished" / "hidden.1" / FILE).write_text("half")
+    (stored.directory / ".hidden.1").mkdir(parents=True)
+    (stored.directory / ".hidden.1" / FILE).write_text("half")
     batch = batches(split, 1)[0]
     close(stored(batch, ["hidden.1"]), read_features(network, batch, ["hidden.1"]), batch)
     assert kept(stored) == ["hidden.1"]
@@ -204,11 +215,12 @@ def test_what_a_dead_process_left_is_made_anew(prepared, tmp_path):
     [
         lambda batch: batch["input_ids"].__setitem__((0, 1), batch["input_ids"][0, 1] + 1),
         lambda batch: batch["attention_mask"].__setitem__((0, 1), 0),
+        lambda batch: batch["token_type_ids"].__setitem__((0, 1), 1),
         lambda batch: batch.pop("index"),
         lambda batch: batch["index"].__setitem__(0, 100_000),
         lambda batch: batch["index"].__setitem__(0, -1),
     ],
-    ids=["another word", "a shorter text", "no rows", "no such row", "a negative row"],
+    ids=["another word", "a shorter text", "another segment", "no rows", "no such row", "a negative row"],
 )
 def test_texts_that_are_not_the_rows_are_computed(prepared, tmp_path, change):
     key, network, split = prepared()
@@ -223,10 +235,13 @@ def test_texts_that_are_not_the_rows_are_computed(prepared, tmp_path, change):
     assert not stored.directory.exists()
 
 
-def test_another_teacher_or_split_has_outputs_of_its_own(prepared, tmp_path):
+def test_another_teacher_split_or_precision_has_outputs_of_its_own(prepared, tmp_path):
     key, network, split = prepared()
-    made = [TeacherOutputs(network, name, split, tmp_path, 1e9).directory for name in (key, "other")]
-    assert made[0] != made[1]
+    shutil.copytree(split.path, tmp_path / "another")
+    other = Split.open(tmp_path / "another")
+    chosen = [(key, split, "fp32"), ("other", split, "fp32"), (key, other, "fp32"), (key, split, "bf16")]
+    made = [TeacherOutputs(network, name, rows, tmp_path, 1e9, how).directory for name, rows, how in chosen]
+    assert len(set(made)) == len(made)
 
 
 def test_several_workers_share_one_pass(prepared, tmp_path, monkeypatch):
@@ -261,43 +276,56 @@ class TestRoomOfAllStudies:
     def test_what_an_earlier_study_left_goes_first(self, prepared, tmp_path):
         earlier, later, batch = self.two(prepared, tmp_path)
         earlier(batch, ["hidden.1"])
-        earlier.__dict__.update(_open={}, _sign=None)  # as its process ends
+        earlier.release()  # as when its process ends
         later(batch, ["hidden.1"])
         assert (kept(earlier), kept(later)) == ([], ["hidden.1"])
         later(batch, ["hidden.2"])
         assert kept(later) == ["hidden.2"]
-        assert not list(earlier.directory.glob("*.reader"))
+        assert not list(later.directory.glob("hidden.1/*"))
 
     def test_what_another_study_reads_stays(self, prepared, tmp_path):
         other, own, batch = self.two(prepared, tmp_path)
         other(batch, ["hidden.1"])
         own(batch, ["hidden.1"])
-        assert (kept(other), kept(own)) == (["hidden.1"], ["hidden.1"])
-        own(batch, ["hidden.2"])
-        assert (kept(other), kept(own)) == (["hidden.1"], ["hidden.2"])
+        assert (kept(other), kept(own)) == (["hidden.1"], [])
+        own(batch, ["logits"])
+        assert (kept(other), kept(own)) == (["hidden.1"], ["logits"])
 
     def test_who_is_just_making_something_is_not_waited_for(self, prepared, tmp_path):
         other, own, batch = self.two(prepared, tmp_path)
         other(batch, ["hidden.1"])
-        other.__dict__.update(_open={}, _sign=None)
+        other.release()
         with FileLock(other.directory / "lock"):
             own(batch, ["hidden.1"])
-        assert (kept(other), kept(own)) == (["hidden.1"], ["hidden.1"])
+        assert (kept(other), kept(own)) == (["hidden.1"], [])
+        own(batch, ["hidden.1"])
+        assert (kept(other), kept(own)) == ([], ["hidden.1"])
+
+    def test_what_another_left_half_made_counts_and_goes(self, prepared, tmp_path):
+        other, own, batch = self.two(prepared, tmp_path)
+        half = other.directory / ".hidden.1" / FILE
+        half.parent.mkdir(parents=True)
+        half.write_bytes(bytes(int(own.limit / 1.5)))
+        with FileLock(other.directory / "lock"):  # as while it is being made
+            own(batch, ["hidden.1"])
+        assert (half.exists(), kept(own)) == (True, [])
+        own(batch, ["hidden.1"])
+        assert (half.exists(), kept(own)) == (False, ["hidden.1"])
 
     def test_signs_of_processes_that_died_hold_nothing(self, prepared, tmp_path):
         other, own, batch = self.two(prepared, tmp_path)
         other(batch, ["hidden.1"])
         code = "import os, sys, filelock; sign = filelock.FileLock(sys.argv[1]); sign.acquire(); os._exit(1)"
-        subprocess.run([sys.executable, "-c", code, str(other.directory / "its.reader")], check=False)
-        assert len(list(other.directory.glob("*.reader"))) == 2
-        other.__dict__.update(_open={}, _sign=None)
+        subprocess.run([sys.executable, "-c", code, str(other.directory / "hidden.1" / "its.reader")], check=False)
+        assert len(list(other.directory.glob("hidden.1/*.reader"))) == 2
+        other.release()
         own(batch, ["hidden.1"])
         assert kept(other) == []
 
     def test_enough_room_for_both_leaves_both(self, prepared, tmp_path):
         first, second, batch = self.two(prepared, tmp_path)
         first(batch, ["hidden.1"])
-        first.__dict__.update(_open={}, _sign=None)
+        first.release()
         second.limit *= 2
         second(batch, ["hidden.1"])
         assert (kept(first), kept(second)) == (["hidden.1"], ["hidden.1"])
@@ -305,8 +333,8 @@ class TestRoomOfAllStudies:
     def test_a_sign_is_one_until_it_is_released(self, prepared, tmp_path):
         other, own, batch = self.two(prepared, tmp_path)
         other(batch, ["hidden.1"])
-        other.__dict__.update(_open={}, _sign=None)
-        sign = hold(other.directory)
+        other.release()
+        sign = hold(other.directory / "hidden.1")
         own(batch, ["hidden.1"])
         assert kept(other) == ["hidden.1"]
         sign.release()

@@ -126,14 +126,15 @@ class Split:
 
     def rows_of(self, batch: Batch) -> Array | None:
         """The rows that a batch consists of; None where it has no ``index``, or its texts are not those rows'."""
-        if "index" not in batch:
+        names = (*self.padding, "attention_mask")
+        if any(name not in batch for name in ("index", *names)):
             return None
         rows = batch["index"].cpu().numpy()
         if rows.min() < 0 or rows.max() >= len(self):
             return None
         own = self.arrays(rows)
         width = own["attention_mask"].shape[1]
-        theirs = {name: batch[name].cpu().numpy() for name in ("input_ids", "attention_mask")}
+        theirs = {name: batch[name].cpu().numpy() for name in names}
         same = all(np.array_equal(theirs[name][:, :width], own[name]) for name in theirs)
         return rows if same and not theirs["attention_mask"][:, width:].any() else None
 

@@ -271,8 +271,8 @@ class TrainingConfig(Section):
         default=4.0,
         ge=0,
         description="GB (10⁹ bytes) of disk for teachers' hidden states and attention on training data, this "
-        "study's and those that earlier ones left, of which the oldest go; what a recipe needs of them is computed "
-        "again at each step where it would take more, or where a GPU computes it sooner than it is read",
+        "study's and those that earlier ones left, of which the oldest go unless somebody reads them; what has no "
+        "room is computed again at each step, as is what a GPU computes sooner than it is read",
     )
 
     def settled(self, *, bf16: bool) -> TrainingConfig:

@@ -1,10 +1,10 @@
 """What the teacher computes on the training rows, kept on disk within a limit, else computed again.
 
 Owns the files and the rule of what is kept: a request whose features fit into the limit together, and are sooner
-read than computed, is answered from disk, any other by a forward pass, whatever was asked before. So a recipe's
-numbers never depend on its history.
-To make room, what was longest out of use goes, other studies' first if it is older, but nothing that another study
-reads from now. Knows nothing of the losses these go into.
+read than computed, is answered from disk, any other by a forward pass. To make room, what was longest out of use
+goes, other studies' first if it is older, but nothing that another worker reads now: where that leaves too little,
+the answer is computed, too, which differs from what is kept by rounding alone. Knows nothing of the losses these go
+into.
 
 Each feature is a directory: ``values.npy`` is (tokens, …), flat as the split's tokens are, or (N, …) for
 ``pooled`` and ``logits`` of whole texts. All workers share them; the first that needs one runs the whole split.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,14 +68,13 @@ class TeacherOutputs:
             key: names the teacher by its content.
             split: the training rows.
             cache: holds the directory with the outputs.
-            limit: bytes that the outputs of this teacher and split may take on disk, with those of others that
-                nobody uses.
+            limit: bytes that the outputs of all teachers and splits in ``cache`` may take on disk.
             precision: of the teacher's forward passes; what is kept and given is float32.
         """
         self.teacher, self.split, self.limit, self.precision = teacher, split, limit, precision
         self.directory = cache / "outputs" / digest(["outputs", key, split.path.name, precision])
         self._open: dict[str, Array] = {}
-        self._sign: FileLock | None = None
+        self._signs: list[FileLock] = []
 
     def __call__(self, batch: Batch, features: Collection[str]) -> dict[str, Tensor]:
         """The features of a batch, without gradients, on the teacher's device.
@@ -86,19 +85,26 @@ class TeacherOutputs:
         """
         wanted = primitives(features)
         rows = self.split.rows_of(batch)
-        if rows is None or not (self.fits(wanted) and self.pays(wanted)):
+        kept = rows is not None and self.fits(wanted) and self.pays(wanted)
+        arrays = self._arrays(wanted) if kept else None
+        if rows is None or arrays is None:
             with torch.no_grad(), computing_in(self.precision, self.teacher):
                 return read_features(self.teacher, batch, features)
         device, width = batch["input_ids"].device, batch["input_ids"].shape[1]
-        arrays = self._arrays(wanted)
         read = {name: self._padded(name, arrays[name], rows, width).to(device) for name in wanted}
         return derive(read, features, batch["attention_mask"])
 
     def read_by(self, teacher: nn.Module, split: Split) -> TeacherOutputs:
         """The same for a teacher that reads other pieces: computed when asked, as few trials share its reading."""
         reader = copy(self)
-        reader.teacher, reader.split, reader.limit, reader._open = teacher, split, 0, {}
+        reader.teacher, reader.split, reader.limit, reader._open, reader._signs = teacher, split, 0, {}, []
         return reader
+
+    def release(self) -> None:
+        """Read nothing any more until asked again, so that other features can take the place of these."""
+        self._open = {}
+        while self._signs:
+            self._signs.pop().release()
 
     def fits(self, names: Collection[str]) -> bool:
         """Whether these primitive features together stay within the limit."""
@@ -120,32 +126,35 @@ class TeacherOutputs:
     def _bytes(self, name: str) -> int:
         return 4 * math.prod(self._shape(name))
 
-    def _arrays(self, names: Collection[str]) -> dict[str, Array]:
-        """Memory-mapped values of primitive features; computed if they are not there."""
+    def _arrays(self, names: Collection[str]) -> dict[str, Array] | None:
+        """Memory-mapped values of primitive features, computed if they are not there; None without room."""
         if not all(name in self._open for name in names):
+            self.release()
             self.directory.mkdir(parents=True, exist_ok=True)
             # one worker computes or makes room; the others wait, for it may be computing just what they need
             with FileLock(self.directory / LOCK):
-                self._sign = self._sign or hold(self.directory)
-                self._make(names)
+                if not self._make(names):
+                    return None
+                self._signs = [hold(self.directory / name) for name in names]
                 self._open = {name: np.load(self.directory / name / FILE, mmap_mode="r") for name in names}
         return self._open
 
-    def _make(self, names: Collection[str]) -> None:
-        missing = [name for name in names if not (self.directory / name / FILE).is_file()]
-        make_room(self.directory, sum(self._bytes(name) for name in missing), self.limit, names)
-        unfinished = self.directory / "unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)  # left behind by a process that died
+    def _make(self, names: Collection[str]) -> bool:
+        """Compute what is missing of these features; False where there is no room for it."""
+        missing = {name: self._shape(name) for name in names if not (self.directory / name / FILE).is_file()}
+        unfinished = {name: self.directory / f".{name}" for name in missing}
+        for directory in unfinished.values():
+            shutil.rmtree(directory, ignore_errors=True)  # left behind by a process that died
+        if not make_room(self.directory, sum(map(self._bytes, missing)), self.limit, names):
+            return False
         if missing:
-            shapes = {name: self._shape(name) for name in missing}
             with computing_in(self.precision, self.teacher):
-                _compute(self.teacher, self.split, shapes, unfinished)
-        for name in missing:
-            (unfinished / name).replace(self.directory / name)
-        if missing:
-            unfinished.rmdir()
+                _compute(self.teacher, self.split, missing, unfinished)
+        for name, directory in unfinished.items():
+            directory.replace(self.directory / name)
         for name in names:
             os.utime(self.directory / name)
+        return True
 
     def _padded(self, name: str, values: Array, rows: Array, width: int) -> Tensor:
         """(B, S, …) from flat tokens, zero at padding, or (B, …); heads before tokens for projections."""
@@ -157,13 +166,15 @@ class TeacherOutputs:
         return _heads_first(torch.from_numpy(padded))
 
 
-def _compute(network: nn.Module, split: Split, shapes: dict[str, tuple[int, ...]], directory: Path) -> None:
-    """Run the whole split once and write each feature's values."""
+def _compute(
+    network: nn.Module, split: Split, shapes: Mapping[str, tuple[int, ...]], directories: Mapping[str, Path]
+) -> None:
+    """Run the whole split once and write each feature's values to its directory."""
     device = next(network.parameters()).device
     arrays = {}
     for name, shape in shapes.items():
-        (directory / name).mkdir(parents=True)
-        arrays[name] = new_array(directory / name / FILE, shape)
+        directories[name].mkdir()
+        arrays[name] = new_array(directories[name] / FILE, shape)
     with torch.no_grad():
         for batch in ordered_batches(split, BATCH):
             found = read_features(network, to_device(batch, device), list(shapes))

@@ -1,6 +1,7 @@
-"""Room on the disk for what teachers computed: one limit for the directories of all studies, and who reads there.
+"""Room on the disk for what teachers computed: one limit for the features of all studies, and who reads which.
 
-Owns which files go when there is too little. Knows nothing of what is in them.
+Owns which of them go when there is too little. Knows nothing of what is in them. Each is a directory with a file
+inside, in a directory of its teacher's and split's; one whose name begins with a dot is half made or half deleted.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from filelock import FileLock, Timeout
 FILE = "values.npy"
 """What a kept feature's directory holds."""
 LOCK = "lock"
-"""Held by who makes something in a directory, or deletes something there."""
+"""In a teacher's directory; held by who makes something there, or deletes something."""
 
 
 def new_array(path: Path, shape: Sequence[int]) -> np.memmap[Any, np.dtype[np.float32]]:
@@ -35,28 +36,30 @@ def new_array(path: Path, shape: Sequence[int]) -> np.memmap[Any, np.dtype[np.fl
     return array
 
 
-def hold(directory: Path) -> FileLock:
-    """A sign that somebody reads from the directory: until it is released, or the process ends.
+def hold(feature: Path) -> FileLock:
+    """A sign that somebody reads the feature: until it is released, or the process ends.
 
-    To be called under the directory's lock.
+    To be called under the lock of its teacher's directory.
     """
-    _readers(directory)  # or signs of processes that ended would gather
-    sign = FileLock(directory / f"{uuid4().hex}.reader")
+    _readers(feature)  # or signs of processes that ended would gather
+    sign = FileLock(feature / f"{uuid4().hex}.reader")
     sign.acquire()
     return sign
 
 
-def make_room(own: Path, needed: float, limit: float, keep: Collection[str]) -> None:
-    """Delete what was longest out of use until so many bytes fit, in this directory and those beside it.
+def make_room(own: Path, needed: float, limit: float, keep: Collection[str]) -> bool:
+    """Delete what was longest out of use until so many bytes fit, in this teacher's directory and those beside it.
 
-    What others read from now stays, so that all together may take more than the limit; this directory never does.
-    To be called under this directory's lock.
+    What somebody reads stays, for to delete it would free nothing. To be called under this directory's lock.
 
     Args:
-        own: whoever still reads features that go here keeps its own view.
-        needed: bytes; at most ``limit`` with those of ``keep``.
+        own: the directory.
+        needed: bytes.
         limit: bytes of all directories together.
         keep: features of this directory that stay.
+
+    Returns:
+        Whether they fit now.
     """
     features = sorted((path.parent for path in own.parent.glob(f"*/*/{FILE}")), key=_latest_use)
     free = limit - sum(map(_size, features))
@@ -64,32 +67,36 @@ def make_room(own: Path, needed: float, limit: float, keep: Collection[str]) -> 
         if free >= needed:
             break
         if feature.parent != own:
-            free += _freed(feature)
+            free += _freed_elsewhere(feature)
         elif feature.name not in keep:
-            free += _deleted(feature)
+            free += _freed(feature)
+    return free >= needed
 
 
-def _freed(feature: Path) -> int:
+def _freed_elsewhere(feature: Path) -> int:
     """The bytes that were deleted with another directory's feature: none where somebody is at work there."""
     try:
         with FileLock(feature.parent / LOCK, timeout=0):
-            return 0 if _readers(feature.parent) else _deleted(feature)
+            return _freed(feature)
     except Timeout:
         return 0
 
 
-def _deleted(feature: Path) -> int:
+def _freed(feature: Path) -> int:
+    """The bytes that were deleted with a feature: none where somebody reads it."""
+    if _readers(feature):
+        return 0
     size = _size(feature)
-    if not feature.name.startswith("."):  # which a process left half deleted
-        # whoever looks for it finds all of it or nothing, though a file that somebody reads may outlive its name
+    if not feature.name.startswith("."):
+        # whoever looks for it finds all of it or nothing
         feature = feature.rename(feature.with_name(f".{feature.name}-{uuid4().hex}"))
     shutil.rmtree(feature, ignore_errors=True)
     return size
 
 
-def _readers(directory: Path) -> int:
-    """How many read from it; signs that processes left which have ended are removed."""
-    return sum(_is_locked(sign) for sign in directory.glob("*.reader"))
+def _readers(feature: Path) -> int:
+    """How many read it; signs that processes left which have ended are removed."""
+    return sum(_is_locked(sign) for sign in feature.glob("*.reader"))
 
 
 def _is_locked(sign: Path) -> bool:
