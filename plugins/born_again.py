@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from compress_search import Batch, Candidate, Context, Dim, Method, Params, Stage, Subject
+from compress_search.encoders import read_features
 
 from .distillation.soft_targets import (
     SoftTerm,
     annealed_loss,
     crf_missing,
     idle_soft,
-    logits_of,
     mix_space,
     soft_space,
 )
@@ -94,7 +94,7 @@ def targets(elders: Sequence[nn.Module], context: Context, *, with_teacher: bool
 
     def mean(batch: Batch) -> Tensor:
         with torch.no_grad():
-            said = [logits_of(elder, batch) for elder in elders]
+            said = [read_features(elder, batch, ["logits"])["logits"] for elder in elders]
         if with_teacher:
             said.append(context.teacher_logits(batch))
         return torch.stack(said).mean(0)

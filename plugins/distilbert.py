@@ -27,7 +27,7 @@ from .distillation.layer_maps import source_layers, written_layers
 from .distillation.masked_text import MASKED_LM, hide, language_kl, prediction_loss, unlike_teacher
 from .distillation.matches import Match
 from .distillation.matching import Matching
-from .distillation.objective import Objective, text_missing
+from .distillation.objective import Objective, Record, text_missing
 from .distillation.soft_targets import SoftTerm, crf_missing, crf_space
 from .distillation.students import cut_student, student_subject, unfit
 
@@ -117,6 +117,8 @@ class DistilBert(Method):
             found["init_layers"] = _first_name(found, subject.layers)
         idle = set() if found.get("custom_layers") else {"custom_layers"}
         idle |= (set() if second else {"second_alpha"}) | _idle_chains(found, second)
+        if not second and not found["ce_weight"]:
+            idle |= {"temperature"}
         return {name: value for name, value in found.items() if name not in idle} | {"second_distillation": second}
 
     def faults(self, subject: Subject, params: Params) -> Mapping[str, str]:
@@ -242,12 +244,12 @@ def under_language_head(network: nn.Module, model: nn.Module) -> nn.Module:
 class TripleLoss:
     """w_ce·τ²·KL + w_mlm·cross-entropy + w_cos·(1 − cos) of a student and a language model on texts with holes.
 
-    A term of weight 0 is not computed. ``terms`` are the latest ones, unweighted.
+    A term of weight 0 is not computed.
     """
 
     model: nn.Module
     params: Params
-    terms: dict[str, float] = field(default_factory=dict)
+    recorded: Record = field(default_factory=Record)
 
     def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
         """The weighted sum on a batch of :func:`hide`."""
@@ -257,15 +259,14 @@ class TripleLoss:
             theirs = read_features(self.model, batch, [last[1], "logits"])
         mask, labels = batch["attention_mask"], batch["labels"]
         rows = labels >= 0 if self.params["restrict_ce_to_mask"] else mask
-        temperature = float(self.params["temperature"])
+        temperature = float(self.params.get("temperature", 1.0))
         terms: dict[str, Callable[[], Tensor]] = {
             "ce": lambda: language_kl(ours["logits"], theirs["logits"], temperature, rows),
             "mlm": lambda: prediction_loss(ours["logits"], labels),
             "cos": lambda: cos(ours[last[0]], theirs[last[1]], mask),
         }
         weights = {name: float(self.params[f"{name}_weight"]) for name in terms}
-        found = {name: term() for name, term in terms.items() if weights[name]}
-        self.terms = {f"language_{name}": term.item() for name, term in found.items()}
+        found = {name: self.recorded(f"language_{name}", term()) for name, term in terms.items() if weights[name]}
         return torch.stack([weights[name] * term for name, term in found.items()]).sum()
 
 
@@ -279,7 +280,7 @@ def _learn_language(student: Candidate, model: nn.Module, params: Params, contex
         batches=_with_holes(student, params, context),
         learning_rate=float(params["learning_rate"]),
     )
-    return loss.terms
+    return loss.recorded.means()
 
 
 def _with_holes(student: Candidate, params: Params, context: Context) -> Iterator[Batch]:

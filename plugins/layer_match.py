@@ -16,7 +16,6 @@ Li et al. 2020, BERT-EMD, without its cost attention: all layers of a model have
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
@@ -25,11 +24,12 @@ from typing import Any
 from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subject, TrialError
 
 from .distillation.layer_maps import STRATEGIES, anchors, attention_pairs, layer_pairs
-from .distillation.matches import Match, Shapes, check_depths, check_matches, parse_matches
+from .distillation.matches import MORE_HEADS, Match, Shapes, check_depths, check_matches, parse_matches, unmatched
 from .distillation.matching import Matching
 from .distillation.objective import (
     Choice,
     Objective,
+    Record,
     aligned,
     has_targets,
     idle_targets,
@@ -206,11 +206,15 @@ class LayerMatch(Method):
                 return {"projection": NARROW}
         if not written and params.get("start") != CHECKPOINT:
             return {}
+        ours, theirs = map(Shapes.described, (student, subject))
+        matches = _matches(params, theirs.layers, ours.layers)
+        if not written:
+            differs = unmatched(matches, ours, theirs)
+            return {"start": f"{CHECKPOINT}, and {differs}: write matches, with {MORE_HEADS}"} if differs else {}
         try:
-            ours, theirs = map(Shapes.described, (student, subject))
-            check_matches(_matches(params, theirs.layers, ours.layers), ours, theirs)
+            check_matches(matches, ours, theirs)
         except TrialError as error:
-            return {"matches": error.message} if written else {"start": f"{CHECKPOINT}, and {error.message}"}
+            return {"matches": error.message}
         return {}
 
     def missing(self, teacher: Subject) -> Mapping[str, str]:
@@ -261,14 +265,17 @@ def _settle(params: dict[str, Any], narrow: bool) -> set[str]:
     """Put in what a strategy's dimensions come to; the names of those that then say nothing."""
     wanted = str(params["features"]).split("+")
     idle = set() if "attention" in wanted else {"attention_weight", "attention_loss"}
-    if params["strategy"] == "mirror_theseus" and "attention" not in wanted:
-        params["strategy"] = "uniform"  # the two differ in attention alone
+    decides = {"mirror_theseus": "attention", ALIGNED: "hidden"}.get(str(params["strategy"]))
+    if decides and decides not in wanted:
+        params["strategy"] = "uniform"  # which it differs from in that feature alone
     if "hidden" not in wanted:
         params["projection"] = "none"
         idle |= {"hidden_weight", "hidden_loss"}
     elif params["projection"] == "auto":
         equal = "identity" if params["strategy"] == ALIGNED else "none"
         params["projection"] = "linear" if narrow else equal
+    elif params["projection"] == "identity" and narrow:
+        params["projection"] = "linear"
     if params["strategy"] == EARTH_MOVER or (params["strategy"] == ALIGNED and "hidden" in wanted):
         params["layer_dropout"] = 0.0  # which matches count is decided at every step as it is
     return idle | (PROJECTED if params["projection"] == "none" else set())
@@ -313,7 +320,7 @@ def train(student: Candidate, matching: Matching, params: Params, context: Conte
     phases = objectives(student, matching, params, context)
     text = context.unlabelled(BATCH) if params.get("unlabelled_text") else None
     part = float(params.get("matching_fraction", 1.0))
-    recorded: dict[str, deque[float]] = {}
+    recorded = Record()
     for number, phase in enumerate(phases):
         options = {"share": 1 - part, "batches": None} if number else {"share": part, "batches": text}
         phase.recorded = recorded

@@ -16,10 +16,10 @@ from typing import Any
 
 from torch import nn
 
-from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subject, TrialError
+from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subject
 from compress_search.encoders import layers
 
-from .distillation.matches import Match, Shapes, check_matches
+from .distillation.matches import Match, Shapes, unmatched
 from .distillation.matching import Matching
 from .distillation.objective import Objective, has_targets, idle_targets, reader, target_space, text_missing
 from .distillation.soft_targets import SoftTerm, crf_missing
@@ -161,11 +161,9 @@ class MiniLM(Method):
         if fault or params.get("start") != CHECKPOINT:
             return fault
         ours, theirs = map(Shapes.described, (self.after(subject, params), subject))
-        try:
-            check_matches(minilm_matches(params, ours.layers - 1, theirs.layers - 1), ours, theirs)
-        except TrialError as error:
-            return {"start": f"{CHECKPOINT}, and {error.message}"}
-        return {}
+        differs = unmatched(minilm_matches(params, ours.layers - 1, theirs.layers - 1), ours, theirs)
+        instead = "use version: v2" if params["version"] == "v1" else "leave out qk, or choose other relation_heads"
+        return {"start": f"{CHECKPOINT}, and {differs}: {instead}"} if differs else {}
 
     def missing(self, teacher: Subject) -> Mapping[str, str]:
         """Text without labels, a CRF to learn from, and a small network to start as."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from compress_search import Batch, Candidate, Context, Dim, Method, Params, Stage, Subject, TrialError
 from compress_search.encoders import backbone, embeddings, head, layers, set_layers
 
+from .distillation import layer_maps
 from .distillation.soft_targets import SoftTerm, crf_missing, crf_space, crf_target, soft_target_loss
 
 INITS = ("first_k", "every_nth", "last_of_block", "first_of_block", "random")
@@ -58,14 +59,12 @@ def source_layers(init: str, sizes: Sequence[int]) -> list[int]:
     ``every_nth``: evenly spread with both ends, 0, 2, 4, 7, 9, 11 for six of twelve; ``first_of_block`` and
     ``last_of_block``: of its own block.
     """
-    count, ends = len(sizes), list(accumulate(sizes))
-    if init == "every_nth":
-        return [round(i * (ends[-1] - 1) / max(count - 1, 1)) for i in range(count)]
+    ends = list(accumulate(sizes))
     if init == "first_of_block":
         return [end - size for end, size in zip(ends, sizes, strict=True)]
     if init == "last_of_block":
         return [end - 1 for end in ends]
-    return list(range(count))
+    return layer_maps.source_layers("spread" if init == "every_nth" else "first", len(sizes), ends[-1])
 
 
 def replacing_rate(progress: float, schedule: str, base: float, full_at: float) -> float:
@@ -298,9 +297,8 @@ class Theseus(Method):
 
 def _replace(hybrid: nn.Module, gates: Gates, generator: torch.Generator, params: Params, context: Context) -> None:
     """Stage 1: only the successors learn, and the head if asked to. Its scores would be the predecessor's."""
-    blocks = len(gates.values)
-    mixing = str(params["mixing"])
-    per_example = params.get("sample_granularity") == "example"
+    blocks, mixing = len(gates.values), str(params["mixing"])
+    per_example, redraw = params.get("sample_granularity") == "example", bool(params.get("redraw_empty", True))
     schedule = "anti_linear" if params.get("anti_linear") else str(params.get("schedule", "linear"))
     base = float(params["constant_rate" if schedule == "constant" else "base_rate"])
     full_at = float(params.get("full_replacement_at", DEFAULT_FULL_REPLACEMENT))
@@ -314,10 +312,9 @@ def _replace(hybrid: nn.Module, gates: Gates, generator: torch.Generator, params
         shape = (blocks, len(batch["input_ids"])) if per_example else (blocks,)
         gates.values = draw_gates(mixing, rate, shape, generator, redraw_empty=redraw)
         value = context.task_loss(network, batch)
-        # where every gate is shut the step passes without a gradient
-        return value if value.requires_grad else value + 0.0 * parameters[0].sum()
+        # where every gate is shut no weight has a gradient, and none moves, not by its momentum either
+        return value if value.requires_grad else value.requires_grad_()
 
-    redraw = bool(params.get("redraw_empty", True))
     learning = successors(hybrid) + (head(hybrid) if params["train_head_in_stage1"] else [])
     parameters = [parameter for module in learning for parameter in module.parameters()]
     kept = {id(parameter) for parameter in parameters}

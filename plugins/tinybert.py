@@ -25,7 +25,7 @@ from compress_search.encoders import layers
 from .distillation.augmentation import WORDPIECE, augmented, augmenter, words_stay
 from .distillation.layer_maps import layer_pairs, written_layers
 from .distillation.masked_text import unlike_teacher
-from .distillation.matches import Match, Shapes, check_matches
+from .distillation.matches import Match, Shapes, check_matches, unmatched
 from .distillation.matching import Matching
 from .distillation.objective import Objective, Teacher, reader, text_missing
 from .distillation.soft_targets import SoftTerm, crf_missing, crf_space, tempered
@@ -34,6 +34,7 @@ from .distillation.starts import (
     CUT,
     NO_CHECKPOINT,
     begun_faults,
+    begun_subject,
     checkpoint_subject,
     checkpoints,
     cut_when,
@@ -164,10 +165,15 @@ class TinyBert(Method):
         return unfit(subject)
 
     def effective(self, subject: Subject, params: Params) -> Params:
-        """A width of whole heads; an empty map says nothing."""
+        """A width of whole heads, and a map by the first name that it has; an empty one says nothing."""
         found = settled_width(subject, params)
         if not found.get("custom_map"):
             found.pop("custom_map", None)
+        if "layer_map" in found:
+            depth = begun_subject(subject, found).layers
+            wanted = pairs(found, subject.layers, depth)
+            alike = (name for name in MAPS if pairs({**found, "layer_map": name}, subject.layers, depth) == wanted)
+            found["layer_map"] = next(alike)
         return found
 
     def faults(self, subject: Subject, params: Params) -> Mapping[str, str]:
@@ -231,11 +237,10 @@ def _misfit(subject: Subject, params: Params) -> str | None:
     mapped = pairs(params, subject.layers, student.layers)
     if len(mapped) != student.layers:
         return f"{CHECKPOINT}, of {student.layers} layers, and custom_map lists {len(mapped)}: expected as many"
-    try:
-        check_matches(tinybert_matches(params, mapped), *map(Shapes.described, (student, subject)))
-    except TrialError as error:
-        return f"{CHECKPOINT}, and {error.message}"
-    return None
+    if params["projection"] == "none" and student.hidden != subject.hidden:
+        return f"{CHECKPOINT}, {student.hidden} wide and the teacher {subject.hidden}: choose a projection"
+    fault = unmatched(tinybert_matches(params, mapped), *map(Shapes.described, (student, subject)))
+    return fault and f"{CHECKPOINT}, and {fault}: use layer_match, with attention_mse_sum"
 
 
 def _spells_words(teacher: Subject) -> bool:

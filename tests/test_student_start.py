@@ -134,13 +134,19 @@ def test_one_that_is_no_student_is(tiny_study: Callable[..., Path], changes: dic
 
 def test_one_that_cannot_be_compared_with_the_teacher_is() -> None:
     heads = BERT.having("student-start", "student-start:layers=6", "student-start:heads=8")
-    for method, wishes in ((TinyBert(), {}), (LayerMatch(), {}), (MiniLM(), {"version": "v1"})):
+    for method, wishes, instead in (
+        (TinyBert(), {}, "use layer_match, with attention_mse_sum"),
+        (LayerMatch(), {}, "write matches, with attention_mse_sum, attention_ce_mean or relation_kl:<heads>"),
+        (MiniLM(), {"version": "v1"}, "use version: v2"),
+        (MiniLM(), {"relations": "qk+vv"}, "leave out qk, or choose other relation_heads"),
+    ):
         fault = method.faults(heads, settled(method, heads, start="checkpoint", **wishes))
-        assert "cannot compare 8 heads with 12" in fault["start"]
+        loss = "relation_kl_rows" if isinstance(method, MiniLM) else "attention_mse"
+        assert fault == {"start": f"checkpoint, and {loss} cannot compare 8 heads with 12: {instead}"}
     assert MiniLM().faults(heads, settled(MiniLM(), heads, start="checkpoint")) == {}
     narrow_one = BERT.having("student-start", "student-start:layers=6", "student-start:hidden=384")
     fault = TinyBert().faults(narrow_one, settled(TinyBert(), narrow_one, start="checkpoint", projection="none"))
-    assert "cannot compare widths 384 and 768" in fault["start"]
+    assert fault["start"] == "checkpoint, 384 wide and the teacher 768: choose a projection"
     fault = TinyBert().faults(narrow_one, settled(TinyBert(), narrow_one, start="checkpoint", custom_map="3, 6"))
     assert "of 6 layers, and custom_map lists 2" in fault["start"]
 

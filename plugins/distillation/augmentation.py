@@ -10,8 +10,9 @@ pieces.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -116,8 +117,10 @@ class Augmenter:
         lone = firsts & (_per_word(chosen, numbers) == 1)
         new = ids.clone()
         new[lone] = self._expected(batch, chosen, lone)
-        for row, column in (firsts & ~lone).nonzero().tolist():
-            new[row, column] = self._similar(ids[row, numbers[row] == numbers[row, column]])
+        spelt = firsts & ~lone
+        if spelt.any():
+            words = [ids[row, numbers[row] == numbers[row, column]] for row, column in spelt.nonzero().tolist()]
+            new[spelt] = self._similar(words)
         kept = cpu["attention_mask"].bool() & (firsts | ~chosen)
         packed = _packed({**cpu, "input_ids": new}, kept, self.padding)
         return {name: tensor.to(batch["input_ids"].device) for name, tensor in packed.items()}
@@ -165,10 +168,15 @@ class Augmenter:
         }
         return {name: made[name].to(batch["input_ids"].device) for name in inputs(self.model)}
 
-    def _similar(self, pieces: Tensor) -> Tensor:
-        """() the id of one of the words nearest to the mean embedding of the pieces (n,), by cosine."""
-        mean = self.table[pieces].mean(0)
-        return self._one_of_best(F.normalize(self.table, dim=-1) @ F.normalize(mean, dim=-1))
+    def _similar(self, words: Sequence[Tensor]) -> Tensor:
+        """(n,) for each word, its pieces, the id of one of those nearest to their mean embedding, by cosine."""
+        means = torch.stack([self.table[pieces].mean(0) for pieces in words])
+        return self._one_of_best(means @ self._directions.T)
+
+    @cached_property
+    def _directions(self) -> Tensor:
+        """(V, H) embeddings of length 1."""
+        return F.normalize(self.table, dim=-1)
 
     def _one_of_best(self, scores: Tensor) -> Tensor:
         """(…) one of the words with the highest scores (…, V), each with the same probability."""

@@ -255,42 +255,63 @@ def check_matches(matches: Sequence[Match], student: Shapes, teacher: Shapes) ->
     except ValueError as error:
         raise TrialError(str(error)) from None
     for number, match in enumerate(matches, start=1):
-        for ours, theirs in zip(match.student, match.teacher, strict=True):
-            _check_shapes(f"match {number}", match, student, teacher, ours, theirs)
+        if fault := _mismatch(match, student, teacher):
+            raise TrialError(f"match {number}: {': '.join(filter(None, fault))}")
 
 
-def _check_shapes(place: str, match: Match, student: Shapes, teacher: Shapes, ours: str, theirs: str) -> None:
+def unmatched(matches: Sequence[Match], student: Shapes, teacher: Shapes) -> str | None:
+    """What these matches cannot compare of two models, for a method that writes them itself; None where they can.
+
+    Unlike :func:`check_matches` it names no match and no other loss, for the study has written none.
+    """
+    faults = (_mismatch(match, student, teacher) for match in matches)
+    return next((fault[0] for fault in faults if fault), None)
+
+
+def _mismatch(match: Match, student: Shapes, teacher: Shapes) -> tuple[str, str] | None:
+    """What a match cannot compare, and what would do instead, if anything; None where it can."""
+    check = _states_differ if match.kind in ("hidden", "pooled") else _attention_differs
     if match.kind == "logits":
-        if match.function.classes and teacher.of("logits") == (1,):
-            raise TrialError(f"{place}: {match.loss} compares classes, and the task has none: use kd_mse")
-        return
-    if match.kind in ("hidden", "pooled"):
-        mine, other = student.of(ours)[0], teacher.of(theirs)[0]
-        if match.proj and match.proj.widths and match.proj.widths != [mine, other]:
-            raise TrialError(f"{place}: proj maps {match.proj.widths}, and the widths are [{mine}, {other}]")
-        if mine != other and not match.proj and not match.function.any_width:
-            raise TrialError(
-                f"{place}: {match.loss} cannot compare widths {mine} and {other}: add proj: linear, or use nst"
-            )
-        return
+        check = _logits_differ
+    pairs = zip(match.student, match.teacher, strict=True)
+    return next(filter(None, (check(match, student, teacher, *pair) for pair in pairs)), None)
+
+
+def _logits_differ(
+    match: Match, student: Shapes, teacher: Shapes, ours: str, theirs: str
+) -> tuple[str, str] | None:
+    if match.function.classes and teacher.of(theirs) == (1,):
+        return f"{match.loss} compares classes, and the task has none", "use kd_mse"
+    return None
+
+
+def _states_differ(
+    match: Match, student: Shapes, teacher: Shapes, ours: str, theirs: str
+) -> tuple[str, str] | None:
+    mine, other = student.of(ours)[0], teacher.of(theirs)[0]
+    if match.proj and match.proj.widths and match.proj.widths != [mine, other]:
+        return f"proj maps {match.proj.widths}, and the widths are [{mine}, {other}]", ""
+    if mine != other and not match.proj and not match.function.any_width:
+        return f"{match.loss} cannot compare widths {mine} and {other}", "add proj: linear, or use nst"
+    return None
+
+
+def _attention_differs(
+    match: Match, student: Shapes, teacher: Shapes, ours: str, theirs: str
+) -> tuple[str, str] | None:
     (heads, size), (more, bigger) = (
         model.of(name.replace(match.kind, _SOURCE.get(match.kind, match.kind)))
         for model, name in ((student, ours), (teacher, theirs))
     )
     if heads != more and not match.function.any_heads:
-        raise TrialError(f"{place}: {match.loss} cannot compare {heads} heads with {more}: use {MORE_HEADS}")
+        return f"{match.loss} cannot compare {heads} heads with {more}", f"use {MORE_HEADS}"
     if size != bigger and not match.function.any_width:
-        raise TrialError(
-            f"{place}: {match.loss} cannot compare heads of size {size} and {bigger}: use relation_kl:<heads>"
-        )
-    _check_relation_heads(place, match, heads * size, more * bigger)
+        return f"{match.loss} cannot compare heads of size {size} and {bigger}", "use relation_kl:<heads>"
+    name, _, number = match.loss.partition(":")
+    for width in (heads * size, more * bigger) if name == "relation_kl" else ():
+        if width % int(float(number)):
+            return f"{match.loss} needs a width that {number} divides, got {width}", ""
+    return None
 
 
 _SOURCE = {"scores": "query", "probabilities": "query", "values": "value"}
-
-
-def _check_relation_heads(place: str, match: Match, *widths: int) -> None:
-    name, _, heads = match.loss.partition(":")
-    for width in widths if name == "relation_kl" else ():
-        if width % int(float(heads)):
-            raise TrialError(f"{place}: {match.loss} needs a width that {heads} divides, got {width}")

@@ -60,6 +60,22 @@ def text_missing(teacher: Subject, dimension: str) -> dict[str, str]:
     return {} if "unlabelled" in teacher.traits else {dimension: UNLABELLED}
 
 
+class Record:
+    """The unweighted terms of a loss by name, over the last steps."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, deque[float]] = {}
+
+    def __call__(self, name: str, term: Tensor) -> Tensor:
+        """The term itself, once its value is written down."""
+        self._values.setdefault(name, deque(maxlen=RECORDED)).append(term.item())
+        return term
+
+    def means(self) -> dict[str, float]:
+        """Each term's mean."""
+        return {name: sum(values) / len(values) for name, values in self._values.items()}
+
+
 @dataclass
 class Objective:
     """A loss for ``context.fit``: matches + ``soft_weight``·soft targets + ``hard_weight``·the task's loss.
@@ -76,7 +92,7 @@ class Objective:
     teacher: Teacher | None = None
     choose: Choice | None = None
     progress: float = 0.0
-    recorded: dict[str, deque[float]] = field(default_factory=dict)
+    recorded: Record = field(default_factory=Record)
 
     def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
         """The weighted sum on a batch."""
@@ -86,9 +102,9 @@ class Objective:
         if self.soft and self.soft_weight:
             chains = chains_of(network, self.context.teacher, self.soft)
             soft = self.soft(found["logits"], self.context.teacher_logits(batch), batch, chains)
-            total = total + self.soft_weight * self._record("soft", soft)
+            total = total + self.soft_weight * self.recorded("soft", soft)
         if hard is not None:
-            total = total + self.hard_weight * self._record("hard", hard)
+            total = total + self.hard_weight * self.recorded("hard", hard)
         return total  # type: ignore[no-any-return]
 
     @property
@@ -110,7 +126,7 @@ class Objective:
 
     def report(self) -> dict[str, float]:
         """The unweighted terms by their kind, those of a kind summed as chosen; means over the last steps."""
-        return {name: sum(values) / len(values) for name, values in self.recorded.items()}
+        return self.recorded.means()
 
     def _on_step(self, step: int, steps: int) -> None:
         self.progress = step / steps
@@ -136,12 +152,8 @@ class Objective:
         terms = {n: share * self.matching.term(n, student, teacher, mask, labels) for n, share in shares.items()}
         for kind in dict.fromkeys(self.matching.matches[n].feature for n in terms):
             of_kind = [term.detach() for n, term in terms.items() if self.matching.matches[n].feature == kind]
-            self._record(kind, torch.stack(of_kind).sum())
+            self.recorded(kind, torch.stack(of_kind).sum())
         return self.matching.loss(terms, self.progress)
-
-    def _record(self, name: str, value: Tensor) -> Tensor:
-        self.recorded.setdefault(name, deque(maxlen=RECORDED)).append(value.item())
-        return value
 
 
 def some(rate: float, seed: int) -> Choice:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
 from compress_search import Batch, Context, Dim, Loss, Params, Subject
-from compress_search.encoders import Crf, crf_of
+from compress_search.encoders import Crf, crf_of, read_features
 from compress_search.losses import (
     IGNORED,
     SoftLoss,
@@ -33,6 +33,20 @@ Chains = tuple[Crf, Crf]
 
 CRF = "a teacher with a CRF: have one trained by teacher.fine_tune.crf, for a token task"
 """What ``crf_target`` needs."""
+
+
+_FIELDS = {
+    "soft_loss": "kind",
+    "temperature": "temperature",
+    "temperature_sq": "squared",
+    "temperature_scheduler": "scheduler",
+    "scheduler_beta": "beta",
+    "scheduler_gamma": "gamma",
+    "probability_shift": "shift",
+    "token_scope": "scope",
+    "crf_target": "crf_target",
+}
+"""Dimensions of :func:`soft_space` -> what of a :class:`SoftTerm` they say."""
 
 
 @dataclass(frozen=True)
@@ -62,18 +76,8 @@ class SoftTerm:
     @classmethod
     def of(cls, task: str, params: Params) -> SoftTerm:
         """The term that the dimensions of :func:`soft_space` describe; those that are inactive have defaults."""
-        return cls(
-            task,
-            cast(SoftLoss, params.get("soft_loss", "kl")),
-            float(params.get("temperature", 1.0)),
-            cast(TokenScope, params.get("token_scope", "labelled")),
-            bool(params.get("probability_shift", False)),
-            cast(TemperatureScheduler, params.get("temperature_scheduler", "constant")),
-            float(params.get("scheduler_beta", 1.0)),
-            float(params.get("scheduler_gamma", 1.0)),
-            crf_target(params),
-            bool(params.get("temperature_sq", True)),
-        )
+        given: dict[str, Any] = {field: params[name] for name, field in _FIELDS.items() if name in params}
+        return cls(task, **given)
 
     @property
     def unlabelled(self) -> SoftTerm:
@@ -265,16 +269,9 @@ def transfer_loss(context: Context, term: SoftTerm) -> Loss:
     soft = term.unlabelled
 
     def loss(network: nn.Module, batch: Batch) -> Tensor:
-        return soft(logits_of(network, batch), context.teacher_logits(batch), batch)
+        return soft(read_features(network, batch, ["logits"])["logits"], context.teacher_logits(batch), batch)
 
     return loss
-
-
-def logits_of(network: nn.Module, batch: Batch) -> Tensor:
-    """The network's logits, (B, C) or (B, S, C)."""
-    given = {name: tensor for name, tensor in batch.items() if name not in ("labels", "index")}
-    logits: Tensor = network(**given).logits
-    return logits
 
 
 def logits_and_task_loss(network: nn.Module, batch: Batch, context: Context) -> tuple[Tensor, Tensor]:

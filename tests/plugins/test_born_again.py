@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from compress_search_plugins.born_again import BornAgain
-from compress_search_plugins.distillation.soft_targets import logits_of
 from compress_search_plugins.distillation.starts import started_anew
 from torch import nn
 
@@ -17,6 +16,7 @@ from compress_search.encoders import prune_neurons
 from compress_search.space import active, defaults
 from compress_search.study import load_study
 from compress_search.testing import TinyContext, tiny_batches, tiny_candidate, tiny_context
+from compress_search.training import forward
 
 TASKS = ("text-classification", "text-regression", "token-classification")
 
@@ -67,7 +67,7 @@ def test_a_generation_learns_from_the_one_before_or_from_all(average: bool) -> N
     calls = recorded(context)
     BornAgain().apply(candidate, parameters(candidate, generations=3, alpha=1.0, average=average), context)
     batch = next(tiny_batches(candidate))
-    said = [context.teacher_logits(batch), *(logits_of(call["network"], batch).detach() for call in calls[:2])]
+    said = [context.teacher_logits(batch), *(forward(call["network"], batch).detach() for call in calls[:2])]
     for generation, call in enumerate(calls):
         known = said[: generation + 1]
         echo = _Echo(torch.stack(known).mean(0) if average else known[-1])
@@ -129,8 +129,8 @@ def test_a_generation_comes_near_its_teacher() -> None:
     start = context.untrained()
     assert start is not None
     with torch.no_grad():
-        truth = logits_of(context.teacher, batch)
-        before, after = ((logits_of(network, batch) - truth).square().mean() for network in (start, result.network))
+        truth = forward(context.teacher, batch)
+        before, after = ((forward(network, batch) - truth).square().mean() for network in (start, result.network))
     assert after < 0.5 * before
 
 

@@ -212,7 +212,7 @@ class TestLosses:
         expected = 5 * ce + 2 * mlm + (1 - angle)[mask].mean()
         loss = TripleLoss(model, params)
         torch.testing.assert_close(loss(student, batch), expected, atol=1e-5, rtol=1e-5)
-        assert set(loss.terms) == {"language_ce", "language_mlm", "language_cos"}
+        assert set(loss.recorded.means()) == {"language_ce", "language_mlm", "language_cos"}
 
     def test_only_the_hidden_tokens_count_where_it_is_restricted_to_them(self):
         student, model, batch = self.both()
@@ -220,7 +220,7 @@ class TestLosses:
         loss(student, batch)
         ours, theirs = (read_features(net, batch, ["logits"])["logits"] for net in (student, model))
         expected = kl(ours, theirs, 2.0, batch["labels"] != -100).item()
-        assert loss.terms["language_ce"] == pytest.approx(expected, rel=1e-5)
+        assert loss.recorded.means()["language_ce"] == pytest.approx(expected, rel=1e-5)
 
     @settings(max_examples=20, deadline=None)
     @given(st.integers(0, 1000), st.integers(1, 4), st.integers(1, 700), st.floats(1, 8))

@@ -192,5 +192,5 @@ class TestWeightsOfZero:
         hidden = {**batch, "labels": torch.where(batch["attention_mask"].bool(), batch["input_ids"], -100)}
         params = {"ce_weight": 0.0, "mlm_weight": 2.0, "cos_weight": 0.0, "temperature": 2.0}
         loss = distilbert.TripleLoss(model, {**params, "restrict_ce_to_mask": False})
-        assert loss(model, hidden).item() == pytest.approx(2 * loss.terms["language_mlm"])
-        assert set(loss.terms) == {"language_mlm"}
+        assert loss(model, hidden).item() == pytest.approx(2 * loss.recorded.means()["language_mlm"])
+        assert set(loss.recorded.means()) == {"language_mlm"}
