@@ -42,7 +42,11 @@ CASES: Mapping[str, tuple[Method, str, Mapping[str, Value]]] = {
     "tinybert, other words": (TinyBert(), TEXTS, {"augment": True, "hard_weight": 0.3}),
     "tinybert, crf": (TinyBert(), "crf", {"general_fraction": 0.3, "augment": False}),
     "distilbert": (DistilBert(), TEXTS, {}),
-    "distilbert, on the task": (DistilBert(), TEXTS, {"general": False, "unlabelled_text": False}),
+    "distilbert, on the task": (
+        DistilBert(),
+        TEXTS,
+        {"general": False, "unlabelled_text": False, "second_alpha": 0.3},
+    ),
     "distilbert, crf": (DistilBert(), "crf", {"general": False, "unlabelled_text": True}),
     "minilm": (MiniLM(), TEXTS, {"width": 0.5}),
     "minilm, version 1": (MiniLM(), TEXTS, {"version": "v1", "unlabelled_text": True}),

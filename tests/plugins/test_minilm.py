@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from compress_search_plugins import minilm
 from compress_search_plugins.distillation.matches import parse_matches
 from compress_search_plugins.distillation.matching import Matching
 from compress_search_plugins.minilm import MiniLM, default_heads, minilm_matches, relation_heads
@@ -241,6 +242,20 @@ class TestTraining:
         result = self.applied(candidate, context, width=0.5, layers=2)
         assert seen == [(4, 16, False), (2, 16, False), (2, 16, True)]
         assert set(METHOD.evaluate(result, context)) == {"q", "k", "v", "soft", "hard"}
+
+    def test_the_student_learns_from_the_assistant_and_that_from_the_chosen_layer(self, monkeypatch):
+        candidate, hops = tiny_candidate(), []
+        context, relate = tiny_context(candidate), minilm._relate
+
+        def watched(student, teacher, layer, *rest):
+            hops.append((student, teacher, layer))
+            return relate(student, teacher, layer, *rest)
+
+        monkeypatch.setattr(minilm, "_relate", watched)
+        result = self.applied(candidate, context, width=0.5, layers=2, teacher_layer=3)
+        (assistant, *first), (student, *second) = hops
+        assert (first, second) == ([context.teacher, 2], [assistant, 3])
+        assert student is result.network
 
     def test_relations_come_nearer(self):
         candidate = tiny_candidate()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from compress_search_plugins.distillation.layer_maps import align, anchors, layer_pairs, source_layers
@@ -19,11 +21,41 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compress_search import Subject
-from compress_search.encoders import FAMILIES, embeddings, layers, parts, subject_of
+from compress_search.encoders import FAMILIES, embeddings, layers, parts, stream, subject_of
 from compress_search.testing import tiny_batches, tiny_candidate
 from compress_search.training import forward
 
 BERT = Subject("bert", "text-classification", 12, 12, 64, 768, 3072, 30522, 512, 2, 2)
+
+
+@torch.no_grad()
+def shuffled(network):
+    """The same function with channels, neurons and the dimensions of each head in another order."""
+    moved, generator = deepcopy(network), torch.Generator().manual_seed(1)
+    everything = stream(moved)
+    channels = torch.randperm(everything.width, generator=generator)
+    for table in everything.tables:
+        table.weight.copy_(table.weight[:, channels])
+    for module in (*everything.norms, *everything.writers):
+        module.weight.copy_(module.weight[channels])
+        module.bias.copy_(module.bias[channels])
+    for module in everything.readers:
+        module.weight.copy_(module.weight[:, channels])
+    for layer in map(parts, layers(moved)):
+        for rows, columns in (
+            ((layer.query, layer.key), ()),
+            ((layer.value,), (layer.attention_output,)),
+            ((layer.up,), (layer.down,)),
+        ):
+            count = rows[0].out_features
+            size = count if rows[0] is layer.up else layer.head_dim
+            order = torch.arange(count).view(-1, size)[:, torch.randperm(size, generator=generator)].flatten()
+            for module in rows:
+                module.weight.copy_(module.weight[order])
+                module.bias.copy_(module.bias[order])
+            for module in columns:
+                module.weight.copy_(module.weight[:, order])
+    return moved
 
 
 class TestLayerMaps:
@@ -133,6 +165,21 @@ class TestStudents:
         assert torch.equal(cut.query.weight[:4], layer.query.weight[:4, kept])
         assert torch.equal(cut.key.weight[:4], layer.key.weight[:4, kept])
         assert torch.equal(cut.up.weight, layer.up.weight[32:, kept])
+
+    @pytest.mark.parametrize("task", ["text-classification", "token-classification"])
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_what_is_kept_does_not_depend_on_where_it_stands(self, family, task):
+        teacher = tiny_candidate(family, task, layers=2)
+        batch = next(tiny_batches(teacher))
+        for number, parameter in enumerate(teacher.network.parameters()):
+            if parameter.ndim == 1:  # biases and norms as they are after some training
+                generator = torch.Generator().manual_seed(number)
+                parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+        moved = shuffled(teacher.network)
+        torch.testing.assert_close(forward(moved, batch), forward(teacher.network, batch), rtol=1e-3, atol=1e-3)
+        ours, theirs = (forward(narrowed(network, 16, 32), batch) for network in (teacher.network, moved))
+        torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-3)
+        assert ours.std() > 0.1
 
     def test_widths_leave_heads_of_even_size(self):
         assert widths(BERT) == list(WIDTHS)

@@ -346,7 +346,10 @@ class TestText:
         seen = self.watched(context)
         applied(candidate, context, hard_weight=hard)
         assert [options["batches"] is not None for options in seen] == [True, True]
-        assert "index" not in next(seen[1]["batches"])
+        batch = next(seen[1]["batches"])
+        assert "index" not in batch
+        if hard:
+            assert torch.equal(batch["labels"], context.teacher_logits(batch).argmax(-1))
 
     def test_without_a_language_model_they_are_refused_before_any_training(self):
         candidate = tiny_candidate()
