@@ -13,7 +13,7 @@ from compress_search_plugins import theseus
 from compress_search_plugins.theseus import Block, Gates, Theseus
 from torch import Tensor, nn
 
-from compress_search import Candidate, TrialError
+from compress_search import Batch, Candidate, TrialError
 from compress_search.encoders import embeddings, head, layers, subject_of
 from compress_search.space import active, defaults, fix_experts, narrow
 from compress_search.testing import TinyContext, tiny_batches, tiny_candidate, tiny_context
@@ -176,28 +176,34 @@ def test_without_redrawing_gates_are_independent_and_may_all_be_shut() -> None:
     assert abs(empty - 0.7**3) < 3 * (0.343 * 0.657 / 4000) ** 0.5
 
 
-def test_a_step_whose_gates_are_all_shut_passes_without_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_whose_gates_are_all_shut_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     candidate = tiny_candidate()
-    context = tiny_context(candidate, steps=6)
-    moved: list[set[str]] = []
+    context = tiny_context(candidate, steps=9)
+    drawn, seen = 0, list[list[Tensor]]()
     fit = context.fit
 
-    def shut(mixing: str, rate: float, shape: tuple[int, ...], generator: Any, *, redraw_empty: bool) -> Tensor:
+    def opened(mixing: str, rate: float, shape: tuple[int, ...], generator: Any, *, redraw_empty: bool) -> Tensor:
+        nonlocal drawn
         assert not redraw_empty
-        return torch.zeros(shape)
+        drawn += 1
+        return torch.full(shape, float(drawn == 2))
 
     def watching(network: nn.Module, **options: Any) -> None:
-        before = {name: value.clone() for name, value in network.state_dict().items()}
-        fit(network, **options)
-        moved.append({name for name, value in network.state_dict().items() if not torch.equal(value, before[name])})
+        loss = options["loss"] or context.task_loss
 
-    monkeypatch.setattr(theseus, "draw_gates", shut)
+        def watched(network: nn.Module, batch: Batch) -> Tensor:
+            seen.append(state([network]))
+            return loss(network, batch)
+
+        fit(network, **{**options, "loss": watched})
+
+    monkeypatch.setattr(theseus, "draw_gates", opened)
     context.fit = watching  # type: ignore[method-assign]
     Theseus().apply(candidate, parameters(candidate, redraw_empty=False, learning_rate=0.01), context)
-    # the one matrix that the empty loss hangs on only decays
-    assert moved[0] <= {"bert.encoder.layer.0.successor.attention.self.query.weight"}
-    assert len(moved[1]) > 10
-    assert sum(context.fits) == 6
+    assert context.fits == [6, 3]
+    moved = [not same(before, after) for before, after in pairwise(seen[:6])]
+    assert moved == [False, True, False, False, False], "neither without a gradient ever, nor by its momentum later"
+    assert not same(seen[6], seen[7]), "stage 2 has no gates"
 
 
 def test_deterministic_gates_are_the_rate() -> None:
