@@ -1,24 +1,33 @@
 """MiniLM: a student of any depth and width from the attention of a single layer of its teacher.
 
 Matches, and nothing else: the last layer's attention and value relations (version 1), or the relations of queries,
-keys and values among themselves, split into heads anew (version 2, so that the models' heads may differ). These say
-nothing to the head, so logits and labels follow. A student of at most half the depth and width learns from an
-assistant, as deep as the teacher and as narrow as the student.
+keys and values among themselves, split into heads anew (version 2, so that the models' heads may differ). They are
+the teacher's, or those of the masked language model that a study names: then the student learns the language first.
+These say nothing to the head, so logits and labels follow. A student of at most half the depth and width learns
+from an assistant, as deep as the teacher and as narrow as the student.
 
 Sources: Wang et al. 2020, MiniLM; Wang et al. 2021, MiniLMv2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
 from torch import nn
 
-from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subject
+from compress_search import Batch, Candidate, Context, Dim, Method, Params, Stage, Subject, TrialError
 from compress_search.encoders import layers
 
+from .distillation.augmentation import (
+    augmentation_faults,
+    augmentation_missing,
+    augmentation_space,
+    augmented,
+    augmenter,
+)
+from .distillation.masked_text import MASKED_LM, MATCHED, unlike_teacher
 from .distillation.matches import Match, Shapes, unmatched
 from .distillation.matching import Matching
 from .distillation.objective import Objective, has_targets, idle_targets, reader, target_space, text_missing
@@ -83,16 +92,45 @@ def _match(relation: str, params: Params) -> dict[str, Any]:
 
 
 def _relate(
-    student: nn.Module, teacher: nn.Module, layer: int, params: Params, context: Context, share: float
+    student: nn.Module,
+    teacher: nn.Module,
+    layer: int,
+    params: Params,
+    context: Context,
+    share: float,
+    text: Iterator[Batch] | None,
 ) -> dict[str, float]:
     """Train a student's relations on those of a layer of a teacher; the terms at the end."""
     matches = minilm_matches(params, len(layers(student)) - 1, layer)
     matching = Matching.between(matches, student, teacher, context.seed)
     source = None if teacher is context.teacher else reader(teacher)
     objective = Objective(context, matching, teacher=source)
-    text = context.unlabelled(BATCH) if params.get("unlabelled_text") else None
     objective.fit(student, learning_rate=float(params["learning_rate"]), share=share, scored=False, batches=text)
     return objective.report()
+
+
+def _texts(candidate: Candidate, params: Params, context: Context) -> Callable[[], Iterator[Batch] | None]:
+    """What makes the texts of a hop, others for each; None of its own stands for the training rows as they are."""
+    if params.get("unlabelled_text"):
+        return lambda: context.unlabelled(BATCH)
+    if not params.get("augment"):
+        return lambda: None
+    change = augmenter(candidate, context, int(params["variants"]))
+    return lambda: augmented(change, context, labels=False)
+
+
+def _master(params: Params, context: Context) -> nn.Module:
+    """Whose relations are learnt: the teacher's, or with ``general`` the language model's.
+
+    Raises:
+        TrialError: there is no language model.
+    """
+    if not params.get("general"):
+        return context.teacher
+    model = context.masked_lm()
+    if model is None:
+        raise TrialError(f"this needs {MASKED_LM}")
+    return model
 
 
 class MiniLM(Method):
@@ -104,7 +142,10 @@ class MiniLM(Method):
         """``width`` is the part of the teacher's that is *kept*; ``teacher_layer`` counts from 1."""
         second, cut = {"version": ("v2",)}, cut_when(teacher, CUT)
         heads = relation_heads(teacher.hidden, teacher.hidden, round(teacher.heads))
-        text = {"unlabelled_text": Dim.flag(False, expert=True)} if "unlabelled" in teacher.traits else {}
+        there = "unlabelled" in teacher.traits
+        text = {"unlabelled_text": Dim.flag(False, expert=True)} if there else {}
+        words = augmentation_space(teacher, usual=False, when={"unlabelled_text": (False,)} if there else None)
+        language = {"general": Dim.flag(False, expert=True)} if "masked-lm" in teacher.traits else {}
         return {
             **start_space(teacher),
             "layers": depth_dim(teacher, when=cut),
@@ -121,6 +162,8 @@ class MiniLM(Method):
             "assistant": Dim.choice(("auto", "always", "never"), "auto", when=cut, expert=True),
             "relation_fraction": Dim.real(0.1, 0.9, 0.5),
             **text,
+            **words,
+            **language,
             **target_space(teacher),
             "learning_rate": Dim.real(1e-6, 1e-2, 5e-5, log=True, expert=True),
         }
@@ -156,8 +199,10 @@ class MiniLM(Method):
         return {name: value for name, value in found.items() if name not in idle}
 
     def faults(self, subject: Subject, params: Params) -> Mapping[str, str]:
-        """A student of its teacher's own shape, or a checkpoint without relations like the teacher's."""
-        fault = begun_faults(subject, params)
+        """A student of its teacher's own shape, a checkpoint or a language model that is not like the teacher."""
+        fault = begun_faults(subject, params) | augmentation_faults(subject, params)
+        if unlike := params.get("general") and unlike_teacher(subject, MATCHED):
+            fault["general"] = f"true, and {unlike}"
         if fault or params.get("start") != CHECKPOINT:
             return fault
         ours, theirs = map(Shapes.described, (self.after(subject, params), subject))
@@ -166,8 +211,10 @@ class MiniLM(Method):
         return {"start": f"{CHECKPOINT}, and {differs}: {instead}"} if differs else {}
 
     def missing(self, teacher: Subject) -> Mapping[str, str]:
-        """Text without labels, a CRF to learn from, and a small network to start as."""
-        return text_missing(teacher, "unlabelled_text") | crf_missing(teacher) | start_missing(teacher)
+        """Text without labels, a language model, a CRF to learn from, and a small network to start as."""
+        language = {} if "masked-lm" in teacher.traits else {"general": MASKED_LM}
+        found = language | text_missing(teacher, "unlabelled_text") | augmentation_missing(teacher)
+        return found | crf_missing(teacher) | start_missing(teacher)
 
     def after(self, subject: Subject, params: Params) -> Subject:
         """Fewer layers and, by ``width``, narrower ones with as many heads; or the checkpoint's own."""
@@ -185,9 +232,10 @@ class MiniLM(Method):
         if params.get("assistant") == "always":
             every = range(candidate.subject.layers)
             hops.insert(0, cut_student(candidate, every, float(params["width"])).network)
-        teacher, layer, terms = context.teacher, int(params["teacher_layer"]) - 1, dict[str, float]()
+        texts, teacher = _texts(candidate, params, context), _master(params, context)
+        layer, terms = int(params["teacher_layer"]) - 1, dict[str, float]()
         for pupil in hops:
-            terms = _relate(pupil, teacher, layer, params, context, part / len(hops))
+            terms = _relate(pupil, teacher, layer, params, context, part / len(hops), texts())
             teacher, layer = pupil, len(layers(pupil)) - 1
         later = Objective(
             context,

@@ -22,9 +22,15 @@ from torch import nn
 from compress_search import Batch, Candidate, Context, Dim, Method, Params, Stage, Subject, TrialError
 from compress_search.encoders import layers
 
-from .distillation.augmentation import WORDPIECE, augmented, augmenter, words_stay
+from .distillation.augmentation import (
+    augmentation_faults,
+    augmentation_missing,
+    augmentation_space,
+    augmented,
+    augmenter,
+)
 from .distillation.layer_maps import layer_pairs, written_layers
-from .distillation.masked_text import unlike_teacher
+from .distillation.masked_text import MATCHED, unlike_teacher
 from .distillation.matches import Match, Shapes, check_matches, unmatched
 from .distillation.matching import Matching
 from .distillation.objective import Objective, Teacher, reader, text_missing
@@ -58,8 +64,6 @@ STARTS = (CUT, "random")
 PROJECTION_RATE = 1e-3
 BATCH = 32
 """Texts in a step on unlabelled text."""
-MATCHED = ("layers", "hidden", "heads", "vocabulary")
-"""Shapes in which a language model that is matched in the teacher's place has to be like it."""
 TARGETS = {"scores": "attention_scores", "probabilities": "attention_probs"}
 
 
@@ -158,7 +162,7 @@ class TinyBert(Method):
             space |= crf_space(teacher)
         if "unlabelled" in teacher.traits:
             space["general_fraction"] = Dim.real(0.0, 0.9, 0.0, expert=True)
-        return space | (_augmentation_space(teacher) if _spells_words(teacher) else {})
+        return space | augmentation_space(teacher, usual=True)
 
     def unsupported(self, subject: Subject) -> str | None:
         """A student is made of the teacher's own layers, all alike."""
@@ -181,15 +185,14 @@ class TinyBert(Method):
         if fault := _shape_faults(subject, params):
             return fault
         general = float(params.get("general_fraction", 0.0)) and unlike_teacher(subject, MATCHED)
-        words = params.get("augment") and words_stay(subject)
         found = {"general_fraction": f"{params.get('general_fraction')}: {general}"} if general else {}
-        return found | ({"augment": f"true, and {words}"} if words else {})
+        return found | augmentation_faults(subject, params)
 
     def missing(self, teacher: Subject) -> Mapping[str, str]:
         """Text without labels, a tokenizer by which words can be replaced, a CRF, and a checkpoint to start as."""
-        spelt = dict.fromkeys(() if _spells_words(teacher) else ("augment", "variants"), WORDPIECE)
         start = {} if checkpoints(teacher) else {f"start: {CHECKPOINT}": NO_CHECKPOINT}
-        return spelt | start | text_missing(teacher, "general_fraction") | crf_missing(teacher)
+        found = augmentation_missing(teacher) | text_missing(teacher, "general_fraction")
+        return found | start | crf_missing(teacher)
 
     def after(self, subject: Subject, params: Params) -> Subject:
         """Fewer layers and, by ``width``, narrower ones with as many heads; or the checkpoint's own."""
@@ -241,20 +244,6 @@ def _misfit(subject: Subject, params: Params) -> str | None:
         return f"{CHECKPOINT}, {student.hidden} wide and the teacher {subject.hidden}: choose a projection"
     fault = unmatched(tinybert_matches(params, mapped), *map(Shapes.described, (student, subject)))
     return fault and f"{CHECKPOINT}, and {fault}: use layer_match, with attention_mse_sum"
-
-
-def _spells_words(teacher: Subject) -> bool:
-    kinds = {trait for trait in teacher.traits if trait.startswith("tokenizer:")}
-    return kinds <= {"tokenizer:WordPiece"}
-
-
-def _augmentation_space(teacher: Subject) -> dict[str, Dim]:
-    """``augment``: other words in the examples; ``variants`` of each for one that stays as it is."""
-    there = words_stay(teacher) is None
-    return {
-        "augment": Dim.flag(there, expert=not there),
-        "variants": Dim.integer(1, 30, 10, when={"augment": (True,)}, expert=True),
-    }
 
 
 def _examples(candidate: Candidate, params: Params, context: Context) -> Callable[[], Iterator[Batch] | None]:

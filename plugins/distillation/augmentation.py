@@ -10,7 +10,7 @@ pieces.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from compress_search import Batch, Candidate, Context, Subject, TrialError
+from compress_search import Batch, Candidate, Context, Dim, Params, Subject, TrialError
 from compress_search.encoders import Crf, Pieces, crf_of, embeddings, inputs
 from compress_search.losses import IGNORED
 
@@ -216,6 +216,41 @@ def answered(batch: Batch, logits: Tensor, crf: Crf | None = None) -> Batch:
     if answers.ndim == 2:
         answers = answers.masked_fill(batch["labels"] == IGNORED, IGNORED)
     return {**batch, "labels": answers}
+
+
+def augmentation_space(
+    teacher: Subject, *, usual: bool, when: Mapping[str, tuple[str | bool, ...]] | None = None
+) -> dict[str, Dim]:
+    """``augment``: other words in the examples; ``variants`` of each for one that stays as it is.
+
+    Args:
+        teacher: whose tokenizer has to spell words; with another there is nothing to choose.
+        usual: whether words are replaced unless a study says otherwise, where they can be.
+        when: when ``augment`` says something.
+    """
+    if not _spells_words(teacher):
+        return {}
+    there = usual and words_stay(teacher) is None
+    return {
+        "augment": Dim.flag(there, when=when, expert=not there),
+        "variants": Dim.integer(1, 30, 10, when={"augment": (True,)}, expert=True),
+    }
+
+
+def augmentation_missing(teacher: Subject) -> dict[str, str]:
+    """What :func:`augmentation_space` would need, for ``Method.missing``."""
+    return {} if _spells_words(teacher) else dict.fromkeys(("augment", "variants"), WORDPIECE)
+
+
+def augmentation_faults(subject: Subject, params: Params) -> dict[str, str]:
+    """Why words cannot be replaced that are to be, for ``Method.faults``."""
+    reason = words_stay(subject) if params.get("augment") else None
+    return {"augment": f"true, and {reason}"} if reason else {}
+
+
+def _spells_words(teacher: Subject) -> bool:
+    kinds = {trait for trait in teacher.traits if trait.startswith("tokenizer:")}
+    return kinds <= {"tokenizer:WordPiece"}
 
 
 def words_stay(subject: Subject) -> str | None:

@@ -23,6 +23,8 @@ MASKED, REPLACED = 0.8, 0.1
 """Of the hidden tokens the parts that the mask stands for, and that another token does; the rest stay in sight."""
 MASKED_LM = "a masked language model: name one under teacher.masked_lm"
 """What a dimension needs that is only there with such a model."""
+MATCHED = ("layers", "hidden", "heads", "vocabulary")
+"""Shapes in which such a model has to be like the teacher in whose place it is matched."""
 ROWS = 512
 """Rows of logits over a vocabulary that are compared at a time."""
 

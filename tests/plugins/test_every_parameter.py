@@ -48,7 +48,7 @@ CASES: Mapping[str, tuple[Method, str, Mapping[str, Value]]] = {
         {"general": False, "unlabelled_text": False, "second_alpha": 0.3},
     ),
     "distilbert, crf": (DistilBert(), "crf", {"general": False, "unlabelled_text": True}),
-    "minilm": (MiniLM(), TEXTS, {"width": 0.5}),
+    "minilm": (MiniLM(), TEXTS, {"width": 0.5, "augment": True}),
     "minilm, version 1": (MiniLM(), TEXTS, {"version": "v1", "unlabelled_text": True}),
     "minilm, crf": (MiniLM(), "crf", {}),
     "layer_match": (LayerMatch(), TEXTS, {"width": 0.5, "features": "embedding+hidden+attention"}),

@@ -257,6 +257,53 @@ class TestTraining:
         assert (first, second) == ([context.teacher, 2], [assistant, 3])
         assert student is result.network
 
+    def test_the_language_is_learnt_from_the_language_model_and_answers_from_the_teacher(self, monkeypatch):
+        candidate, hops = self.having("masked-lm", "unlabelled"), []
+        context, relate = tiny_context(candidate), minilm._relate
+        model = context.masked_lm()
+        context.masked_lm = lambda: model
+
+        def watched(student, teacher, layer, *rest):
+            hops.append((teacher, layer, next(rest[-1])))
+            return relate(student, teacher, layer, *rest)
+
+        monkeypatch.setattr(minilm, "_relate", watched)
+        result = self.applied(candidate, context, layers=2, general=True, unlabelled_text=True)
+        [(teacher, layer, batch)] = hops
+        assert (teacher, layer) == (model, 3)
+        assert not {"labels", "index"} & batch.keys()
+        assert {"q", "k", "v", "soft", "hard"} == set(METHOD.evaluate(result, context))
+
+    def test_a_language_model_unlike_the_teacher_is_refused(self):
+        subject = self.having("masked-lm", "masked-lm:layers=3", "masked-lm:token_types=1").subject
+        params = METHOD.effective(subject, {**defaults(METHOD.search_space(subject)), "general": True})
+        fault = {"general": "true, and the masked language model is unlike the teacher: layers 3 and not 4"}
+        assert METHOD.faults(subject, params) == fault
+        assert METHOD.faults(subject, params | {"general": False}) == {}
+        context = tiny_context(tiny_candidate())
+        context.masked_lm = lambda: None
+        with pytest.raises(TrialError, match="needs a masked language model: name one"):
+            METHOD.apply(tiny_candidate(), params, context)
+
+    def test_relations_are_learnt_on_other_words_too_and_answers_on_the_examples(self, monkeypatch):
+        candidate, seen = self.having("masked-lm"), []
+        context = tiny_context(candidate)
+        original = context.fit
+
+        def watched(network: nn.Module, **options):
+            seen.append(options.get("batches"))
+            original(network, **options)
+
+        monkeypatch.setattr(context, "fit", watched)
+        self.applied(candidate, context, layers=2, augment=True, variants=10)
+        words, plain = seen
+        assert plain is None
+        assert "index" not in next(words)
+
+    def having(self, *traits: str):
+        candidate = tiny_candidate()
+        return candidate.replace(subject=candidate.subject.having(*traits))
+
     def test_relations_come_nearer(self):
         candidate = tiny_candidate()
         held_out = next(tiny_batches(candidate, batch_size=64, seed=999))
