@@ -241,6 +241,8 @@ FEW_LABELS: Groups = {
     "minilm": {
         "relations on labelled text": half("minilm"),
         "relations on text without labels": half("minilm", unlabelled_text=True),
+        "a language model's relations on text without labels": half("minilm", unlabelled_text=True, general=True),
+        "relations on labelled text with other words": half("minilm", augment=True),
     },
     "tinybert": {
         "labelled text alone": half("tinybert", augment=False),
