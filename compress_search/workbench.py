@@ -140,29 +140,23 @@ class Workbench:
         subject = subject.having(*known.traits, threads=known.threads, cpus=known.cpus, alphabet=known.alphabet)
         teacher = Candidate(network, tokenizer, subject)
         training = self.study.training
+        limit, key = training.teacher_cache_gb * 1e9, self.teacher_directory.name
         return Materials(
-            teacher,
-            task,
-            train,
-            self.splits["validation"],
-            logits,
-            TeacherOutputs(
-                network,
-                self.teacher_directory.name,
-                train,
-                self.cache,
-                training.teacher_cache_gb * 1e9,
-                training.computes_in,
-            ),
-            self.device,
-            training,
-            self.splits.get("unlabelled"),
-            auxiliary,
-            partial(untrained, self.study, task),
-            lambda: self.masked_lm,
-            self.student_start,
-            self.tokenized,
-            self.layer_latency,
+            teacher=teacher,
+            task=task,
+            train=train,
+            validation=self.splits["validation"],
+            logits=logits,
+            outputs=TeacherOutputs(network, key, train, self.cache, limit, training.computes_in),
+            device=self.device,
+            training=training,
+            unlabelled=self.splits.get("unlabelled"),
+            auxiliary=auxiliary,
+            untrained=partial(untrained, self.study, task),
+            masked_lm=lambda: self.masked_lm,
+            student_start=self.student_start,
+            tokenize=self.tokenized,
+            layer_latency=self.layer_latency,
         )
 
     @cached_property

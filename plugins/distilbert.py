@@ -27,13 +27,11 @@ from .distillation.layer_maps import source_layers, written_layers
 from .distillation.masked_text import MASKED_LM, hide, language_kl, prediction_loss, unlike_teacher
 from .distillation.matches import Match
 from .distillation.matching import Matching
-from .distillation.objective import Objective, Record, text_missing
+from .distillation.objective import UNLABELLED_BATCH, Objective, Record, text_missing
 from .distillation.soft_targets import SoftTerm, crf_missing, crf_space
 from .distillation.students import cut_student, student_subject, unfit
 
 INITS = ("spread", "every_other", "first", "last")
-BATCH = 32
-"""Texts in a step on unlabelled text."""
 
 
 def sources(params: Params, teacher: int) -> list[int]:
@@ -285,7 +283,7 @@ def _learn_language(student: Candidate, model: nn.Module, params: Params, contex
 
 def _with_holes(student: Candidate, params: Params, context: Context) -> Iterator[Batch]:
     """The study's unlabelled text, or its training text where it names none, other holes each time."""
-    text = context.unlabelled(BATCH) if params.get("unlabelled_text") else context.training_batches()
+    text = context.unlabelled(UNLABELLED_BATCH) if params.get("unlabelled_text") else context.training_batches()
     tokenizer, generator = student.tokenizer, torch.Generator().manual_seed(context.seed)
     special, size = set(tokenizer.all_special_ids), len(tokenizer)
     rate, mask = float(params["mlm_probability"]), cast(int, tokenizer.mask_token_id)
@@ -310,7 +308,7 @@ def task_objective(student: Candidate, params: Params, context: Context) -> Obje
 def _learn_task(student: Candidate, params: Params, context: Context) -> dict[str, float]:
     objective = task_objective(student, params, context)
     share, rate = float(params["distillation_fraction"]), float(params["learning_rate"])
-    text = context.unlabelled(BATCH) if params.get("unlabelled_text") else None
+    text = context.unlabelled(UNLABELLED_BATCH) if params.get("unlabelled_text") else None
     objective.fit(student.network, share=share, learning_rate=rate, batches=text, scored=objective.answers)
     return {"first_ce" if name == "soft" else "cos": term for name, term in objective.report().items()}
 

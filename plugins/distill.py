@@ -15,7 +15,7 @@ from typing import Any
 
 from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subject
 
-from .distillation.objective import text_missing
+from .distillation.objective import UNLABELLED_BATCH, text_missing
 from .distillation.soft_targets import (
     SoftTerm,
     annealed_weight,
@@ -30,9 +30,6 @@ from .distillation.turns import settled_turns, taking_turns, turns_missing, turn
 
 LONGEST_TRANSFER = 0.9
 """The part of the training that unlabelled text may take: the labels have the last word."""
-
-TRANSFER_BATCH = 32
-"""Unlabelled texts in a training step."""
 
 
 class Distill(Method):
@@ -81,7 +78,7 @@ class Distill(Method):
             context.fit(
                 candidate.network,
                 loss=transfer_loss(context, term),
-                batches=context.unlabelled(TRANSFER_BATCH),
+                batches=context.unlabelled(UNLABELLED_BATCH),
                 share=transfer,
                 learning_rate=rate,
             )

@@ -27,6 +27,7 @@ from .distillation.layer_maps import STRATEGIES, anchors, attention_pairs, layer
 from .distillation.matches import MORE_HEADS, Match, Shapes, check_depths, check_matches, parse_matches, unmatched
 from .distillation.matching import Matching
 from .distillation.objective import (
+    UNLABELLED_BATCH,
     Choice,
     Objective,
     Record,
@@ -62,8 +63,6 @@ BY_STRATEGY = "by strategy"
 PROJECTION_LEARNING_RATE = 1e-3
 PROJECTED = {"shared_projection", "projection_learning_rate"}
 """Dimensions that say something only of a projection."""
-BATCH = 32
-"""Examples in a step on unlabelled text."""
 
 
 def written(matches: str, teacher_layers: int) -> tuple[Match, ...]:
@@ -318,7 +317,7 @@ def objectives(student: Candidate, matching: Matching, params: Params, context: 
 def train(student: Candidate, matching: Matching, params: Params, context: Context) -> Objective:
     """Each phase on its part of the budget; the last one, with the terms of all."""
     phases = objectives(student, matching, params, context)
-    text = context.unlabelled(BATCH) if params.get("unlabelled_text") else None
+    text = context.unlabelled(UNLABELLED_BATCH) if params.get("unlabelled_text") else None
     part = float(params.get("matching_fraction", 1.0))
     recorded = Record()
     for number, phase in enumerate(phases):

@@ -30,7 +30,15 @@ from .distillation.augmentation import (
 from .distillation.masked_text import MASKED_LM, MATCHED, unlike_teacher
 from .distillation.matches import Match, Shapes, unmatched
 from .distillation.matching import Matching
-from .distillation.objective import Objective, has_targets, idle_targets, reader, target_space, text_missing
+from .distillation.objective import (
+    UNLABELLED_BATCH,
+    Objective,
+    has_targets,
+    idle_targets,
+    reader,
+    target_space,
+    text_missing,
+)
 from .distillation.soft_targets import SoftTerm, crf_missing
 from .distillation.starts import (
     CHECKPOINT,
@@ -50,8 +58,6 @@ RELATIONS = tuple("+".join(some) for n in range(1, 5) for some in combinations((
 RELATION_HEADS = (12, 24, 48, 64)
 LEAST_HEAD = 8
 """Channels of a relation head by default, as 384 / 48; of fewer there is little to relate."""
-BATCH = 32
-"""Examples in a step on unlabelled text."""
 _FEATURES = {"qq": "q", "kk": "k", "vv": "v"}
 
 
@@ -112,7 +118,7 @@ def _relate(
 def _texts(candidate: Candidate, params: Params, context: Context) -> Callable[[], Iterator[Batch] | None]:
     """What makes the texts of a hop, others for each; None of its own stands for the training rows as they are."""
     if params.get("unlabelled_text"):
-        return lambda: context.unlabelled(BATCH)
+        return lambda: context.unlabelled(UNLABELLED_BATCH)
     if not params.get("augment"):
         return lambda: None
     change = augmenter(candidate, context, int(params["variants"]))

@@ -33,7 +33,7 @@ from .distillation.layer_maps import layer_pairs, written_layers
 from .distillation.masked_text import MATCHED, unlike_teacher
 from .distillation.matches import Match, Shapes, check_matches, unmatched
 from .distillation.matching import Matching
-from .distillation.objective import Objective, Teacher, reader, text_missing
+from .distillation.objective import UNLABELLED_BATCH, Objective, Teacher, reader, text_missing
 from .distillation.soft_targets import SoftTerm, crf_missing, crf_space, tempered
 from .distillation.starts import (
     CHECKPOINT,
@@ -62,8 +62,6 @@ MAPS = {"uniform": "uniform", "top": "last", "bottom": "first"}
 STARTS = (CUT, "random")
 """Where students start that are cut to ``layers`` and ``width``."""
 PROJECTION_RATE = 1e-3
-BATCH = 32
-"""Texts in a step on unlabelled text."""
 TARGETS = {"scores": "attention_scores", "probabilities": "attention_probs"}
 
 
@@ -277,7 +275,7 @@ def _learn_in_general(
 ) -> dict[str, float]:
     """The layers' losses on text without labels; the terms at the end."""
     objective = Objective(context, matching, teacher=_general_teacher(matching, network, context))
-    text = context.unlabelled(BATCH)
+    text = context.unlabelled(UNLABELLED_BATCH)
     objective.fit(network, learning_rate=rate, share=share, scored=False, batches=text)
     return {f"general_{name}": term for name, term in objective.report().items()}
 

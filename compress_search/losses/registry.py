@@ -98,6 +98,7 @@ ALIASES = {
     "mmd": "nst",
     "mse_with_mask": "hidden_mse",
     "attention_mse_with_mask": "attention_mse",
+    "cross_entropy": "kd_ce",
 }
 """Names that TextBrewer and KnowledgeDistillation give to losses of ours."""
 
@@ -108,18 +109,18 @@ def feature_loss(name: str) -> FeatureLoss:
     Raises:
         ValueError: no loss has that name, or its number is missing or none.
     """
-    kind, colon, number = name.partition(":")
+    written, colon, number = name.partition(":")
+    kind = ALIASES.get(written, written)
     if kind in PARAMETRIC:
         what, default, build = PARAMETRIC[kind]
         value = _number(number) if colon else default
         if value is None or not 0 < value < math.inf:
             raise ValueError(f"expected {kind}:<{what}>, a number above 0, got {name!r}")
         return build(value)
-    known = ALIASES.get(name, name)
-    if known not in FEATURE_LOSSES:
+    if kind not in FEATURE_LOSSES or colon:
         names = ", ".join([*FEATURE_LOSSES, *(f"{kind}:<{PARAMETRIC[kind][0]}>" for kind in PARAMETRIC), *ALIASES])
         raise ValueError(f"no loss is called {name!r}: expected one of {names}")
-    return FEATURE_LOSSES[known]
+    return FEATURE_LOSSES[kind]
 
 
 def _number(text: str) -> float | None:

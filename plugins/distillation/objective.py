@@ -29,6 +29,8 @@ Choice = Callable[[Matching, Features, Features, Tensor], Mapping[int, float]]
 
 UNLABELLED = "text without labels: name some under data.unlabeled"
 """What a dimension needs that is only there with such text."""
+UNLABELLED_BATCH = 32
+"""Texts without labels in a step."""
 RECORDED = 20
 """Training steps over which the terms that are reported are averaged."""
 

@@ -61,9 +61,18 @@ class TestForm:
         ]
         assert parse_matches(text) == parse_matches(json.dumps(items))
 
+    def test_a_loss_may_have_the_name_that_a_library_gives_it(self):
+        student, teacher, batch = networks()
+        for theirs, ours in (("cross_entropy", "kd_ce"), ("cross_entropy:4", "kd_ce:4")):
+            both = [
+                value([{"feature": "logits", "loss": name}], student, teacher, batch)[0] for name in (theirs, ours)
+            ]
+            assert both[0] == both[1] > 0
+
     @pytest.mark.parametrize(
         ("text", "message"),
         [
+            ("- {loss: 'mse:2'}", "no loss is called 'mse:2'"),
             ("", "expected a list of matches"),
             ("[]", "expected a list of matches"),
             ("a: b", "expected a list of matches"),
