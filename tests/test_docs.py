@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,24 @@ def documented(header: str) -> list[str]:
     text = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
     table = text.partition(header)[2].lstrip("\n").partition("\n\n")[0]
     return re.findall(r"^\| `(\w+)`", table, flags=re.MULTILINE)
+
+
+def test_the_readme_names_every_method_and_their_number() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text.partition("## Methods\n")[2].partition("\n## ")[0].partition("\n\nA search")[0]
+    named = set(re.findall(r"`([a-z_]+)`", table))
+    shipped = [name for name, entry in setup_methods().items() if entry.startswith("compress_search_plugins.")]
+    assert named >= set(shipped)
+    numbers = {18: "eighteen", 19: "nineteen", 20: "twenty"}
+    assert f"the [{numbers[len(shipped)]}](#methods) that come with it" in text
+
+
+def setup_methods() -> dict[str, str]:
+    """The entry points that setup.cfg gives this distribution."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    lines = setup["options.entry_points"]["compress_search.methods"].strip().splitlines()
+    return {name.strip(): entry.strip() for name, _, entry in (line.partition("=") for line in lines)}
 
 
 def test_the_report_page_documents_exactly_the_keys_there_are() -> None:
