@@ -1,8 +1,7 @@
 """A parameter that a method says it uses is used: another value trains another network.
 
 Every dimension of every method that makes a student or trains one is changed alone, in the first setting in which
-it is active and in those that name it. What the method itself calls the same recipe is left out; shapes and formulas
-have tests of their own.
+it is active and in those that name it. What the method itself calls the same recipe is left out.
 """
 
 from __future__ import annotations
