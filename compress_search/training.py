@@ -74,7 +74,7 @@ def fit(
 
     The learning rate rises linearly over the part ``warmup`` of the steps, then falls linearly to 0; gradients
     are clipped to norm 1. On the CPU the same seed gives the same weights; the caller's random state stays as
-    it was. No step leaves every weight bit for bit as it was.
+    it was. No step has a rate of 0.
 
     Args:
         network: on ``device`` already.

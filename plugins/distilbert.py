@@ -257,9 +257,8 @@ class TripleLoss:
             theirs = read_features(self.model, batch, [last[1], "logits"])
         mask, labels = batch["attention_mask"], batch["labels"]
         rows = labels >= 0 if self.params["restrict_ce_to_mask"] else mask
-        temperature = float(self.params.get("temperature", 1.0))
         terms: dict[str, Callable[[], Tensor]] = {
-            "ce": lambda: language_kl(ours["logits"], theirs["logits"], temperature, rows),
+            "ce": lambda: language_kl(ours["logits"], theirs["logits"], float(self.params["temperature"]), rows),
             "mlm": lambda: prediction_loss(ours["logits"], labels),
             "cos": lambda: cos(ours[last[0]], theirs[last[1]], mask),
         }

@@ -206,12 +206,11 @@ class LayerMatch(Method):
         if not written and params.get("start") != CHECKPOINT:
             return {}
         ours, theirs = map(Shapes.described, (student, subject))
-        matches = _matches(params, theirs.layers, ours.layers)
         if not written:
-            differs = unmatched(matches, ours, theirs)
+            differs = unmatched(strategic(params, ours.layers, theirs.layers), ours, theirs)
             return {"start": f"{CHECKPOINT}, and {differs}: write matches, with {MORE_HEADS}"} if differs else {}
         try:
-            check_matches(matches, ours, theirs)
+            check_matches(_matches(params, theirs.layers, ours.layers), ours, theirs)
         except TrialError as error:
             return {"matches": error.message}
         return {}

@@ -192,7 +192,8 @@ class MiniLM(Method):
         if found.get("assistant") == "auto":
             small = student.layers <= subject.layers / 2 and student.hidden <= subject.hidden / 2
             found["assistant"] = "always" if small else "never"
-        if student.hidden == subject.hidden and params["teacher_layer"] == subject.layers and "assistant" in found:
+        whole = student.hidden == subject.hidden and params["teacher_layer"] == subject.layers
+        if whole and "assistant" in found and not found.get("general"):
             found["assistant"] = "never"  # it would be the teacher
         idle = idle_targets(subject, found) | (set() if has_targets(found) else {"relation_fraction"})
         relations = set(str(found.get("relations", "qk+vv")).split("+"))

@@ -16,7 +16,7 @@ from filelock import FileLock
 from compress_search.data import Split, read, tokenize, training_batches
 from compress_search.encoders import read_features
 from compress_search.study import load_study
-from compress_search.teacher import load_teacher, outputs, prepare_teacher
+from compress_search.teacher import load_teacher, outputs, prepare_teacher, room
 from compress_search.teacher.outputs import FILE, TeacherOutputs
 from compress_search.teacher.room import hold
 from tests import tiny
@@ -170,6 +170,7 @@ def test_what_another_worker_reads_stays_and_the_rest_is_computed(prepared, tmp_
         assert kept(first) == ["hidden.1"]
         second(batch, ["hidden.2"])
         reader.release()
+    second.release()
     second(batch, ["hidden.2"])
     assert kept(first) == ["hidden.2"]
     if (maps := Path("/proc/self/maps")).exists():
@@ -299,7 +300,41 @@ class TestRoomOfAllStudies:
             own(batch, ["hidden.1"])
         assert (kept(other), kept(own)) == (["hidden.1"], [])
         own(batch, ["hidden.1"])
+        assert kept(own) == [], "a trial that was refused is not refused again at every step"
+        own.release()
+        own(batch, ["hidden.1"])
         assert (kept(other), kept(own)) == ([], ["hidden.1"])
+
+    def test_nothing_goes_where_that_would_not_do(self, prepared, tmp_path):
+        other, own, batch = self.two(prepared, tmp_path)
+        other(batch, ["hidden.1"])
+        idle = TeacherOutputs(other.teacher, "idle", other.split, tmp_path, other.limit)
+        idle(batch, ["logits"])
+        idle.release()
+        own(batch, ["hidden.1"])
+        assert (kept(other), kept(own), kept(idle)) == (["hidden.1"], [], ["logits"])
+
+    def test_what_is_there_is_read_whatever_the_limit_is_now(self, prepared, tmp_path, monkeypatch):
+        other, own, batch = self.two(prepared, tmp_path)
+        own.limit *= 2
+        for each in (other, own):
+            each(batch, ["hidden.1"])
+        again = TeacherOutputs(own.teacher, "another", own.split, tmp_path, other.limit)
+        monkeypatch.setattr(outputs, "read_features", lambda *_: pytest.fail("the teacher was run again"))
+        assert again(batch, ["hidden.1"]).keys() == {"hidden.1"}
+
+    def test_what_another_process_deleted_first_frees_nothing(self, prepared, tmp_path, monkeypatch):
+        earlier, later, batch = self.two(prepared, tmp_path)
+        earlier(batch, ["hidden.1"])
+        earlier.release()
+        readers = room._readers
+
+        def gone(feature):
+            shutil.rmtree(feature, ignore_errors=True)
+            return readers(feature)
+
+        monkeypatch.setattr(room, "_readers", gone)
+        assert not room.make_room(later.directory, later.limit, later.limit, ())
 
     def test_what_another_left_half_made_counts_and_goes(self, prepared, tmp_path):
         other, own, batch = self.two(prepared, tmp_path)
@@ -309,6 +344,7 @@ class TestRoomOfAllStudies:
         with FileLock(other.directory / "lock"):  # as while it is being made
             own(batch, ["hidden.1"])
         assert (half.exists(), kept(own)) == (True, [])
+        own.release()
         own(batch, ["hidden.1"])
         assert (half.exists(), kept(own)) == (False, ["hidden.1"])
 

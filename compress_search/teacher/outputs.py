@@ -30,7 +30,7 @@ from compress_search.data import Split, ordered_batches
 from compress_search.encoders.features import derive, feature_shape, parse, primitives, read_features
 from compress_search.mixed_precision import Precision, computing_in
 from compress_search.recipe import digest
-from compress_search.teacher.room import FILE, LOCK, hold, make_room, new_array
+from compress_search.teacher.room import FILE, HEADER, LOCK, hold, make_room, new_array
 from compress_search.training import to_device
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ ARITHMETIC = {"cuda": 2e13}
 A CPU core reads any feature sooner than it computes one (benchmarks/results/distillation_speed.md)."""
 
 Array = NDArray[Any]
+Values = np.memmap[Any, np.dtype[np.float32]]
 
 
 class TeacherOutputs:
@@ -75,6 +76,7 @@ class TeacherOutputs:
         self.directory = cache / "outputs" / digest(["outputs", key, split.path.name, precision])
         self._open: dict[str, Array] = {}
         self._signs: list[FileLock] = []
+        self._refused: Collection[str] | None = None
 
     def __call__(self, batch: Batch, features: Collection[str]) -> dict[str, Tensor]:
         """The features of a batch, without gradients, on the teacher's device.
@@ -97,12 +99,13 @@ class TeacherOutputs:
     def read_by(self, teacher: nn.Module, split: Split) -> TeacherOutputs:
         """The same for a teacher that reads other pieces: computed when asked, as few trials share its reading."""
         reader = copy(self)
-        reader.teacher, reader.split, reader.limit, reader._open, reader._signs = teacher, split, 0, {}, []
+        reader.teacher, reader.split, reader.limit = teacher, split, 0
+        reader._open, reader._signs, reader._refused = {}, [], None
         return reader
 
     def release(self) -> None:
         """Read nothing any more until asked again, so that other features can take the place of these."""
-        self._open = {}
+        self._open, self._refused = {}, None
         while self._signs:
             self._signs.pop().release()
 
@@ -124,16 +127,19 @@ class TeacherOutputs:
         return (rows, *feature_shape(self.teacher, name))
 
     def _bytes(self, name: str) -> int:
-        return 4 * math.prod(self._shape(name))
+        return HEADER + 4 * math.prod(self._shape(name))
 
     def _arrays(self, names: Collection[str]) -> dict[str, Array] | None:
         """Memory-mapped values of primitive features, computed if they are not there; None without room."""
+        if names == self._refused:
+            return None
         if not all(name in self._open for name in names):
             self.release()
             self.directory.mkdir(parents=True, exist_ok=True)
             # one worker computes or makes room; the others wait, for it may be computing just what they need
             with FileLock(self.directory / LOCK):
                 if not self._make(names):
+                    self._refused = names
                     return None
                 self._signs = [hold(self.directory / name) for name in names]
                 self._open = {name: np.load(self.directory / name / FILE, mmap_mode="r") for name in names}
@@ -145,11 +151,14 @@ class TeacherOutputs:
         unfinished = {name: self.directory / f".{name}" for name in missing}
         for directory in unfinished.values():
             shutil.rmtree(directory, ignore_errors=True)  # left behind by a process that died
-        if not make_room(self.directory, sum(map(self._bytes, missing)), self.limit, names):
-            return False
-        if missing:
+        with FileLock(self.directory.parent / LOCK):
+            room = make_room(self.directory, sum(map(self._bytes, missing)), self.limit, names)
+            if missing and not room:
+                return False
+            arrays = {name: _allocated(unfinished[name], shape) for name, shape in missing.items()}
+        if arrays:
             with computing_in(self.precision, self.teacher):
-                _compute(self.teacher, self.split, missing, unfinished)
+                _compute(self.teacher, self.split, arrays)
         for name, directory in unfinished.items():
             directory.replace(self.directory / name)
         for name in names:
@@ -166,18 +175,17 @@ class TeacherOutputs:
         return _heads_first(torch.from_numpy(padded))
 
 
-def _compute(
-    network: nn.Module, split: Split, shapes: Mapping[str, tuple[int, ...]], directories: Mapping[str, Path]
-) -> None:
-    """Run the whole split once and write each feature's values to its directory."""
+def _allocated(directory: Path, shape: tuple[int, ...]) -> Values:
+    directory.mkdir()
+    return new_array(directory / FILE, shape)
+
+
+def _compute(network: nn.Module, split: Split, arrays: Mapping[str, Values]) -> None:
+    """Run the whole split once and write down each feature's values."""
     device = next(network.parameters()).device
-    arrays = {}
-    for name, shape in shapes.items():
-        directories[name].mkdir()
-        arrays[name] = new_array(directories[name] / FILE, shape)
     with torch.no_grad():
         for batch in ordered_batches(split, BATCH):
-            found = read_features(network, to_device(batch, device), list(shapes))
+            found = read_features(network, to_device(batch, device), list(arrays))
             for name, output in found.items():
                 values = output.cpu()
                 if _per_token(name, split):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -18,8 +19,11 @@ from filelock import FileLock, Timeout
 
 FILE = "values.npy"
 """What a kept feature's directory holds."""
+HEADER = 128
+"""Bytes of such a file that are no values."""
 LOCK = "lock"
-"""In a teacher's directory; held by who makes something there, or deletes something."""
+"""In a teacher's directory; held by who makes something there, or deletes something. In that of all teachers; held
+from where somebody looks for room until it is taken."""
 
 
 def new_array(path: Path, shape: Sequence[int]) -> np.memmap[Any, np.dtype[np.float32]]:
@@ -50,7 +54,8 @@ def hold(feature: Path) -> FileLock:
 def make_room(own: Path, needed: float, limit: float, keep: Collection[str]) -> bool:
     """Delete what was longest out of use until so many bytes fit, in this teacher's directory and those beside it.
 
-    What somebody reads stays, for to delete it would free nothing. To be called under this directory's lock.
+    What somebody reads stays, for to delete it would free nothing; where that leaves too little, all of it does.
+    To be called under this directory's lock, and until the bytes are taken under that of all directories.
 
     Args:
         own: the directory.
@@ -63,35 +68,34 @@ def make_room(own: Path, needed: float, limit: float, keep: Collection[str]) -> 
     """
     features = sorted((path.parent for path in own.parent.glob(f"*/*/{FILE}")), key=_latest_use)
     free = limit - sum(map(_size, features))
-    for feature in features:
+    others = [feature for feature in features if feature.parent != own or feature.name not in keep]
+    if free + sum(_where_idle(_size, feature, own) for feature in others) < needed:
+        return False
+    for feature in others:
         if free >= needed:
             break
-        if feature.parent != own:
-            free += _freed_elsewhere(feature)
-        elif feature.name not in keep:
-            free += _freed(feature)
+        free += _where_idle(_deleted, feature, own)
     return free >= needed
 
 
-def _freed_elsewhere(feature: Path) -> int:
-    """The bytes that were deleted with another directory's feature: none where somebody is at work there."""
+def _where_idle(action: Callable[[Path], int], feature: Path, own: Path) -> int:
+    """The action's bytes; none where somebody reads the feature, or is at work in its directory."""
+    lock = nullcontext() if feature.parent == own else FileLock(feature.parent / LOCK, timeout=0)
     try:
-        with FileLock(feature.parent / LOCK, timeout=0):
-            return _freed(feature)
+        with lock:
+            return 0 if _readers(feature) else action(feature)
     except Timeout:
         return 0
 
 
-def _freed(feature: Path) -> int:
-    """The bytes that were deleted with a feature: none where somebody reads it."""
-    if _readers(feature):
-        return 0
+def _deleted(feature: Path) -> int:
+    """The bytes that went with a feature: none where another process was first."""
     size = _size(feature)
-    if not feature.name.startswith("."):
+    if size and not feature.name.startswith("."):
         # whoever looks for it finds all of it or nothing
         feature = feature.rename(feature.with_name(f".{feature.name}-{uuid4().hex}"))
     shutil.rmtree(feature, ignore_errors=True)
-    return size
+    return size - _size(feature)
 
 
 def _readers(feature: Path) -> int:

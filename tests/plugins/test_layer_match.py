@@ -217,6 +217,21 @@ class TestWrittenMatches:
             narrow(dim, 3)
 
 
+def test_what_cannot_be_trained_on_is_a_fault_of_the_matches():
+    subject = tiny_candidate().subject
+    for changes, told in (
+        (
+            {"matches": "- {teacher_layer: 4, student_layer: 2, phase: 1}", "phases": "joint"},
+            "match 1 is of phase 1",
+        ),
+        ({"matches": "- {teacher_layer: 4, student_layer: 3}"}, "student_layer 3 does not exist"),
+        ({"matches": "- {teacher_layer: 5, student_layer: 2}"}, "teacher_layer 5 does not exist"),
+    ):
+        fault = METHOD.faults(subject, params_for(subject, **changes))
+        assert fault.keys() == {"matches"}
+        assert told in fault["matches"]
+
+
 class TestObjective:
     def objective(self, candidate, **options):
         matching = Matching.between(
