@@ -75,9 +75,12 @@ class SoftTerm:
 
     @classmethod
     def of(cls, task: str, params: Params) -> SoftTerm:
-        """The term that the dimensions of :func:`soft_space` describe; those that are inactive have defaults."""
+        """The term that the dimensions of :func:`soft_space` describe.
+
+        Those that are inactive have defaults; logits that no temperature was chosen for stay as they are.
+        """
         given: dict[str, Any] = {field: params[name] for name, field in _FIELDS.items() if name in params}
-        return cls(task, **given)
+        return cls(task, **{"temperature": 1.0, **given})
 
     @property
     def unlabelled(self) -> SoftTerm:
