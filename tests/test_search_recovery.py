@@ -497,7 +497,7 @@ def test_no_order_of_events_loses_or_doubles_a_trial() -> None:
 
 @pytest.mark.slow
 def test_no_order_of_many_events_loses_or_doubles_a_trial() -> None:
-    assert {"complete", "failed", "infeasible", "stopped"} <= live(examples=10, steps=20)
+    assert {"complete", "failed", "infeasible", "stopped"} <= live(examples=6, steps=20)
 
 
 # ---- PostgreSQL -------------------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def others(dim: Dim, value: Value) -> Iterator[Value]:
 def weights(method: Method, candidate: Candidate, params: Params) -> list[torch.Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        student = method.apply(candidate, params, tiny_context(candidate, steps=8))
+        student = method.apply(candidate, params, tiny_context(candidate, steps=5))
     return [tensor.clone() for tensor in student.network.state_dict().values()]
 
 
