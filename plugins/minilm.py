@@ -125,7 +125,7 @@ def _texts(candidate: Candidate, params: Params, context: Context) -> Callable[[
     return lambda: augmented(change, context, labels=False)
 
 
-def _master(params: Params, context: Context) -> nn.Module:
+def _relation_teacher(params: Params, context: Context) -> nn.Module:
     """Whose relations are learnt: the teacher's, or with ``general`` the language model's.
 
     Raises:
@@ -239,7 +239,7 @@ class MiniLM(Method):
         if params.get("assistant") == "always":
             every = range(candidate.subject.layers)
             hops.insert(0, cut_student(candidate, every, float(params["width"])).network)
-        texts, teacher = _texts(candidate, params, context), _master(params, context)
+        texts, teacher = _texts(candidate, params, context), _relation_teacher(params, context)
         layer, terms = int(params["teacher_layer"]) - 1, dict[str, float]()
         for pupil in hops:
             terms = _relate(pupil, teacher, layer, params, context, part / len(hops), texts())
