@@ -54,7 +54,7 @@ def hold(feature: Path) -> FileLock:
 def make_room(own: Path, needed: float, limit: float, keep: Collection[str]) -> bool:
     """Delete what was longest out of use until so many bytes fit, in this teacher's directory and those beside it.
 
-    What somebody reads stays, for to delete it would free nothing; where that leaves too little, all of it does.
+    What somebody reads stays, for to delete it would free nothing; where that leaves too little, nothing goes.
     To be called under this directory's lock, and until the bytes are taken under that of all directories.
 
     Args:
@@ -69,6 +69,8 @@ def make_room(own: Path, needed: float, limit: float, keep: Collection[str]) -> 
     features = sorted((path.parent for path in own.parent.glob(f"*/*/{FILE}")), key=_latest_use)
     free = limit - sum(map(_size, features))
     others = [feature for feature in features if feature.parent != own or feature.name not in keep]
+    if free >= needed:
+        return True
     if free + sum(_where_idle(_size, feature, own) for feature in others) < needed:
         return False
     for feature in others:
