@@ -58,7 +58,8 @@ def narrowed(study: Study, name: str, method: Method, teacher: Subject, to: Mapp
         wishes.setdefault("learning_rate", ("training.learning_rate", study.training.learning_rate))
     for dim, (key, value) in wishes.items():
         if dim not in space:
-            need = asked(name, method, "missing", teacher).get(dim)
+            missing = asked(name, method, "missing", teacher)
+            need = missing.get(f"{dim}: {value}", missing.get(dim))
             shown = value if isinstance(value, str) else json.dumps(value)
             fault = f"{shown} needs {need}" if need else f"unknown dimension{closest(dim, space)}"
             raise study.error(key, fault)

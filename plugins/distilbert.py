@@ -10,24 +10,29 @@ Source: Sanh et al. 2019, DistilBERT, a distilled version of BERT.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from copy import deepcopy
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from compress_search import Batch, Candidate, Context, Dim, Method, Params, Stage, Subject, TrialError
-from compress_search.encoders import backbone, embeddings, layers, read_features
-from compress_search.losses import cos
+from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subject, TrialError
+from compress_search.encoders import embeddings, layers
 
+from .distillation.language_models import (
+    language_model,
+    language_objective,
+    language_texts,
+    learn_language,
+    started_from,
+    with_holes,
+)
 from .distillation.layer_maps import source_layers, written_layers
-from .distillation.masked_text import MASKED_LM, hide, language_kl, prediction_loss, unlike_teacher
+from .distillation.masked_text import MASKED_LM, unlike_teacher
 from .distillation.matches import Match
 from .distillation.matching import Matching
-from .distillation.objective import UNLABELLED_BATCH, Objective, Record, text_missing
+from .distillation.objective import UNLABELLED_BATCH, Objective, text_missing
 from .distillation.soft_targets import SoftTerm, crf_missing, crf_space
 from .distillation.students import cut_student, student_subject, unfit
 
@@ -195,98 +200,40 @@ def _weights(params: Params) -> list[str]:
 
 # --- the first phase, with a language model -------------------------------------------------------------------
 
-
-def language_model(candidate: Candidate, context: Context) -> nn.Module:
-    """The study's masked language model.
-
-    Raises:
-        TrialError: there is none, its encoder is not of the candidate's shapes, or the tokenizer has no mask.
-    """
-    model = context.masked_lm()
-    if model is None:
-        raise TrialError(f"this needs {MASKED_LM}")
-    if candidate.tokenizer.mask_token_id is None:
-        raise TrialError("the tokenizer has no mask token, so that nothing can be hidden from the language model")
-    ours, theirs = (_shapes(network) for network in (candidate.network, model))
-    if wrong := [name for name in theirs if ours.get(name) != theirs[name]]:
-        found, expected = theirs[wrong[0]], ours.get(wrong[0], "none")
-        raise TrialError(f"the language model's {wrong[0]} has shape {found}, expected the teacher's {expected}")
-    return model
+LANGUAGE_TERMS = {"logits": "language_ce", "hard": "language_mlm", "hidden": "language_cos"}
+"""What an objective calls the three terms -> what the paper does."""
 
 
-def _shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in backbone(network).state_dict().items()}
+def triple_loss(student: nn.Module, model: nn.Module, params: Params, context: Context) -> Objective:
+    """w_ce·τ²·KL + w_mlm·cross-entropy + w_cos·(1 − cos) of a student and a language model on texts with holes."""
+    scope = "labelled" if params["restrict_ce_to_mask"] else "attended"
+    kind = {"feature": "logits", "loss": f"kd_kl:{params['temperature']}", "token_scope": scope}
+    answers = {**kind, "weight": float(params["ce_weight"])}
+    matches = [Match.model_validate(answers)] if answers["weight"] else []
+    matches += _direction(params, len(layers(student)), len(layers(model)))
+    matching = Matching.between(matches, student, model, context.seed)
+    return language_objective(context, matching, model, float(params["mlm_weight"]))
 
 
-def started_from(candidate: Candidate, model: nn.Module) -> Candidate:
-    """The candidate with the language model's encoder and the candidate's own head."""
-    copied = candidate.copy()
-    backbone(copied.network).load_state_dict(backbone(model).state_dict(), strict=False)
-    return copied
-
-
-def under_language_head(network: nn.Module, model: nn.Module) -> nn.Module:
-    """A language model of the network's own encoder, which is trained with it, and a copy of the model's head."""
-    made = deepcopy(model).requires_grad_(True)
-    decoder = cast(Any, made).get_output_embeddings()
-    tied = decoder.weight is cast(Any, embeddings(made).word_embeddings).weight
-    for name, _ in list(backbone(made).named_children()):
-        setattr(backbone(made), name, getattr(backbone(network), name))
-    cast(Any, made.config).num_hidden_layers = len(layers(network))
-    if tied:
-        decoder.weight = cast(Any, embeddings(network).word_embeddings).weight
-    return made
-
-
-@dataclass
-class TripleLoss:
-    """w_ce·τ²·KL + w_mlm·cross-entropy + w_cos·(1 − cos) of a student and a language model on texts with holes.
-
-    A term of weight 0 is not computed.
-    """
-
-    model: nn.Module
-    params: Params
-    recorded: Record = field(default_factory=Record)
-
-    def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
-        """The weighted sum on a batch of :func:`hide`."""
-        last = [f"hidden.{len(layers(each))}" for each in (network, self.model)]
-        ours = read_features(network, batch, [last[0], "logits"])
-        with torch.no_grad():
-            theirs = read_features(self.model, batch, [last[1], "logits"])
-        mask, labels = batch["attention_mask"], batch["labels"]
-        rows = labels >= 0 if self.params["restrict_ce_to_mask"] else mask
-        terms: dict[str, Callable[[], Tensor]] = {
-            "ce": lambda: language_kl(ours["logits"], theirs["logits"], float(self.params["temperature"]), rows),
-            "mlm": lambda: prediction_loss(ours["logits"], labels),
-            "cos": lambda: cos(ours[last[0]], theirs[last[1]], mask),
-        }
-        weights = {name: float(self.params[f"{name}_weight"]) for name in terms}
-        found = {name: self.recorded(f"language_{name}", term()) for name, term in terms.items() if weights[name]}
-        return torch.stack([weights[name] * term for name, term in found.items()]).sum()
+def _direction(params: Params, student: int, teacher: int) -> list[Match]:
+    """The match of the last layers of models of so many, if it has a weight."""
+    weight = float(params["cos_weight"])
+    match = {"student_layer": student, "teacher_layer": teacher, "loss": "cos", "weight": weight}
+    return [Match.model_validate(match)] if weight else []
 
 
 def _learn_language(student: Candidate, model: nn.Module, params: Params, context: Context) -> dict[str, float]:
-    loss = TripleLoss(model, params)
-    context.fit(
-        under_language_head(student.network, model),
-        loss=loss,
-        scored=False,
+    objective = triple_loss(student.network, model, params, context)
+    texts = language_texts(context, unlabelled=bool(params.get("unlabelled_text")))
+    learn_language(
+        student.network,
+        objective,
+        model,
         share=float(params["distillation_fraction"]),
-        batches=_with_holes(student, params, context),
         learning_rate=float(params["learning_rate"]),
+        batches=with_holes(texts, student.tokenizer, float(params["mlm_probability"]), context.seed),
     )
-    return loss.recorded.means()
-
-
-def _with_holes(student: Candidate, params: Params, context: Context) -> Iterator[Batch]:
-    """The study's unlabelled text, or its training text where it names none, other holes each time."""
-    text = context.unlabelled(UNLABELLED_BATCH) if params.get("unlabelled_text") else context.training_batches()
-    tokenizer, generator = student.tokenizer, torch.Generator().manual_seed(context.seed)
-    special, size = set(tokenizer.all_special_ids), len(tokenizer)
-    rate, mask = float(params["mlm_probability"]), cast(int, tokenizer.mask_token_id)
-    return (hide(batch, mask, special, size, rate, generator) for batch in text)
+    return {LANGUAGE_TERMS[name]: term for name, term in objective.report().items()}
 
 
 # --- the first phase without one, and the second --------------------------------------------------------------
@@ -294,9 +241,7 @@ def _with_holes(student: Candidate, params: Params, context: Context) -> Iterato
 
 def task_objective(student: Candidate, params: Params, context: Context) -> Objective:
     """The teacher's logits and the direction of its last hidden states."""
-    ends = {"student_layer": student.subject.layers, "teacher_layer": len(layers(context.teacher))}
-    weight = float(params["cos_weight"])
-    last = [Match.model_validate({**ends, "loss": "cos", "weight": weight})] if weight else []
+    last = _direction(params, student.subject.layers, len(layers(context.teacher)))
     term = SoftTerm.of(student.subject.task, params)
     if params.get("unlabelled_text"):
         term = term.unlabelled

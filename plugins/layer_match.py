@@ -1,7 +1,8 @@
 """A shallower, perhaps narrower student that learns from features of its teacher's layers, by matches.
 
-Owns the strategies that write matches from a few dimensions, and the phases of training. A study may write the
-matches itself, as TextBrewer's and KnowledgeDistillation's configurations do, under ``matches``::
+Owns the phases of training: in general, from a masked language model where the study names one, then matches, then
+answers and labels. A strategy writes the matches from a few dimensions, or a study itself under ``matches``, as
+TextBrewer's and KnowledgeDistillation's configurations do::
 
     layer_match:
       layers: 3
@@ -10,21 +11,40 @@ matches itself, as TextBrewer's and KnowledgeDistillation's configurations do, u
         - {teacher_layer: 12, student_layer: 3, feature: hidden, loss: hidden_mse, weight: 2}
         - {teacher_layer: 11, student_layer: 2, feature: attention_scores, loss: attention_mse}
 
-Sources: Yang et al. 2020, TextBrewer; Jiao et al. 2020, TinyBERT; Sun et al. 2019, BERT-PKD; Xia et al. 2022, CoFi;
-Li et al. 2020, BERT-EMD, without its cost attention: all layers of a model have the same mass.
+Sources: Yang et al. 2020, TextBrewer; of the phase in general Jiao et al. 2020, TinyBERT, and Sanh et al. 2019,
+DistilBERT.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import product
 from typing import Any
 
 from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subject, TrialError
 
-from .distillation.layer_maps import STRATEGIES, anchors, attention_pairs, layer_pairs
-from .distillation.matches import MORE_HEADS, Match, Shapes, check_depths, check_matches, parse_matches, unmatched
+from .distillation.general import (
+    DEPENDENT,
+    NONE,
+    general_kind,
+    general_missing,
+    general_objective,
+    general_space,
+    language_shapes,
+    learn_in_general,
+)
+from .distillation.language_models import in_teachers_place
+from .distillation.masked_text import MATCHED, unlike_teacher
+from .distillation.matches import (
+    GENERAL,
+    MORE_HEADS,
+    Match,
+    Shapes,
+    check_depths,
+    check_matches,
+    parse_matches,
+    unmatched,
+)
 from .distillation.matching import Matching
 from .distillation.objective import (
     UNLABELLED_BATCH,
@@ -42,27 +62,22 @@ from .distillation.objective import (
 from .distillation.soft_targets import SoftTerm, crf_missing
 from .distillation.starts import (
     CHECKPOINT,
-    CUT,
     begun,
     begun_faults,
     begun_subject,
     cut_when,
+    cuts,
     init_dim,
     settled_cut,
     start_missing,
     start_space,
 )
+from .distillation.strategies import ALIGNED, EARTH_MOVER, settle, strategic, strategy_space
 from .distillation.students import NARROW, depth_dim, unfit, width_dim
 
-FEATURES = ("hidden", "attention", "hidden+attention", "embedding+hidden+attention")
-ALIGNED = "learned_align"
-EARTH_MOVER = "emd"
-"""Every student layer learns from every one of the teacher's, by a plan that each step makes anew."""
 BY_STRATEGY = "by strategy"
 """What ``matches`` says where it holds none."""
-PROJECTION_LEARNING_RATE = 1e-3
-PROJECTED = {"shared_projection", "projection_learning_rate"}
-"""Dimensions that say something only of a projection."""
+NARROW_HEAD = "the student is narrower than the language model under whose head it would stand: expected width 1"
 
 
 def written(matches: str, teacher_layers: int) -> tuple[Match, ...]:
@@ -78,74 +93,15 @@ def written(matches: str, teacher_layers: int) -> tuple[Match, ...]:
     return found
 
 
-def strategic(params: Params, student: int, teacher: int) -> tuple[Match, ...]:
-    """The matches that the dimensions describe, for models of so many layers."""
-    pairs = _pairs(str(params["strategy"]), student, teacher)
-    wanted = str(params["features"]).split("+")
-    made: list[Mapping[str, Any]] = []
-    if "embedding" in wanted:
-        made.append({**_hidden(params, 0, 0), "feature": "embedding"})
-    if "hidden" in wanted:
-        made += [_hidden(params, *pair) for pair in _hidden_pairs(params, pairs, student, teacher)]
-    if "attention" in wanted:
-        loss, weight = params["attention_loss"], float(params["attention_weight"])
-        common = {"feature": "attention_scores", "loss": loss, "weight": weight}
-        attended = _attention_pairs(str(params["strategy"]), student, teacher)
-        made += [{**common, "student_layer": s, "teacher_layer": t} for s, t in attended]
-    phase = 1 if params["phases"] == "two_phase" else "all"
-    return tuple(Match.model_validate({**match, "phase": phase}) for match in made)
-
-
-def _pairs(strategy: str, student: int, teacher: int) -> list[tuple[int, int]]:
-    if strategy == EARTH_MOVER:
-        return list(product(range(1, student + 1), range(1, teacher + 1)))
-    return layer_pairs("uniform" if strategy == ALIGNED else strategy, student, teacher)
-
-
-def _attention_pairs(strategy: str, student: int, teacher: int) -> list[tuple[int, int]]:
-    if strategy == EARTH_MOVER:
-        return list(product(range(student), range(teacher)))
-    return attention_pairs("uniform" if strategy == ALIGNED else strategy, student, teacher)
-
-
-def _hidden_pairs(
-    params: Params, pairs: Sequence[tuple[int, int]], student: int, teacher: int
-) -> Iterator[tuple[int, int]]:
-    if params["strategy"] != ALIGNED:
-        yield from pairs
-        return
-    # every student layer with each of a few of the teacher's; at each step those that fit best are picked
-    for above in anchors(student, teacher):
-        yield from ((below, above) for below in range(1, student + 1))
-
-
-def _hidden(params: Params, student: int, teacher: int) -> dict[str, Any]:
-    layers = {"student_layer": student, "teacher_layer": teacher}
-    match = {**layers, "loss": params["hidden_loss"], "weight": float(params["hidden_weight"])}
-    if params["projection"] == "none":
-        return match
-    proj: dict[str, Any] = {"kind": params["projection"], "lr": float(params["projection_learning_rate"])}
-    if params["shared_projection"]:
-        proj["shared"] = "hidden"
-    elif params["strategy"] == EARTH_MOVER:  # one a student layer, whichever of the teacher's it goes to
-        proj["shared"] = f"hidden {student}"
-    return {**match, "proj": proj}
-
-
 class LayerMatch(Method):
     """Distillation from layers to layers, as a study or a strategy matches them."""
 
     stage = Stage.STUDENT
 
     def search_space(self, teacher: Subject) -> Mapping[str, Dim]:
-        """``width`` is the part of the teacher's that is *kept*; weights are of the sum over matches of a kind.
-
-        Under ``emd`` that sum is a mean over layers, for the masses of all layers sum to 1.
-        """
+        """``width`` is the part of the teacher's that is *kept*; fractions are of what the phases before leave."""
         strategy: dict[str, Sequence[str]] = {"matches": (BY_STRATEGY,)}
-        usual = (*STRATEGIES, ALIGNED)
-        projected = strategy | {"projection": ("auto", "linear", "relu", "tanh", "identity")}
-        cut = cut_when(teacher, CUT)
+        cut = cut_when(teacher, *cuts(teacher))
         text = {"unlabelled_text": Dim.flag(False, when={"phases": ("auto", "two_phase")}, expert=True)}
         return {
             **start_space(teacher),
@@ -153,24 +109,9 @@ class LayerMatch(Method):
             "width": width_dim(teacher, when=cut),
             "init": init_dim(cut),
             "matches": Dim.text(partial(written, teacher_layers=teacher.layers), BY_STRATEGY),
-            "strategy": Dim.choice((*usual, EARTH_MOVER), "uniform", when=strategy, usual=usual),
-            "features": Dim.choice(FEATURES, "hidden+attention", when=strategy),
-            "hidden_weight": Dim.real(0.01, 10.0, 1.0, log=True, when=strategy),
-            "attention_weight": Dim.real(0.01, 10.0, 1.0, log=True, when=strategy),
-            "hidden_loss": Dim.choice(
-                ("hidden_mse", "cos", "pkd", "mae"), "hidden_mse", when=strategy, expert=True
-            ),
-            "attention_loss": Dim.choice(
-                ("attention_mse", "attention_ce", "relation_kl_rows"), "attention_mse", when=strategy, expert=True
-            ),
-            "projection": Dim.choice(
-                ("auto", "none", "linear", "relu", "tanh", "identity"), "auto", when=strategy, expert=True
-            ),
-            "shared_projection": Dim.flag(True, when=projected, expert=True),
-            "projection_learning_rate": Dim.real(
-                1e-5, 1e-1, PROJECTION_LEARNING_RATE, log=True, when=projected, expert=True
-            ),
+            **strategy_space(strategy),
             "layer_dropout": Dim.real(0.0, 0.5, 0.0, expert=True),
+            **general_space(teacher),
             "phases": Dim.choice(("auto", "joint", "two_phase"), "auto", expert=True),
             "matching_fraction": Dim.real(0.1, 0.9, 0.5, when={"phases": ("auto", "two_phase")}, expert=True),
             **(text if "unlabelled" in teacher.traits else {}),
@@ -186,12 +127,12 @@ class LayerMatch(Method):
         """A width of whole heads, what "auto" comes to, and without what then says nothing."""
         found = settled_cut(subject, params)
         narrow = begun_subject(subject, found).hidden != subject.hidden
-        told = _told_phases(found)
+        told = _told(found)
         if found["phases"] == "auto":
-            found["phases"] = "two_phase" if narrow or told - {"all"} else "joint"
-        idle = _idle_phases(found, told) | idle_targets(subject, found)
+            found["phases"] = "two_phase" if narrow or any(_of_one(match) for match in told) else "joint"
+        idle = _settle_general(found, told) | _idle_phases(found, told) | idle_targets(subject, found)
         if found.get("matches", BY_STRATEGY) == BY_STRATEGY:
-            idle |= {"matches"} | _settle(found, narrow)
+            idle |= {"matches"} | settle(found, narrow)
         return {name: value for name, value in found.items() if name not in idle}
 
     def faults(self, subject: Subject, params: Params) -> Mapping[str, str]:
@@ -203,21 +144,25 @@ class LayerMatch(Method):
             narrow = student.hidden != subject.hidden
             if narrow and params["projection"] == "none":
                 return {"projection": NARROW}
+        if fault := _general_faults(subject, student, params):
+            return fault
         if not written and params.get("start") != CHECKPOINT:
             return {}
         ours, theirs = map(Shapes.described, (student, subject))
+        language = language_shapes(subject, params)
         if not written:
             differs = unmatched(strategic(params, ours.layers, theirs.layers), ours, theirs)
             return {"start": f"{CHECKPOINT}, and {differs}: write matches, with {MORE_HEADS}"} if differs else {}
         try:
-            check_matches(_matches(params, theirs.layers, ours.layers), ours, theirs)
+            check_matches(_matches(params, theirs.layers, ours.layers), ours, theirs, language)
         except TrialError as error:
             return {"matches": error.message}
         return {}
 
     def missing(self, teacher: Subject) -> Mapping[str, str]:
-        """Text without labels, a CRF to learn from, and a small network to start as."""
-        return text_missing(teacher, "unlabelled_text") | crf_missing(teacher) | start_missing(teacher)
+        """Text without labels, a language model, a CRF to learn from, and networks to start as."""
+        found = text_missing(teacher, "unlabelled_text") | crf_missing(teacher) | start_missing(teacher)
+        return found | general_missing(teacher)
 
     def after(self, subject: Subject, params: Params) -> Subject:
         """Fewer layers and, by ``width``, narrower ones with as many heads; or the checkpoint's own."""
@@ -228,13 +173,19 @@ class LayerMatch(Method):
         return True
 
     def apply(self, candidate: Candidate, params: Params, context: Context) -> Candidate:
-        """Cut the student out of the teacher, or take the checkpoint, and train it, in one phase or two."""
+        """Cut the student out of the teacher, or take the checkpoint, and train it, phase after phase."""
         student = begun(candidate, params, context)
         matches = _matches(params, candidate.subject.layers, student.subject.layers)
-        matching = Matching.between(matches, student.network, context.teacher, context.seed)
+        before = general_kind(params) != NONE
+        language = in_teachers_place(context) if before else None
+        matching = Matching.between(matches, student.network, context.teacher, context.seed, language)
         matching.projections.to(context.device)
-        objective = train(student, matching, params, context)
-        return student.replace(notes={**student.notes, "layer_match": objective.report()})
+        terms = dict[str, float]()
+        if before:
+            objective = general_objective(matching, language, params, context, _choice(params, context.seed))
+            terms |= learn_in_general(student, objective, language, params, context)
+        terms |= _learn_the_task(student, matching, params, context)
+        return student.replace(notes={**student.notes, "layer_match": terms})
 
     def evaluate(self, candidate: Candidate, context: Context) -> Mapping[str, float]:
         """The unweighted terms of the last steps of training, by kind."""
@@ -242,41 +193,52 @@ class LayerMatch(Method):
         return terms
 
 
-def _told_phases(params: Params) -> set[int | str]:
-    """The phases that written matches name; none where a strategy is to write them."""
+def _told(params: Params) -> tuple[Match, ...]:
+    """The matches that a study has written; none where a strategy is to write them."""
     text = str(params.get("matches", BY_STRATEGY))
     try:
-        return set() if text == BY_STRATEGY else {match.phase for match in parse_matches(text)}
+        return () if text == BY_STRATEGY else parse_matches(text)
     except ValueError:
-        return set()  # a plan has refused such a text, and ``apply`` would
+        return ()  # a plan has refused such a text, and ``apply`` would
 
 
-def _idle_phases(params: Params, told: set[int | str]) -> set[str]:
+def _of_one(match: Match) -> bool:
+    """Whether it is of one of the task's two phases, and not of the other."""
+    return len(match.phases & {1, 2}) == 1
+
+
+def _idle_phases(params: Params, told: Sequence[Match]) -> set[str]:
     """What says nothing of phases where there is but one, or nothing to be learnt in the other."""
-    first = params["phases"] == "two_phase" and (not told or bool(told & {1, "all"}))
-    last = params["phases"] == "joint" or bool(told & {2, "all"}) or has_targets(params)
+    joint = params["phases"] == "joint"
+    first = not joint and (not told or any(1 in match.phases for match in told))
+    last = has_targets(params) or any((match.phases & {1, 2} if joint else 2 in match.phases) for match in told)
+    last = last or (joint and not told)
     text = set() if first else {"unlabelled_text"}
+    text |= set() if first or last else {"general_fraction"}
     return text if first and last else text | {"matching_fraction"}
 
 
-def _settle(params: dict[str, Any], narrow: bool) -> set[str]:
-    """Put in what a strategy's dimensions come to; the names of those that then say nothing."""
-    wanted = str(params["features"]).split("+")
-    idle = set() if "attention" in wanted else {"attention_weight", "attention_loss"}
-    decides = {"mirror_theseus": "attention", ALIGNED: "hidden"}.get(str(params["strategy"]))
-    if decides and decides not in wanted:
-        params["strategy"] = "uniform"  # which it differs from in that feature alone
-    if "hidden" not in wanted:
-        params["projection"] = "none"
-        idle |= {"hidden_weight", "hidden_loss"}
-    elif params["projection"] == "auto":
-        equal = "identity" if params["strategy"] == ALIGNED else "none"
-        params["projection"] = "linear" if narrow else equal
-    elif params["projection"] == "identity" and narrow:
-        params["projection"] = "linear"
-    if params["strategy"] == EARTH_MOVER or (params["strategy"] == ALIGNED and "hidden" in wanted):
-        params["layer_dropout"] = 0.0  # which matches count is decided at every step as it is
-    return idle | (PROJECTED if params["projection"] == "none" else set())
+def _settle_general(params: dict[str, Any], told: Sequence[Match]) -> set[str]:
+    """Put in that nothing is learnt where no term is of the phase; the names of those that then say nothing."""
+    if not told or params.get("mlm_weight") or any(GENERAL in match.phases for match in told):
+        return set()
+    if "general" in params:
+        params["general"] = NONE
+    return set(DEPENDENT)
+
+
+def _general_faults(subject: Subject, student: Subject, params: Params) -> dict[str, str]:
+    """A language model that cannot take the teacher's place, or under whose head the student cannot stand."""
+    if general_kind(params) == NONE or "masked-lm" not in subject.traits:
+        return {}
+    if unlike := unlike_teacher(subject, MATCHED):
+        return {"general": f"{params['general']}, and {unlike}"}
+    if student.hidden == subject.hidden:
+        return {}
+    if params.get("mlm_weight"):
+        return {"mlm_weight": f"{params['mlm_weight']}, and {NARROW_HEAD}, or weight 0"}
+    answers = [n for n, m in enumerate(_told(params), 1) if m.kind == "logits" and GENERAL in m.phases]
+    return {"matches": f"match {answers[0]} is of logits, and {NARROW_HEAD}"} if answers else {}
 
 
 def _matches(params: Params, depth: int, student: int) -> tuple[Match, ...]:
@@ -286,24 +248,24 @@ def _matches(params: Params, depth: int, student: int) -> tuple[Match, ...]:
         matches = written(str(params["matches"]), depth)
     except ValueError as error:
         raise TrialError(f"matches: {error}") from error
-    phased = [number for number, match in enumerate(matches, start=1) if match.phase != "all"]
-    if phased and params["phases"] == "joint":
-        raise TrialError(
-            f"match {phased[0]} is of phase {matches[phased[0] - 1].phase}, and phases is joint: "
-            "expected auto or two_phase"
-        )
+    for number, match in enumerate(matches, start=1):
+        if _of_one(match) and params["phases"] == "joint":
+            (phase,) = match.phases & {1, 2}
+            raise TrialError(f"match {number} is of phase {phase}, and phases is joint: expected auto or two_phase")
+        if match.phases == {GENERAL} and general_kind(params) == NONE:
+            raise TrialError(f"match {number} is of phase general, and general is none: expected another")
     return matches
 
 
 def objectives(student: Candidate, matching: Matching, params: Params, context: Context) -> list[Objective]:
-    """What is learnt in one phase after the other: matches, then what else there is with the logits and labels.
+    """What is learnt of the task, phase after phase: matches, then what else there is with the logits and labels.
 
     Or all at once; and no phase is without a term.
     """
     joint = params["phases"] == "joint"
     last = Objective(
         context,
-        matching if joint else matching.only(2),
+        matching.only(1, 2) if joint else matching.only(2),
         SoftTerm.of(student.subject.task, params),
         float(params["logit_weight"]),
         float(params["hard_weight"]),
@@ -313,17 +275,19 @@ def objectives(student: Candidate, matching: Matching, params: Params, context: 
     return [phase for phase in (*first, last) if phase.learns]
 
 
-def train(student: Candidate, matching: Matching, params: Params, context: Context) -> Objective:
-    """Each phase on its part of the budget; the last one, with the terms of all."""
-    phases = objectives(student, matching, params, context)
+def _learn_the_task(
+    student: Candidate, matching: Matching, params: Params, context: Context
+) -> Mapping[str, float]:
+    """Each phase on its part of what is left of the budget; the terms of all."""
     text = context.unlabelled(UNLABELLED_BATCH) if params.get("unlabelled_text") else None
-    part = float(params.get("matching_fraction", 1.0))
+    left = 1 - float(params.get("general_fraction", 0.0))
+    part = left * float(params.get("matching_fraction", 1.0))
     recorded = Record()
-    for number, phase in enumerate(phases):
-        options = {"share": 1 - part, "batches": None} if number else {"share": part, "batches": text}
+    for number, phase in enumerate(objectives(student, matching, params, context)):
+        options = {"share": left - part, "batches": None} if number else {"share": part, "batches": text}
         phase.recorded = recorded
         phase.fit(student.network, learning_rate=float(params["learning_rate"]), scored=phase.answers, **options)
-    return phases[-1]
+    return recorded.means()
 
 
 def _choice(params: Params, seed: int) -> Choice | None:

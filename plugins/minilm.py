@@ -42,11 +42,11 @@ from .distillation.objective import (
 from .distillation.soft_targets import SoftTerm, crf_missing
 from .distillation.starts import (
     CHECKPOINT,
-    CUT,
     begun,
     begun_faults,
     begun_subject,
     cut_when,
+    cuts,
     init_dim,
     settled_cut,
     start_missing,
@@ -146,7 +146,7 @@ class MiniLM(Method):
 
     def search_space(self, teacher: Subject) -> Mapping[str, Dim]:
         """``width`` is the part of the teacher's that is *kept*; ``teacher_layer`` counts from 1."""
-        second, cut = {"version": ("v2",)}, cut_when(teacher, CUT)
+        second, cut = {"version": ("v2",)}, cut_when(teacher, *cuts(teacher))
         heads = relation_heads(teacher.hidden, teacher.hidden, round(teacher.heads))
         there = "unlabelled" in teacher.traits
         text = {"unlabelled_text": Dim.flag(False, expert=True)} if there else {}

@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compress_search import Batch, Candidate, Context, Dim, Method, Params, Stage, Subject, TrialError
-from compress_search.encoders import layers
+from compress_search import Batch, Candidate, Context, Dim, Method, Params, Stage, Subject
 
 from .distillation.augmentation import (
     augmentation_faults,
@@ -29,11 +28,12 @@ from .distillation.augmentation import (
     augmented,
     augmenter,
 )
+from .distillation.language_models import in_teachers_place, language_objective, language_texts, learn_language
 from .distillation.layer_maps import layer_pairs, written_layers
 from .distillation.masked_text import MATCHED, unlike_teacher
-from .distillation.matches import Match, Shapes, check_matches, unmatched
+from .distillation.matches import Match, Shapes, unmatched
 from .distillation.matching import Matching
-from .distillation.objective import UNLABELLED_BATCH, Objective, Teacher, reader, text_missing
+from .distillation.objective import Objective, text_missing
 from .distillation.soft_targets import SoftTerm, crf_missing, crf_space, tempered
 from .distillation.starts import (
     CHECKPOINT,
@@ -210,9 +210,11 @@ class TinyBert(Method):
         else:
             student = start(candidate, params, context.seed)
         matches = tinybert_matches(params, pairs(params, candidate.subject.layers, student.subject.layers))
-        matching = Matching.between(matches, student.network, context.teacher, context.seed)
+        language = in_teachers_place(context) if params.get("general_fraction") else None
+        matching = Matching.between(matches, student.network, context.teacher, context.seed, language)
         matching.projections.to(context.device)
-        terms = train(student, matching, params, context, examples)
+        terms = _learn_in_general(student.network, matching, language, params, context)
+        terms |= train(student, matching, params, context, examples)
         return student.replace(notes={**student.notes, "tinybert": terms})
 
     def evaluate(self, candidate: Candidate, context: Context) -> Mapping[str, float]:
@@ -259,41 +261,27 @@ def train(
     context: Context,
     examples: Callable[[], Iterator[Batch] | None],
 ) -> dict[str, float]:
-    """The phases, each on its share of the budget; the terms at their ends."""
+    """The task's phases, each on its part of what is left of the budget; the terms at their ends."""
     network, rate = student.network, float(params["learning_rate"])
-    general, part = float(params.get("general_fraction", 0.0)), float(params["intermediate_fraction"])
-    terms = _learn_in_general(network, matching, context, general, rate) if general else {}
+    left = 1 - float(params.get("general_fraction", 0.0))
+    part = left * float(params["intermediate_fraction"])
     middle, last = Objective(context, matching), prediction(student.subject.task, params, context)
-    share = (1 - general) * part
-    middle.fit(network, learning_rate=rate, share=share, scored=False, batches=examples())
-    last.fit(network, learning_rate=rate, share=1 - general - share, batches=examples())
-    return terms | middle.report() | last.report()
+    middle.fit(network, learning_rate=rate, share=part, scored=False, batches=examples())
+    last.fit(network, learning_rate=rate, share=left - part, batches=examples())
+    return middle.report() | last.report()
 
 
 def _learn_in_general(
-    network: nn.Module, matching: Matching, context: Context, share: float, rate: float
+    network: nn.Module, matching: Matching, language: nn.Module | None, params: Params, context: Context
 ) -> dict[str, float]:
-    """The layers' losses on text without labels; the terms at the end."""
-    objective = Objective(context, matching, teacher=_general_teacher(matching, network, context))
-    text = context.unlabelled(UNLABELLED_BATCH)
-    objective.fit(network, learning_rate=rate, share=share, scored=False, batches=text)
+    """The layers' losses on text without labels, from the language model if there is one; the terms at the end."""
+    share = float(params.get("general_fraction", 0.0))
+    if not share:
+        return {}
+    objective = language_objective(context, matching, language)
+    text, rate = language_texts(context, unlabelled=True), float(params["learning_rate"])
+    learn_language(network, objective, language, share=share, learning_rate=rate, batches=text)
     return {f"general_{name}": term for name, term in objective.report().items()}
-
-
-def _general_teacher(matching: Matching, student: nn.Module, context: Context) -> Teacher | None:
-    """Who is learnt from on text at large: the study's language model, or where it names none its teacher.
-
-    Raises:
-        TrialError: the language model cannot be matched as the teacher is.
-    """
-    model = context.masked_lm()
-    if model is None:
-        return None
-    depths = len(layers(model)), len(layers(context.teacher))
-    if depths[0] != depths[1]:
-        raise TrialError(f"the language model has {depths[0]} layers: expected the teacher's {depths[1]}")
-    check_matches(matching.matches, Shapes.read(student), Shapes.read(model))
-    return reader(model)
 
 
 def prediction(task: str, params: Params, context: Context) -> Objective:

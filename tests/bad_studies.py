@@ -382,6 +382,72 @@ CASES = {
         "match 1: student_layer 2 does not exist: hidden of its 1 layers counts from 0 to 1",
         {"methods": {"layer_match": {"matches": "- {teacher_layer: 2, student_layer: 2}"}}},
     ),
+    "a phase in general that is not there": Case(
+        "methods.layer_match.general",
+        "masked_text needs a masked language model: name one under teacher.masked_lm",
+        {"methods": {"layer_match": {"general": "masked_text"}}},
+    ),
+    "a phase in general of nothing": Case(
+        "methods.layer_match.general",
+        "text needs text at large: name some under data.unlabeled, or a language model under teacher.masked_lm",
+        {"methods": {"layer_match": {"general": "text"}}},
+    ),
+    "a phase in general from a language model of another depth": Case(
+        "methods.layer_match.general",
+        "text, and the masked language model is unlike the teacher: layers 3 and not 2",
+        {"methods": {"layer_match": {"general": "text"}}, "teacher.masked_lm": "lm"},
+        language_model(layers=3),
+    ),
+    "a match of a phase that is not there": Case(
+        "methods.layer_match.matches",
+        "match 1 is of phase general, and general is none: expected another",
+        {"methods": {"layer_match": {"matches": "- {phase: general}"}}},
+    ),
+    "a language model that has no sentences": Case(
+        "methods.layer_match.matches",
+        "match 1: a language model has no pooled sentence: name phase 1 or 2",
+        {
+            "methods": {"layer_match": {"general": "text", "matches": "- {feature: pooled, loss: mse}"}},
+            "teacher.masked_lm": "lm",
+        },
+        language_model(),
+    ),
+    "a head of a language model for a narrower student": Case(
+        "methods.layer_match.mlm_weight",
+        "2.0, and the student is narrower than the language model under whose head it would stand: "
+        "expected width 1, or weight 0",
+        {
+            "methods": {"layer_match": {"general": "masked_text", "width": 0.5, "mlm_weight": 2.0}},
+            "teacher.masked_lm": "lm",
+        },
+        language_model(),
+    ),
+    "logits of a language model for a narrower student": Case(
+        "methods.layer_match.matches",
+        "match 1 is of logits, and the student is narrower than the language model",
+        {
+            "methods": {
+                "layer_match": {
+                    "general": "text",
+                    "width": 0.5,
+                    "matches": "- {feature: logits, loss: kd_kl, phase: general}",
+                }
+            },
+            "teacher.masked_lm": "lm",
+        },
+        language_model(),
+    ),
+    "a language model that is not there to start as": Case(
+        "methods.minilm.start",
+        "masked_lm needs a masked language model: name one under teacher.masked_lm",
+        {"methods": {"minilm": {"start": "masked_lm"}}},
+    ),
+    "a language model of other layers to start as": Case(
+        "methods.layer_match.start",
+        "masked_lm, and the masked language model is unlike the teacher: layers 3 and not 2",
+        {"methods": {"layer_match": {"start": "masked_lm"}}, "teacher.masked_lm": "lm"},
+        language_model(layers=3),
+    ),
     "a match of two widths": Case(
         "methods.layer_match.matches",
         "match 1: hidden_mse cannot compare widths 16 and 32: add proj: linear, or use nst",

@@ -119,7 +119,8 @@ def feature_shape(network: nn.Module, name: str) -> tuple[int, ...]:
     """
     kind, _ = parse(name)
     if kind == "logits":
-        return (cast(Any, network.config).num_labels,)
+        words = cast(Any, network).get_output_embeddings()  # of language models alone
+        return (cast(Any, network.config).num_labels if words is None else words.out_features,)
     if kind == "pooled":
         return (_pooled(network)[1],)
     layer = view.parts(_layer(network, name))

@@ -8,11 +8,13 @@ All sums are taken in float32, or float64 where that is what comes in, whatever 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100
 """The label of a position that has none."""
@@ -22,6 +24,9 @@ TokenScope = Literal["labelled", "attended"]
 Temperature = float | Tensor
 """τ > 0: one number, or one for each row of logits, (…) for logits (…, C)."""
 TemperatureScheduler = Literal["constant", "flsw", "cwsm"]
+
+BLOCK = 2**24
+"""Logits of a network that are compared at a time where there are more, as over a vocabulary."""
 
 LOWEST_TEMPERATURE = 0.1
 """Where a row's own temperature stops falling: at 0 there would be nothing to divide by."""
@@ -103,6 +108,39 @@ def soft_loss(
     if kind == "mse_logits":
         return mse_logits(student, teacher, mask)
     return kl(student, teacher, temperature, mask, squared=squared)
+
+
+def in_blocks(
+    loss: Callable[[Tensor, Tensor], Tensor],
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None = None,
+    *,
+    block: int = BLOCK,
+) -> Tensor:
+    """A loss that is a mean over rows, of a few rows at a time where there are many.
+
+    What each block computes on the way is computed again for the gradient: over a vocabulary it would take several
+    times the memory of the logits.
+
+    Args:
+        loss: of logits (N, C) and (N, C).
+        student: logits, (…, C).
+        teacher: logits, (…, C).
+        mask: which rows count, (…); all by default.
+        block: logits of a network in a block, but at least a row.
+    """
+    student, teacher = _rows(student, mask), _rows(teacher, mask)
+    if student.numel() <= block:
+        return loss(student, teacher)
+    rows = max(1, block // student.shape[-1])
+
+    def total(ours: Tensor, theirs: Tensor) -> Tensor:
+        return loss(ours, theirs) * len(ours)
+
+    pairs = zip(student.split(rows), teacher.split(rows), strict=True)
+    sums: list[Tensor] = [checkpoint(total, *pair, use_reentrant=False) for pair in pairs]
+    return torch.stack(sums).sum() / len(student)
 
 
 def row_temperatures(

@@ -49,22 +49,22 @@ def _relation_kl(heads: float) -> FeatureLoss:
 
 
 def _kd_ce(temperature: float) -> FeatureLoss:
-    loss = _of_logits(lambda student, teacher, mask: z.soft_cross_entropy(student, teacher, temperature, mask))
+    loss = _of_logits(partial(z.soft_cross_entropy, temperature=temperature))
     return replace(loss, classes=True)
 
 
 def _kd_kl(temperature: float) -> FeatureLoss:
-    loss = _of_logits(lambda student, teacher, mask: z.kl(student, teacher, temperature, mask))
+    loss = _of_logits(partial(z.kl, temperature=temperature))
     return replace(loss, classes=True)
 
 
 def _kd_mse(temperature: float) -> FeatureLoss:
-    return _of_logits(lambda student, teacher, mask: z.mse_logits(student, teacher, mask) / temperature**2)
+    return _of_logits(lambda student, teacher: z.mse_logits(student, teacher) / temperature**2)
 
 
-def _of_logits(function: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> FeatureLoss:
+def _of_logits(function: Callable[[Tensor, Tensor], Tensor]) -> FeatureLoss:
     """A loss of logits, of which those of tokens, (B, S, C), count where the mask is set."""
-    return FeatureLoss(lambda s, t, mask: function(s, t, mask if s.ndim == 3 else None), ("logits",))
+    return FeatureLoss(lambda s, t, mask: z.in_blocks(function, s, t, mask if s.ndim == 3 else None), ("logits",))
 
 
 FEATURE_LOSSES: Mapping[str, FeatureLoss] = {

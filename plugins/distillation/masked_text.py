@@ -12,10 +12,9 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from compress_search import Batch, Subject
-from compress_search.losses import IGNORED, kl
+from compress_search.losses import IGNORED
 
 UNLIKE = "masked-lm:"
 """What the engine's traits begin with that name a shape of the language model which is not the teacher's."""
@@ -25,8 +24,6 @@ MASKED_LM = "a masked language model: name one under teacher.masked_lm"
 """What a dimension needs that is only there with such a model."""
 MATCHED = ("layers", "hidden", "heads", "vocabulary")
 """Shapes in which such a model has to be like the teacher in whose place it is matched."""
-ROWS = 512
-"""Rows of logits over a vocabulary that are compared at a time."""
 
 
 def unlike_teacher(subject: Subject, shapes: Collection[str] = ()) -> str | None:
@@ -64,19 +61,3 @@ def prediction_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of logits (B, S, V) at the positions with a label, mean over them; 0 for none."""
     total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
     return total / max(int((labels != IGNORED).sum()), 1)
-
-
-def language_kl(student: Tensor, teacher: Tensor, temperature: float, mask: Tensor) -> Tensor:
-    """:func:`compress_search.losses.kl` of logits (B, S, V) where the mask (B, S) is set, a few rows at a time.
-
-    What each step computes on the way is computed again for the gradient: over a vocabulary it would take several
-    times the memory of the logits.
-    """
-    rows = mask.bool()
-    blocks = zip(student[rows].split(ROWS), teacher[rows].split(ROWS), strict=True)
-    sums = [checkpoint(_sum, ours, theirs, temperature, use_reentrant=False) for ours, theirs in blocks]
-    return torch.stack(sums).sum() / max(int(rows.sum()), 1)
-
-
-def _sum(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    return kl(student, teacher, temperature) * len(student)

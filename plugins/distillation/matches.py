@@ -50,6 +50,8 @@ KINDS = {
 """What a match calls a feature -> what the encoders call it."""
 UNNUMBERED = ("embedding", "pooled", "logits")
 """Features of the whole network, which have no layer to choose."""
+GENERAL = "general"
+"""The phase that comes before the task's own two, on text at large."""
 MORE_HEADS = "attention_mse_sum, attention_ce_mean or relation_kl:<heads>"
 
 _FORM = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -81,12 +83,17 @@ def _projection(value: Any) -> Any:
     return value
 
 
+def _listed(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else (value,)
+
+
 class Match(BaseModel):
     """One comparison of the student with its teacher.
 
-    ``teacher_layer`` and ``student_layer`` are two each for losses of pairs of layers. The weight is multiplied by
-    1 − u under ``linear_decay`` and by u under ``linear_growth``, u being the part of the phase that is done.
-    ``token_scope``: of the logits of token tasks those with a label count, or all that are no padding.
+    ``teacher_layer`` and ``student_layer`` are two each for losses of pairs of layers. ``phase`` is one or a list
+    of those that the method has, ``all`` by default. The weight is multiplied by 1 − u under ``linear_decay`` and
+    by u under ``linear_growth``, u being the part of the phase that is done. ``token_scope``: of the logits of
+    tokens those with a label count, which hidden ones have too, or all that are no padding.
     """
 
     model_config = _FORM
@@ -97,7 +104,9 @@ class Match(BaseModel):
     weight: float = Field(default=1.0, gt=0)
     proj: Annotated[Projection | None, BeforeValidator(_projection)] = None
     mask: bool = True
-    phase: Literal[1, 2, "all"] = "all"
+    phase: Annotated[tuple[Literal["general", 1, 2, "all"], ...], BeforeValidator(_listed), Field(min_length=1)] = (
+        "all",
+    )
     schedule: Literal["const", "linear_decay", "linear_growth"] = "const"
     token_scope: TokenScope = "labelled"
 
@@ -144,6 +153,11 @@ class Match(BaseModel):
     def _names(self, layer: int | list[int]) -> list[str]:
         numbers = layer if isinstance(layer, list) else [layer]
         return [self.kind if self.kind in UNNUMBERED else f"{self.kind}.{number}" for number in numbers]
+
+    @property
+    def phases(self) -> frozenset[str | int]:
+        """The phases that it is of, each by its own name."""
+        return frozenset((GENERAL, 1, 2) if "all" in self.phase else self.phase)
 
     def scheduled(self, progress: float) -> float:
         """The weight at this part of a phase."""
@@ -238,8 +252,16 @@ class Shapes:
         return cls(subject.layers, subject.vocabulary, of)
 
 
-def check_matches(matches: Sequence[Match], student: Shapes, teacher: Shapes) -> None:
+def check_matches(
+    matches: Sequence[Match], student: Shapes, teacher: Shapes, language: Shapes | None = None
+) -> None:
     """Refuse matches that two models cannot be compared by.
+
+    Args:
+        matches: their numbers are those that are told.
+        student: who learns.
+        teacher: who is learnt from.
+        language: a language model that is learnt from in the teacher's place in the phase ``general``.
 
     Raises:
         TrialError: other vocabularies, a layer that does not exist, heads or widths that differ where they may not,
@@ -255,8 +277,18 @@ def check_matches(matches: Sequence[Match], student: Shapes, teacher: Shapes) ->
     except ValueError as error:
         raise TrialError(str(error)) from None
     for number, match in enumerate(matches, start=1):
-        if fault := _mismatch(match, student, teacher):
+        faults = (_mismatch(match, student, model) for model in _teachers(match, teacher, language))
+        if fault := next(filter(None, faults), None):
             raise TrialError(f"match {number}: {': '.join(filter(None, fault))}")
+        if language and match.kind == "pooled" and GENERAL in match.phases:
+            raise TrialError(f"match {number}: a language model has no pooled sentence: name phase 1 or 2")
+
+
+def _teachers(match: Match, teacher: Shapes, language: Shapes | None) -> list[Shapes]:
+    """Whom it is learnt from, in one phase or another."""
+    if language is None or GENERAL not in match.phases:
+        return [teacher]
+    return [language] if match.phases == {GENERAL} else [teacher, language]
 
 
 def unmatched(matches: Sequence[Match], student: Shapes, teacher: Shapes) -> str | None:

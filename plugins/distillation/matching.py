@@ -39,13 +39,23 @@ class Matching:
     projections: nn.ModuleDict = field(default_factory=nn.ModuleDict)
 
     @classmethod
-    def between(cls, matches: Sequence[Match], student: nn.Module, teacher: nn.Module, seed: int) -> Matching:
+    def between(
+        cls,
+        matches: Sequence[Match],
+        student: nn.Module,
+        teacher: nn.Module,
+        seed: int,
+        language: nn.Module | None = None,
+    ) -> Matching:
         """The matching of two networks, with new projections: weights N(0, 0.02²), no bias.
+
+        ``language`` is learnt from in the teacher's place in the phase in general.
 
         Raises:
             TrialError: see :func:`check_matches`.
         """
-        check_matches(matches, Shapes.read(student), Shapes.read(teacher))
+        spoken = None if language is None else Shapes.read(language)
+        check_matches(matches, Shapes.read(student), Shapes.read(teacher), spoken)
         generator = torch.Generator().manual_seed(seed)
         made: dict[str, nn.Module] = {}
         for number, match in enumerate(matches):
@@ -55,9 +65,9 @@ class Matching:
                 made[key] = _make(match.proj.kind, ours[0], theirs[0], generator)
         return cls(tuple(matches), nn.ModuleDict(made))
 
-    def only(self, phase: int) -> Matching:
-        """The matches of a phase, with the same projections under their new numbers."""
-        kept = [(n, match) for n, match in enumerate(self.matches) if match.phase in (phase, "all")]
+    def only(self, *phases: int | str) -> Matching:
+        """The matches of these phases, with the same projections under their new numbers."""
+        kept = [(n, match) for n, match in enumerate(self.matches) if match.phases & {*phases}]
         modules = {
             _key(new, match): self.projections[_key(old, match)]
             for new, (old, match) in enumerate(kept)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress_search import Batch, Context, Dim, ParameterGroup, Params, Subject
+from compress_search import Batch, Context, Dim, Loss, ParameterGroup, Params, Subject
 from compress_search.encoders import read_features, recording
 
 from .layer_maps import align, transport
@@ -80,10 +80,11 @@ class Record:
 
 @dataclass
 class Objective:
-    """A loss for ``context.fit``: matches + ``soft_weight``·soft targets + ``hard_weight``·the task's loss.
+    """A loss for ``context.fit``: matches + ``soft_weight``·soft targets + ``hard_weight``·the loss of labels.
 
-    ``teacher`` answers for features; the study's by default. ``choose`` picks the matches of a step, all of them
-    wholly by default. A term of weight 0 is not computed; batches without labels can have only matches.
+    ``hard`` is that loss, by default the task's. ``teacher`` answers for features; the study's by default.
+    ``choose`` picks the matches of a step, all of them wholly by default. A term of weight 0 is not computed;
+    batches without labels can have only matches.
     """
 
     context: Context
@@ -91,6 +92,7 @@ class Objective:
     soft: SoftTerm | None = None
     soft_weight: float = 0.0
     hard_weight: float = 0.0
+    hard: Loss | None = None
     teacher: Teacher | None = None
     choose: Choice | None = None
     progress: float = 0.0
@@ -135,7 +137,7 @@ class Objective:
 
     def _forward(self, network: nn.Module, batch: Batch) -> Tensor | None:
         if self.hard_weight:
-            return self.context.task_loss(network, batch)
+            return (self.hard or self.context.task_loss)(network, batch)
         read_features(network, batch, ())
         return None
 

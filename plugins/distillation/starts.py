@@ -1,9 +1,10 @@
 """Where a network starts that is no part of the trained teacher.
 
-As the teacher once started, or as the small pretrained network that a study names (``start: checkpoint``). Owns
-what such a student's shapes are, and what is wrong with them. Trains nothing.
+As the teacher once started, as layers of the study's masked language model (``start: masked_lm``), or as the small
+pretrained network that a study names (``start: checkpoint``). Owns what such a student's shapes are, and what is
+wrong with them. Trains nothing.
 
-Source of the latter: Turc et al. 2019, Well-Read Students Learn Better.
+Source of the last: Turc et al. 2019, Well-Read Students Learn Better.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from torch import nn
 
 from compress_search import Candidate, Context, Dim, Params, Subject, TrialError
 
+from .language_models import language_model, started_from
 from .layer_maps import SOURCES, source_layers
+from .masked_text import MASKED_LM, unlike_teacher
 from .students import cut_student, same_shape, settled_width, student_subject
 
-CUT, CHECKPOINT = "teacher", "checkpoint"
-"""What ``start`` is called where a student starts as the study's small pretrained network, of its shapes."""
+CUT, LANGUAGE, CHECKPOINT = "teacher", "masked_lm", "checkpoint"
+"""What ``start`` is called where a student starts as layers of one or the other, or as the small network itself."""
 NO_CHECKPOINT = "a small pretrained network of the teacher's vocabulary: name one under teacher.student_start"
 _TRAIT = "student-start"
 _THE_TEACHERS = ("family", "vocabulary", "token_types")
@@ -64,20 +67,26 @@ def checkpoints(teacher: Subject) -> tuple[str, ...]:
     return (CHECKPOINT,) if _TRAIT in teacher.traits else ()
 
 
+def cuts(teacher: Subject) -> tuple[str, ...]:
+    """The options of :func:`start_space` by which students are cut out of something larger."""
+    return (CUT, LANGUAGE) if "masked-lm" in teacher.traits else (CUT,)
+
+
 def cut_when(teacher: Subject, *starts: str) -> dict[str, tuple[str, ...]]:
     """When dimensions of a student's shape say something: where it starts otherwise than as that network."""
     return {"start": starts} if checkpoints(teacher) else {}
 
 
 def start_space(teacher: Subject) -> dict[str, Dim]:
-    """Where students start that are else cut out of their teacher; nothing to choose without such a network."""
-    other = checkpoints(teacher)
-    return {"start": Dim.choice((CUT, *other), CUT, expert=True)} if other else {}
+    """Where students start that are else cut out of their teacher; nothing to choose without another network."""
+    starts = (*cuts(teacher), *checkpoints(teacher))
+    return {"start": Dim.choice(starts, CUT, expert=True)} if len(starts) > 1 else {}
 
 
 def start_missing(teacher: Subject) -> dict[str, str]:
     """What :func:`start_space` would need, for ``Method.missing``."""
-    return {} if checkpoints(teacher) else {"start": NO_CHECKPOINT}
+    found = {} if checkpoints(teacher) else {f"start: {CHECKPOINT}": NO_CHECKPOINT}
+    return found if LANGUAGE in cuts(teacher) else {**found, f"start: {LANGUAGE}": MASKED_LM}
 
 
 def checkpoint_subject(subject: Subject) -> Subject:
@@ -152,13 +161,21 @@ def begun_faults(subject: Subject, params: Params) -> dict[str, str]:
     if params.get("start") == CHECKPOINT:
         fault = checkpoint_fault(subject)
         return {"start": fault} if fault else {}
+    if unlike := params.get("start") == LANGUAGE and unlike_teacher(subject):
+        return {"start": f"{LANGUAGE}, and {unlike}"}
     fault = same_shape(subject, int(params["layers"]), float(params["width"]))
     return {"layers": fault} if fault else {}
 
 
 def begun(candidate: Candidate, params: Params, context: Context) -> Candidate:
-    """A student before any training, by ``start`` and, where it is cut out, ``layers``, ``width`` and ``init``."""
+    """A student before any training, by ``start`` and, where it is cut out, ``layers``, ``width`` and ``init``.
+
+    Raises:
+        TrialError: there is no such network, or none that fits.
+    """
     if params.get("start") == CHECKPOINT:
         return from_checkpoint(candidate, context)
+    if params.get("start") == LANGUAGE:
+        candidate = started_from(candidate, language_model(candidate, context))
     sources = source_layers(str(params["init"]), int(params["layers"]), candidate.subject.layers)
     return cut_student(candidate, sources, float(params["width"]))

@@ -12,7 +12,8 @@ from compress_search_plugins.distillation.layer_maps import transport
 from compress_search_plugins.distillation.matches import Match
 from compress_search_plugins.distillation.matching import Matching
 from compress_search_plugins.distillation.objective import Objective, transported
-from compress_search_plugins.layer_match import EARTH_MOVER, FEATURES, LayerMatch, strategic
+from compress_search_plugins.distillation.strategies import EARTH_MOVER, FEATURES, strategic
+from compress_search_plugins.layer_match import LayerMatch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linprog

@@ -30,6 +30,7 @@ from compress_search.testing import tiny_candidate, tiny_context
 
 TOKENS, TEXTS, NUMBERS = "token-classification", "text-classification", "text-regression"
 MATCHES = "[{teacher_layer: 4, student_layer: 2, loss: mae}, {teacher_layer: 2, student_layer: 1}]"
+SPOKEN = "[{feature: logits, loss: kd_kl, phase: general}, {teacher_layer: 2, student_layer: 1, phase: 1}]"
 
 CASES: Mapping[str, tuple[Method, str, Mapping[str, Value]]] = {
     "theseus": (Theseus(), TEXTS, {"block_size": 2, "full_replacement_at": 0.2}),
@@ -49,6 +50,7 @@ CASES: Mapping[str, tuple[Method, str, Mapping[str, Value]]] = {
     "minilm, crf": (MiniLM(), "crf", {}),
     "layer_match": (LayerMatch(), TEXTS, {"width": 0.5, "features": "embedding+hidden+attention"}),
     "layer_match, jointly": (LayerMatch(), TEXTS, {"layers": 3, "layer_dropout": 0.5}),
+    "layer_match, in general": (LayerMatch(), TEXTS, {"general": "masked_text", "matches": SPOKEN}),
     "layer_match, written": (LayerMatch(), "crf", {"matches": MATCHES, "phases": "two_phase"}),
     "distill": (Distill(), TEXTS, {"annealing": "linear", "transfer": 0.3}),
     "distill, scheduled": (Distill(), TEXTS, {"temperature_scheduler": "flsw"}),

@@ -8,7 +8,8 @@ from compress_search_plugins.distillation.matches import Match
 from compress_search_plugins.distillation.matching import Matching
 from compress_search_plugins.distillation.objective import Objective, aligned, some, transported
 from compress_search_plugins.distillation.soft_targets import SoftTerm
-from compress_search_plugins.layer_match import ALIGNED, EARTH_MOVER, FEATURES, LayerMatch, objectives, strategic
+from compress_search_plugins.distillation.strategies import ALIGNED, EARTH_MOVER, FEATURES, strategic
+from compress_search_plugins.layer_match import LayerMatch, objectives
 
 from compress_search import Params, StudyError, Subject, TrialError
 from compress_search.driver import prepare
@@ -87,7 +88,7 @@ class TestStrategies:
         params = params_for(BERT, width=0.5)
         assert (params["projection"], params["phases"]) == ("linear", "two_phase")
         matches = strategic(params, 6, 12)
-        assert all(m.phase == 1 for m in matches)
+        assert all(m.phases == {"general", 1} for m in matches)
         assert {m.proj.shared for m in matches if m.proj} == {"hidden"}
 
     def test_students_of_full_width_are_not(self):

@@ -1,4 +1,6 @@
-"""TinyBERT, DistilBERT and MiniLM as what a study can write for ``layer_match``: phase by phase the same losses."""
+"""TinyBERT, DistilBERT and MiniLM as what a study can write for ``layer_match``: the same losses, phase by phase,
+and in the end the same student.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 from compress_search_plugins import distilbert, minilm, tinybert
+from compress_search_plugins.distillation.general import general_objective
+from compress_search_plugins.distillation.language_models import under_language_head, with_holes
 from compress_search_plugins.distillation.matching import Matching
 from compress_search_plugins.distillation.objective import Objective
 from compress_search_plugins.distillation.soft_targets import SoftTerm
@@ -20,6 +24,10 @@ METHOD = LayerMatch()
 DISTILBERT = """
 - {student_layer: 2, teacher_layer: 4, loss: cos, weight: 0.7, phase: 1}
 - {feature: logits, loss: "kd_kl:2", weight: 5, phase: 1}
+"""
+LANGUAGE = """
+- {{student_layer: 2, teacher_layer: 4, loss: cos, weight: 0.7, phase: general}}
+- {{feature: logits, loss: "kd_kl:2", weight: 5, phase: general, token_scope: {scope}}}
 """
 MINILM = {
     "v1": """
@@ -127,6 +135,100 @@ def test_minilm_is_the_relations_of_one_layer_and_then_answers_and_labels(versio
     case.same(case.written(matches=MINILM[version]), expected)
 
 
+class TestUnderTheLanguageHead:
+    """DistilBERT's first phase with a language model, as ``layer_match`` writes it."""
+
+    def phase(self, restricted, task="text-classification", **changes):
+        """The two objectives, the student under the language model's head, and texts with holes."""
+        case, own = Case(task, 32), distilbert.DistilBert()
+        teacher = case.teacher.replace(subject=case.teacher.subject.having("masked-lm"))
+        model = case.context.masked_lm()
+        scope = "labelled" if restricted else "attended"
+        text = LANGUAGE.format(scope=scope)
+        written = settled(METHOD, teacher, layers=2, matches=text, general="masked_text", **changes)
+        matching = Matching.between(
+            _matches(written, 4, 2), case.student.network, case.teacher.network, 0, language=model
+        )
+        found = general_objective(matching, model, written, case.context)
+        params = settled(own, teacher, layers=2, cos_weight=0.7, restrict_ce_to_mask=restricted, **changes)
+        expected = distilbert.triple_loss(case.student.network, model, params, case.context)
+        case.student = case.student.replace(network=under_language_head(case.student.network, model))
+        case.batch = next(with_holes(iter([case.batch]), case.teacher.tokenizer, 0.3, seed=0))
+        return case, found, expected
+
+    @pytest.mark.parametrize("restricted", [True, False])
+    @pytest.mark.parametrize("task", ["text-classification", "token-classification", "text-regression"])
+    def test_is_a_match_of_logits_a_match_of_the_last_layers_and_the_hidden_words(self, restricted, task):
+        case, found, expected = self.phase(restricted, task, mlm_weight=2.0)
+        case.same([found], [expected])
+        assert set(found.report()) == {"hidden", "logits", "hard"}
+
+    def test_which_logits_count_and_what_the_hidden_words_weigh_is_seen(self):
+        case, *phases = self.phase(False, mlm_weight=2.0)
+        other, *restricted = self.phase(True, mlm_weight=2.0)
+        _, lighter, _ = self.phase(False, mlm_weight=1.0)
+        values = [case.value(each)[0] for each in (phases[0], lighter)] + [other.value(restricted[0])[0]]
+        assert min(abs(values[0] - value) for value in values[1:]) > 1e-2
+
+
+WHOLE = {
+    "distilbert": (
+        distilbert.DistilBert(),
+        {"drop_token_type": False, "freeze_positions": False, "cos_weight": 0.7, "distillation_fraction": 0.4},
+        {
+            "start": "masked_lm",
+            "general": "masked_text",
+            "matches": LANGUAGE.format(scope="attended"),
+            "mlm_weight": 2.0,
+            "logit_weight": 0.5,
+            "hard_weight": 0.5,
+        },
+    ),
+    "tinybert": (
+        tinybert.TinyBert(),
+        {"layer_map": "top", "width": 0.5, "augment": False, "general_fraction": 0.4, "intermediate_fraction": 0.5},
+        {
+            "init": "last",
+            "strategy": "last",
+            "width": 0.5,
+            "features": "embedding+hidden+attention",
+            "projection": "identity",
+            "general": "text",
+            "logit_weight": 1.0,
+            "hard_weight": 0.0,
+            "temperature": 1.0,
+        },
+    ),
+    "minilm": (
+        minilm.MiniLM(),
+        {"general": True, "unlabelled_text": True, "relation_fraction": 0.4, "relation_heads": 4},
+        {"general": "text", "matches": MINILM["v2"].replace("phase: 1", "phase: general")},
+    ),
+}
+"""A method, what a study writes for it, and what the study writes for ``layer_match`` instead."""
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_recipes_with_a_phase_in_general_train_the_same_student(name):
+    own, theirs, ours = WHOLE[name]
+    candidate = tiny_candidate()
+    candidate = candidate.replace(subject=candidate.subject.having("masked-lm", "unlabelled"))
+    students, steps = [], []
+    for method, written in ((own, theirs), (METHOD, {**ours, "general_fraction": 0.4})):
+        context = tiny_context(candidate, steps=10)
+        params = settled(method, candidate, layers=2, learning_rate=1e-3, **written)
+        assert not method.faults(candidate.subject, params)
+        students.append(method.apply(candidate, params, context).network.state_dict())
+        steps.append(context.fits)
+    assert steps[0] == steps[1]
+    assert len(steps[0]) > 1
+    start = candidate.network.state_dict()
+    for key, tensor in students[0].items():
+        torch.testing.assert_close(tensor, students[1][key], atol=1e-6, rtol=1e-5)
+    words = next(key for key in start if key.endswith("word_embeddings.weight"))
+    assert start[words].shape != students[0][words].shape or (start[words] - students[0][words]).abs().max() > 1e-3
+
+
 def test_of_tokens_a_match_of_logits_counts_those_that_have_a_label():
     case = Case("token-classification", 32)
     matches = '- {feature: logits, loss: "kd_kl:2", phase: 1}'
@@ -191,6 +293,7 @@ class TestWeightsOfZero:
         model, batch = tiny_context(candidate).masked_lm(), next(tiny_batches(candidate))
         hidden = {**batch, "labels": torch.where(batch["attention_mask"].bool(), batch["input_ids"], -100)}
         params = {"ce_weight": 0.0, "mlm_weight": 2.0, "cos_weight": 0.0, "temperature": 2.0}
-        loss = distilbert.TripleLoss(model, {**params, "restrict_ce_to_mask": False})
-        assert loss(model, hidden).item() == pytest.approx(2 * loss.recorded.means()["language_mlm"])
-        assert set(loss.recorded.means()) == {"language_mlm"}
+        params["restrict_ce_to_mask"] = False
+        loss = distilbert.triple_loss(candidate.network, model, params, tiny_context(candidate))
+        assert loss(model, hidden).item() == pytest.approx(2 * loss.report()["hard"])
+        assert set(loss.report()) == {"hard"}

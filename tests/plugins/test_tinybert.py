@@ -10,7 +10,7 @@ import torch
 from compress_search_plugins.distillation.matches import parse_matches
 from compress_search_plugins.distillation.matching import Matching
 from compress_search_plugins.distillation.soft_targets import SoftTerm, soft_target_loss
-from compress_search_plugins.layer_match import strategic
+from compress_search_plugins.distillation.strategies import strategic
 from compress_search_plugins.tinybert import TinyBert, pairs, prediction, start, tinybert_matches
 from torch.nn import functional as F
 
