@@ -237,6 +237,14 @@ FEW_LABELS: Groups = {
     "layer_match": {
         "matches on labelled text": half("layer_match", phases="two_phase"),
         "matches on text without labels": half("layer_match", phases="two_phase", unlabelled_text=True),
+        **{
+            f"{told} on text without labels before": half("layer_match", phases="two_phase", general=kind, **less)
+            for told, kind, less in (
+                ("a language model's layers", "text", {}),
+                ("and its hidden words", "masked_text", {}),
+                ("shorter, its layers", "text", {"general_fraction": 0.2}),
+            )
+        },
     },
     "minilm": {
         "relations on labelled text": half("minilm"),

@@ -9,7 +9,7 @@ TextBrewer's and KnowledgeDistillation's configurations do::
       matches: |
         - {teacher_layer: 0, student_layer: 0, feature: embedding, loss: hidden_mse}
         - {teacher_layer: 12, student_layer: 3, feature: hidden, loss: hidden_mse, weight: 2}
-        - {teacher_layer: 11, student_layer: 2, feature: attention_scores, loss: attention_mse}
+        - {teacher_layer: last, student_layer: last, feature: attention_scores, loss: attention_mse}
 
 Sources: Yang et al. 2020, TextBrewer; of the phase in general Jiao et al. 2020, TinyBERT, and Sanh et al. 2019,
 DistilBERT.
@@ -254,7 +254,7 @@ def _matches(params: Params, depth: int, student: int) -> tuple[Match, ...]:
             raise TrialError(f"match {number} is of phase {phase}, and phases is joint: expected auto or two_phase")
         if match.phases == {GENERAL} and general_kind(params) == NONE:
             raise TrialError(f"match {number} is of phase general, and general is none: expected another")
-    return matches
+    return tuple(match.placed(student, depth) for match in matches)
 
 
 def objectives(student: Candidate, matching: Matching, params: Params, context: Context) -> list[Objective]:

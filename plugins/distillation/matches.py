@@ -50,6 +50,8 @@ KINDS = {
 """What a match calls a feature -> what the encoders call it."""
 UNNUMBERED = ("embedding", "pooled", "logits")
 """Features of the whole network, which have no layer to choose."""
+LAST = "last"
+"""Instead of a layer's number: the last one's, whatever depth a search gives the student."""
 GENERAL = "general"
 """The phase that comes before the task's own two, on text at large."""
 MORE_HEADS = "attention_mse_sum, attention_ce_mean or relation_kl:<heads>"
@@ -83,6 +85,22 @@ def _projection(value: Any) -> Any:
     return value
 
 
+def _layer(value: Any) -> Any:
+    numbers = value if isinstance(value, list) else [value]
+    if not all(number == LAST or type(number) is int for number in numbers):
+        raise ValueError(f"expected a layer's number, {LAST}, or a list of two of these, got {value!r}")
+    return value
+
+
+Layer = Annotated[int | str | list[int | str], BeforeValidator(_layer)]
+
+
+def _placed(layer: Layer, last: int) -> Layer:
+    if isinstance(layer, list):
+        return [last if number == LAST else number for number in layer]
+    return last if layer == LAST else layer
+
+
 def _listed(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else (value,)
 
@@ -90,15 +108,15 @@ def _listed(value: Any) -> Any:
 class Match(BaseModel):
     """One comparison of the student with its teacher.
 
-    ``teacher_layer`` and ``student_layer`` are two each for losses of pairs of layers. ``phase`` is one or a list
-    of those that the method has, ``all`` by default. The weight is multiplied by 1 − u under ``linear_decay`` and
-    by u under ``linear_growth``, u being the part of the phase that is done. ``token_scope``: of the logits of
-    tokens those with a label count, which hidden ones have too, or all that are no padding.
+    ``teacher_layer`` and ``student_layer`` are numbers or :data:`LAST`, two each for losses of pairs of layers.
+    ``phase`` is one or a list of those that the method has, ``all`` by default. The weight is multiplied by 1 − u
+    under ``linear_decay`` and by u under ``linear_growth``, u being the part of the phase that is done.
+    ``token_scope``: of the logits of tokens those with a label count, as hidden ones have, or all but padding.
     """
 
     model_config = _FORM
-    teacher_layer: int | list[int] = Field(default=0, validation_alias=AliasChoices("teacher_layer", "layer_T"))
-    student_layer: int | list[int] = Field(default=0, validation_alias=AliasChoices("student_layer", "layer_S"))
+    teacher_layer: Layer = Field(default=0, validation_alias=AliasChoices("teacher_layer", "layer_T"))
+    student_layer: Layer = Field(default=0, validation_alias=AliasChoices("student_layer", "layer_S"))
     feature: Literal[tuple(KINDS)] = "hidden"  # type: ignore[valid-type]
     loss: str = "hidden_mse"
     weight: float = Field(default=1.0, gt=0)
@@ -120,8 +138,8 @@ class Match(BaseModel):
             numbers = value if isinstance(value, list) else [value]
             if len(numbers) != 1 + loss.pair or isinstance(value, list) != loss.pair:
                 raise ValueError(f"{self.loss} takes {'two layers' if loss.pair else 'a layer'}, {name} is {value}")
-            if min(numbers) < 0:
-                raise ValueError(f"{name}: expected 0 or more, got {min(numbers)}")
+            if below := [number for number in numbers if number != LAST and int(number) < 0]:
+                raise ValueError(f"{name}: expected 0 or more, got {below[0]}")
             if self.feature in UNNUMBERED and any(numbers):
                 raise ValueError(f"{name}: {self.feature} has no layers, got {value}")
         if self.proj and self.kind not in ("hidden", "pooled"):
@@ -150,7 +168,16 @@ class Match(BaseModel):
         """The teacher's features, one or two."""
         return self._names(self.teacher_layer)
 
-    def _names(self, layer: int | list[int]) -> list[str]:
+    def placed(self, student: int, teacher: int) -> Match:
+        """The match between models of so many layers, with the last ones' numbers in their place."""
+        below = 0 if self.kind == "hidden" else 1  # everything of attention counts from 0
+        numbers = {
+            "student_layer": _placed(self.student_layer, student - below),
+            "teacher_layer": _placed(self.teacher_layer, teacher - below),
+        }
+        return self.model_copy(update=numbers)
+
+    def _names(self, layer: Layer) -> list[str]:
         numbers = layer if isinstance(layer, list) else [layer]
         return [self.kind if self.kind in UNNUMBERED else f"{self.kind}.{number}" for number in numbers]
 
@@ -215,7 +242,8 @@ def check_depths(matches: Sequence[Match], teacher: int | None = None, student: 
         for side, depth, names in (("teacher", teacher, match.teacher), ("student", student, match.student)):
             last = -1 if depth is None else depth if match.kind == "hidden" else depth - 1
             for name in names:
-                layer = int(name.partition(".")[2] or 0)
+                written = name.partition(".")[2]
+                layer = 0 if written in ("", LAST) else int(written)
                 if depth is not None and layer > last:
                     raise ValueError(
                         f"match {number}: {side}_layer {layer} does not exist: "

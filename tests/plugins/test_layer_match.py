@@ -9,7 +9,7 @@ from compress_search_plugins.distillation.matching import Matching
 from compress_search_plugins.distillation.objective import Objective, aligned, some, transported
 from compress_search_plugins.distillation.soft_targets import SoftTerm
 from compress_search_plugins.distillation.strategies import ALIGNED, EARTH_MOVER, FEATURES, strategic
-from compress_search_plugins.layer_match import LayerMatch, objectives
+from compress_search_plugins.layer_match import LayerMatch, _matches, objectives
 
 from compress_search import Params, StudyError, Subject, TrialError
 from compress_search.driver import prepare
@@ -167,6 +167,19 @@ class TestWrittenMatches:
         candidate = tiny_candidate()
         result = applied(candidate, matches=self.TEXT, layers=1)
         assert set(METHOD.evaluate(result, tiny_context(candidate))) == {"hidden", "q", "soft", "hard"}
+
+    @pytest.mark.parametrize(("layers", "numbers"), [(1, [1, 0, [1, 1]]), (3, [3, 2, [1, 3]])])
+    def test_the_last_layer_is_that_of_any_student(self, layers, numbers):
+        text = """
+        - {teacher_layer: last, student_layer: last, loss: cos}
+        - {teacher_layer: last, student_layer: last, feature: q, loss: mse}
+        - {teacher_layer: [2, last], student_layer: [1, last], loss: nst}
+        """
+        params = params_for(BERT, matches=text, layers=layers)
+        found = _matches(params, 12, layers)
+        assert [match.student_layer for match in found] == numbers
+        assert [match.teacher_layer for match in found] == [12, 11, [2, 12]]
+        assert not METHOD.faults(BERT, params)
 
     def test_a_layer_the_student_has_not_is_refused_before_any_training(self):
         candidate = tiny_candidate()

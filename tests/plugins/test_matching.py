@@ -98,6 +98,12 @@ class TestForm:
             ("- {loss: nst}", "nst takes two layers, teacher_layer is 0"),
             ("- {teacher_layer: [1, 2], student_layer: 1}", "hidden_mse takes a layer, teacher_layer is"),
             ("- {teacher_layer: -1}", "teacher_layer: expected 0 or more, got -1"),
+            ("- {teacher_layer: top}", "match 1.teacher_layer: expected a layer's number, last, or a list of two"),
+            ("- {teacher_layer: true}", "match 1.teacher_layer: expected a layer's number, last, or a list of two"),
+            (
+                "- {feature: pooled, loss: mse, teacher_layer: last}",
+                "teacher_layer: pooled has no layers, got last",
+            ),
             ("- {feature: logits, loss: kd_ce, student_layer: 1}", "student_layer: logits has no layers, got 1"),
             ("- {feature: logits, loss: kd_ce, proj: linear}", "proj: only hidden, embedding and pooled"),
             ("- {proj: conv}", "match 1.proj.kind: Input should be 'linear'"),
