@@ -26,7 +26,7 @@ DISTILBERT = """
 - {feature: logits, loss: "kd_kl:2", weight: 5, phase: 1}
 """
 LANGUAGE = """
-- {{student_layer: 2, teacher_layer: 4, loss: cos, weight: 0.7, phase: general}}
+- {{student_layer: last, teacher_layer: last, loss: cos, weight: 0.7, phase: general}}
 - {{feature: logits, loss: "kd_kl:2", weight: 5, phase: general, token_scope: {scope}}}
 """
 MINILM = {
