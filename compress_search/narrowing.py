@@ -59,10 +59,10 @@ def narrowed(study: Study, name: str, method: Method, teacher: Subject, to: Mapp
     for dim, (key, value) in wishes.items():
         if dim not in space:
             missing = asked(name, method, "missing", teacher)
-            need = missing.get(f"{dim}: {value}", missing.get(dim))
             shown = value if isinstance(value, str) else json.dumps(value)
-            fault = f"{shown} needs {need}" if need else f"unknown dimension{closest(dim, space)}"
-            raise study.error(key, fault)
+            whole = [f"{shown} needs {missing[dim]}"] if dim in missing else []
+            needs = [*_needs(missing, dim, value), *whole, f"unknown dimension{closest(dim, space)}"]
+            raise study.error(key, needs[0])
         try:
             found[dim] = narrow(space[dim], value)
         except ValueError as error:

@@ -34,7 +34,7 @@ from .distillation.general import (
     learn_in_general,
 )
 from .distillation.language_models import in_teachers_place
-from .distillation.masked_text import MATCHED, unlike_teacher
+from .distillation.masked_text import unfit_in_place
 from .distillation.matches import (
     GENERAL,
     MORE_HEADS,
@@ -77,7 +77,7 @@ from .distillation.students import NARROW, depth_dim, unfit, width_dim
 
 BY_STRATEGY = "by strategy"
 """What ``matches`` says where it holds none."""
-NARROW_HEAD = "the student is narrower than the language model under whose head it would stand: expected width 1"
+NARROW_HEAD = "the student is not as wide as the language model under whose head it would stand"
 
 
 def written(matches: str, teacher_layers: int) -> tuple[Match, ...]:
@@ -126,13 +126,20 @@ class LayerMatch(Method):
     def effective(self, subject: Subject, params: Params) -> Params:
         """A width of whole heads, what "auto" comes to, and without what then says nothing."""
         found = settled_cut(subject, params)
-        narrow = begun_subject(subject, found).hidden != subject.hidden
+        student = begun_subject(subject, found)
+        narrow = student.hidden != subject.hidden
         told = _told(found)
         if found["phases"] == "auto":
             found["phases"] = "two_phase" if narrow or any(_of_one(match) for match in told) else "joint"
+        if _is_joint(found, told):
+            found["phases"] = "joint"
         idle = _settle_general(found, told) | _idle_phases(found, told) | idle_targets(subject, found)
         if found.get("matches", BY_STRATEGY) == BY_STRATEGY:
             idle |= {"matches"} | settle(found, narrow)
+        if told or student.layers <= subject.layers:  # of others ``faults`` tells
+            matches = told or strategic(found, student.layers, subject.layers)
+            if most_at_once(found, matches) < 2:
+                found["layer_dropout"] = 0.0  # the last match of a step is never left out
         return {name: value for name, value in found.items() if name not in idle}
 
     def faults(self, subject: Subject, params: Params) -> Mapping[str, str]:
@@ -207,6 +214,21 @@ def _of_one(match: Match) -> bool:
     return len(match.phases & {1, 2}) == 1
 
 
+def _is_joint(params: Params, told: Sequence[Match]) -> bool:
+    """Whether the task's second phase has nothing that the first has not, or neither has a match."""
+    if told:
+        return not any(match.phases & {1, 2} for match in told)
+    return not has_targets(params) and not params.get("unlabelled_text")
+
+
+def most_at_once(params: Params, matches: Sequence[Match]) -> int:
+    """How many matches a step of some phase has at most."""
+    phases: list[set[str | int]] = [{1, 2}] if params["phases"] == "joint" else [{1}, {2}]
+    if general_kind(params) != NONE:
+        phases.append({GENERAL})
+    return max(sum(bool(match.phases & phase) for match in matches) for phase in phases)
+
+
 def _idle_phases(params: Params, told: Sequence[Match]) -> set[str]:
     """What says nothing of phases where there is but one, or nothing to be learnt in the other."""
     joint = params["phases"] == "joint"
@@ -231,14 +253,15 @@ def _general_faults(subject: Subject, student: Subject, params: Params) -> dict[
     """A language model that cannot take the teacher's place, or under whose head the student cannot stand."""
     if general_kind(params) == NONE or "masked-lm" not in subject.traits:
         return {}
-    if unlike := unlike_teacher(subject, MATCHED):
-        return {"general": f"{params['general']}, and {unlike}"}
-    if student.hidden == subject.hidden:
-        return {}
-    if params.get("mlm_weight"):
-        return {"mlm_weight": f"{params['mlm_weight']}, and {NARROW_HEAD}, or weight 0"}
     answers = [n for n, m in enumerate(_told(params), 1) if m.kind == "logits" and GENERAL in m.phases]
-    return {"matches": f"match {answers[0]} is of logits, and {NARROW_HEAD}"} if answers else {}
+    headed = bool(params.get("mlm_weight") or answers)
+    if unfit := unfit_in_place(subject, headed=headed):
+        return {"general": f"{params['general']}, and {unfit}"}
+    if not headed or (student.hidden, student.embedding_size) == (subject.hidden, subject.embedding_size):
+        return {}
+    if answers:
+        return {"matches": f"match {answers[0]} is of logits, and {NARROW_HEAD}: leave it out"}
+    return {"general": f"{params['general']}, and {NARROW_HEAD}: set mlm_weight to 0"}
 
 
 def _matches(params: Params, depth: int, student: int) -> tuple[Match, ...]:

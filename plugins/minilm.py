@@ -27,7 +27,7 @@ from .distillation.augmentation import (
     augmented,
     augmenter,
 )
-from .distillation.masked_text import MASKED_LM, MATCHED, unlike_teacher
+from .distillation.masked_text import MASKED_LM, unfit_in_place
 from .distillation.matches import Match, Shapes, unmatched
 from .distillation.matching import Matching
 from .distillation.objective import (
@@ -208,7 +208,7 @@ class MiniLM(Method):
     def faults(self, subject: Subject, params: Params) -> Mapping[str, str]:
         """A student of its teacher's own shape, a checkpoint or a language model that is not like the teacher."""
         fault = begun_faults(subject, params) | augmentation_faults(subject, params)
-        if unlike := params.get("general") and unlike_teacher(subject, MATCHED):
+        if unlike := params.get("general") and unfit_in_place(subject):
             fault["general"] = f"true, and {unlike}"
         if fault or params.get("start") != CHECKPOINT:
             return fault

@@ -30,7 +30,7 @@ from .distillation.augmentation import (
 )
 from .distillation.language_models import in_teachers_place, language_objective, language_texts, learn_language
 from .distillation.layer_maps import layer_pairs, written_layers
-from .distillation.masked_text import MATCHED, unlike_teacher
+from .distillation.masked_text import unfit_in_place
 from .distillation.matches import Match, Shapes, unmatched
 from .distillation.matching import Matching
 from .distillation.objective import Objective, text_missing
@@ -182,7 +182,7 @@ class TinyBert(Method):
         """A student of its teacher's own shape or without a projection that it needs; what the study lacks."""
         if fault := _shape_faults(subject, params):
             return fault
-        general = float(params.get("general_fraction", 0.0)) and unlike_teacher(subject, MATCHED)
+        general = float(params.get("general_fraction", 0.0)) and unfit_in_place(subject)
         found = {"general_fraction": f"{params.get('general_fraction')}: {general}"} if general else {}
         return found | augmentation_faults(subject, params)
 

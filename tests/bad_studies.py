@@ -413,9 +413,9 @@ CASES = {
         language_model(),
     ),
     "a head of a language model for a narrower student": Case(
-        "methods.layer_match.mlm_weight",
-        "2.0, and the student is narrower than the language model under whose head it would stand: "
-        "expected width 1, or weight 0",
+        "methods.layer_match.general",
+        "masked_text, and the student is not as wide as the language model under whose head it would stand: "
+        "set mlm_weight to 0",
         {
             "methods": {"layer_match": {"general": "masked_text", "width": 0.5, "mlm_weight": 2.0}},
             "teacher.masked_lm": "lm",
@@ -424,7 +424,7 @@ CASES = {
     ),
     "logits of a language model for a narrower student": Case(
         "methods.layer_match.matches",
-        "match 1 is of logits, and the student is narrower than the language model",
+        "match 1 is of logits, and the student is not as wide as the language model under whose head it would",
         {
             "methods": {
                 "layer_match": {
@@ -441,6 +441,17 @@ CASES = {
         "methods.minilm.start",
         "masked_lm needs a masked language model: name one under teacher.masked_lm",
         {"methods": {"minilm": {"start": "masked_lm"}}},
+    ),
+    "one of several starts that is not there": Case(
+        "methods.layer_match.start",
+        "masked_lm needs a masked language model: name one under teacher.masked_lm",
+        {"methods": {"layer_match": {"start": ["teacher", "masked_lm"]}}},
+    ),
+    "a head of a language model of another family": Case(
+        "methods.layer_match.general",
+        "masked_text, and the masked language model is unlike the teacher: family roberta and not bert",
+        {"methods": {"layer_match": {"general": "masked_text"}}, "teacher.masked_lm": "lm"},
+        language_model(family="roberta"),
     ),
     "a language model of other layers to start as": Case(
         "methods.layer_match.start",

@@ -22,7 +22,7 @@ from compress_search.encoders import (
 )
 from compress_search.encoders.features import KINDS, parse
 from compress_search.losses import masked_softmax
-from compress_search.testing import tiny_batches, tiny_candidate
+from compress_search.testing import tiny_batches, tiny_candidate, tiny_context
 from compress_search.training import forward, task_loss
 
 LAYERS = 3
@@ -45,6 +45,19 @@ def model(family="bert", task="text-classification", attention="sdpa", **shapes)
 
 def inputs_of(batch):
     return {name: tensor for name, tensor in batch.items() if name not in ("labels", "index")}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_the_head_inner_features_are_the_same_and_the_head_is_not_computed(family):
+    candidate, batch = model(family)
+    language, computed = tiny_context(candidate).masked_lm(), []
+    language.get_output_embeddings().register_forward_hook(lambda *_: computed.append(1))
+    names = [name for name in ALL if name != "logits"]
+    whole, inner = (read_features(language, batch, names, head=head) for head in (True, False))
+    assert computed == [1]
+    assert all(torch.equal(whole[name], inner[name]) for name in names)
+    with pytest.raises(TrialError, match="logits was computed 0 times in a forward pass, expected 1"):
+        read_features(language, batch, ["logits"], head=False)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

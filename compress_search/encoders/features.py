@@ -78,8 +78,12 @@ def derive(read: Mapping[str, Tensor], names: Collection[str], attention_mask: T
 
 
 @contextmanager
-def recording(network: nn.Module, names: Collection[str]) -> Iterator[dict[str, Tensor]]:
+def recording(
+    network: nn.Module, names: Collection[str], called: nn.Module | None = None
+) -> Iterator[dict[str, Tensor]]:
     """Yields a mapping that holds the features of the network's one call inside the block, once that has ended.
+
+    ``called`` is what is called there, by default the network.
 
     ::
 
@@ -94,7 +98,8 @@ def recording(network: nn.Module, names: Collection[str]) -> Iterator[dict[str, 
         ValueError: no feature has such a name.
     """
     found: dict[str, Tensor] = {}
-    taps = {name: _tap(network, name) for name in primitives(names)} | {_MASK: _Tap(network, keyword=_MASK)}
+    taps = {name: _tap(network, name) for name in primitives(names)}
+    taps[_MASK] = _Tap(called or network, keyword=_MASK)
     seen: dict[str, list[Any]] = {name: [] for name in taps}
     with ExitStack() as hooks:
         for name, tap in taps.items():
@@ -104,10 +109,16 @@ def recording(network: nn.Module, names: Collection[str]) -> Iterator[dict[str, 
     found.update(derive(read, names, read[_MASK]))
 
 
-def read_features(network: nn.Module, batch: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
-    """The features of one forward pass over a batch; see :func:`recording`."""
-    with recording(network, names) as found:
-        network(**{name: tensor for name, tensor in batch.items() if name not in ("labels", "index")})
+def read_features(
+    network: nn.Module, batch: Mapping[str, Tensor], names: Collection[str], *, head: bool = True
+) -> dict[str, Tensor]:
+    """The features of one forward pass over a batch; see :func:`recording`.
+
+    Without its ``head`` a network has neither ``logits`` nor ``pooled``.
+    """
+    called = network if head else view.backbone(network)
+    with recording(network, names, called) as found:
+        called(**{name: tensor for name, tensor in batch.items() if name not in ("labels", "index")})
     return found
 
 

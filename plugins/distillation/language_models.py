@@ -68,11 +68,11 @@ def under_language_head(network: nn.Module, model: nn.Module) -> nn.Module:
     """A language model of the network's own encoder, which is trained with it, and a copy of the model's head.
 
     Raises:
-        TrialError: the two are not of one width.
+        TrialError: the two are not of one width, of their states or of their words, or not of one family.
     """
-    ours, theirs = (feature_shape(each, "hidden.0") for each in (network, model))
-    if ours != theirs:
-        raise TrialError(f"a student {ours[0]} wide cannot stand under a language model's head for {theirs[0]}")
+    for what, (ours, theirs) in _fitted(network, model).items():
+        if ours != theirs:
+            raise TrialError(f"the student's {what} {ours} does not fit a language model's head for {theirs}")
     made = deepcopy(model).requires_grad_(True)
     decoder = cast(Any, made).get_output_embeddings()
     tied = decoder.weight is cast(Any, embeddings(made).word_embeddings).weight
@@ -82,6 +82,15 @@ def under_language_head(network: nn.Module, model: nn.Module) -> nn.Module:
     if tied:
         decoder.weight = cast(Any, embeddings(network).word_embeddings).weight
     return made
+
+
+def _fitted(*networks: nn.Module) -> dict[str, list[object]]:
+    """What has to be the same of a student and the language model, of the one and the other."""
+    return {
+        "family": [network.config.model_type for network in map(backbone, networks)],  # type: ignore[union-attr]
+        "width": [feature_shape(network, "hidden.0")[0] for network in networks],
+        "width of words": [cast(Any, embeddings(network).word_embeddings).embedding_dim for network in networks],
+    }
 
 
 def hidden_words(network: nn.Module, batch: Batch) -> Tensor:

@@ -24,6 +24,8 @@ MASKED_LM = "a masked language model: name one under teacher.masked_lm"
 """What a dimension needs that is only there with such a model."""
 MATCHED = ("layers", "hidden", "heads", "vocabulary")
 """Shapes in which such a model has to be like the teacher in whose place it is matched."""
+HEADED = ("family", "embedding_size")
+"""Those in which it has to be too where the student stands under its head."""
 
 
 def unlike_teacher(subject: Subject, shapes: Collection[str] = ()) -> str | None:
@@ -32,6 +34,15 @@ def unlike_teacher(subject: Subject, shapes: Collection[str] = ()) -> str | None
     wrong = [each.split("=") for each in found if not shapes or each.split("=")[0] in shapes]
     values = ", ".join(f"{name} {value} and not {getattr(subject, name)}" for name, value in wrong)
     return f"the masked language model is unlike the teacher: {values}" if wrong else None
+
+
+def unfit_in_place(subject: Subject, *, headed: bool = False) -> str | None:
+    """Why the language model cannot be learnt from in the teacher's place; None where it can.
+
+    ``headed``: its head is what the student is to stand under.
+    """
+    types = ("token_types",) if "pairs" in subject.traits else ()
+    return unlike_teacher(subject, (*MATCHED, *types, *(HEADED if headed else ())))
 
 
 def hide(
@@ -59,5 +70,6 @@ def hide(
 
 def prediction_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of logits (B, S, V) at the positions with a label, mean over them; 0 for none."""
-    total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-    return total / max(int((labels != IGNORED).sum()), 1)
+    hidden = labels != IGNORED  # of the others nothing is to be kept for the gradient
+    total = F.cross_entropy(logits[hidden].float(), labels[hidden], reduction="sum")
+    return total / max(int(hidden.sum()), 1)

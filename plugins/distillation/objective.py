@@ -215,10 +215,13 @@ def _costs(grid: list[list[int]], matching: Matching, student: Features, teacher
 
 
 def reader(network: nn.Module) -> Teacher:
-    """A network other than the study's teacher as the one that answers for features, without gradients."""
+    """A network other than the study's teacher as the one that answers for features, without gradients.
+
+    Its head, which may be over a vocabulary, is computed where its logits are asked for.
+    """
 
     def read(batch: Batch, names: Collection[str]) -> Features:
         with torch.no_grad():
-            return read_features(network, batch, names)
+            return read_features(network, batch, names, head="logits" in names or "pooled" in names)
 
     return read

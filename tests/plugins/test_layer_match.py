@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compress_search_plugins.distillation.language_models import under_language_head
 from compress_search_plugins.distillation.matches import Match
 from compress_search_plugins.distillation.matching import Matching
 from compress_search_plugins.distillation.objective import Objective, aligned, some, transported
 from compress_search_plugins.distillation.soft_targets import SoftTerm
 from compress_search_plugins.distillation.strategies import ALIGNED, EARTH_MOVER, FEATURES, strategic
 from compress_search_plugins.layer_match import LayerMatch, _matches, objectives
+from compress_search_plugins.minilm import MiniLM
+from compress_search_plugins.tinybert import TinyBert
 
 from compress_search import Params, StudyError, Subject, TrialError
 from compress_search.driver import prepare
@@ -26,6 +29,14 @@ BERT = Subject("bert", "text-classification", 12, 12, 64, 768, 3072, 30522, 512,
 def params_for(subject: Subject, **changes) -> Params:
     space = METHOD.search_space(subject)
     return METHOD.effective(subject, {**defaults(space), **changes})
+
+
+def settled(method, subject: Subject, **written) -> Params:
+    """The parameters of a study that writes these dimensions, on which others may depend."""
+    space = method.search_space(subject)
+    assert written.keys() <= space.keys()
+    fixed = {name: narrow(dim, written[name]) if name in written else dim for name, dim in space.items()}
+    return method.effective(subject, defaults(fixed))
 
 
 def applied(candidate, context=None, **changes):
@@ -244,6 +255,95 @@ def test_what_cannot_be_trained_on_is_a_fault_of_the_matches():
         fault = METHOD.faults(subject, params_for(subject, **changes))
         assert fault.keys() == {"matches"}
         assert told in fault["matches"]
+
+
+class TestInGeneral:
+    """What a phase before the task is settled to, and which language models it refuses."""
+
+    SPOKEN = "- {student_layer: 2, teacher_layer: 4, phase: general}"
+
+    def subject(self, *traits, family="bert"):
+        return tiny_candidate(family).subject.having("masked-lm", "unlabelled", *traits)
+
+    def faults(self, subject, **changes):
+        return METHOD.faults(subject, settled(METHOD, subject, layers=2, **changes))
+
+    def test_where_no_match_is_of_the_task_its_phases_are_one(self):
+        found = [
+            settled(METHOD, self.subject(), general="text", matches=self.SPOKEN, phases=phases, width=width)
+            for width in (1.0, 0.5)
+            for phases in ("auto", "joint", "two_phase")
+        ]
+        assert {params["phases"] for params in found} == {"joint"}
+        assert found[0] == found[1] == found[2]
+
+    def test_matches_alone_are_one_phase_unless_the_first_has_other_text(self):
+        nothing = {"hard_weight": 0.0, "logit_weight": 0.0, "phases": "two_phase"}
+        assert settled(METHOD, self.subject(), **nothing) == settled(
+            METHOD, self.subject(), **{**nothing, "phases": "joint"}
+        )
+        assert settled(METHOD, self.subject(), **nothing, unlabelled_text=True)["phases"] == "two_phase"
+
+    def test_a_phase_without_a_term_is_left_out(self):
+        matches = "- {student_layer: 2, teacher_layer: 4, phase: 1}"
+        assert settled(METHOD, self.subject(), general="text", matches=matches)["general"] == "none"
+        words = settled(METHOD, self.subject(), general="masked_text", matches=matches)
+        assert (words["general"], words["mlm_weight"]) == ("masked_text", 1.0)
+
+    @pytest.mark.parametrize(
+        ("changes", "rate"),
+        [
+            ({"matches": "- {}"}, 0.0),
+            ({"matches": "- {}\n- {}"}, 0.5),
+            ({"matches": "- {phase: 1}\n- {phase: 2}"}, 0.0),
+            ({"matches": "- {phase: 1}\n- {phase: [1, 2]}"}, 0.5),
+            ({"matches": "- {}\n- {phase: general}", "general": "text"}, 0.5),
+            ({"matches": "- {phase: [1, 2]}\n- {phase: general}", "general": "text"}, 0.0),
+            ({"layers": 1, "features": "hidden"}, 0.0),
+            ({"layers": 1}, 0.5),
+        ],
+    )
+    def test_the_only_match_of_a_step_is_never_left_out(self, changes, rate):
+        assert settled(METHOD, self.subject(), layer_dropout=0.5, **changes)["layer_dropout"] == rate
+
+    def test_a_language_model_of_another_family_has_no_head_for_the_student(self):
+        subject = self.subject("masked-lm:family=roberta")
+        assert not self.faults(subject, general="text")
+        assert not self.faults(subject, general="masked_text", mlm_weight=0.0)
+        assert "unlike the teacher: family roberta" in self.faults(subject, general="masked_text")["general"]
+        answers = "- {feature: logits, loss: kd_kl, phase: general}"
+        assert "general" in self.faults(subject, general="text", matches=answers)
+
+    def test_nor_has_one_of_other_words(self):
+        subject = self.subject("masked-lm:embedding_size=16", family="electra")
+        assert not self.faults(subject, general="text")
+        assert "embedding_size 16 and not 32" in self.faults(subject, general="masked_text")["general"]
+        small = self.subject("student-start", "student-start:layers=2", "student-start:embedding_size=16")
+        fault = self.faults(small, general="masked_text", start="checkpoint")["general"]
+        assert "not as wide as the language model under whose head it would stand: set mlm_weight to 0" in fault
+
+    @pytest.mark.parametrize("method", [METHOD, MiniLM(), TinyBert()])
+    def test_pairs_are_read_by_one_that_can_tell_the_two_texts_apart(self, method):
+        written = {"general_fraction": 0.5, "augment": False} if isinstance(method, TinyBert) else {"general": True}
+        written = {"general": "text"} if method is METHOD else written
+        for traits, fine in ((("pairs",), False), ((), True)):
+            subject = self.subject("masked-lm:token_types=1", *traits)
+            found = method.faults(subject, settled(method, subject, layers=2, **written))
+            assert (not found) == fine, found
+
+    @pytest.mark.parametrize(
+        ("model", "message"),
+        [
+            (
+                tiny_candidate("roberta"),
+                "the student's family bert does not fit a language model's head for roberta",
+            ),
+            (tiny_candidate(hidden=16), "width 32 does not fit a language model's head for 16"),
+        ],
+    )
+    def test_under_another_head_no_student_is_put(self, model, message):
+        with pytest.raises(TrialError, match=message):
+            under_language_head(tiny_candidate().network, tiny_context(model).masked_lm())
 
 
 class TestObjective:
