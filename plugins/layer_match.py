@@ -23,6 +23,7 @@ from typing import Any
 
 from compress_search import Candidate, Context, Dim, Method, Params, Stage, Subject, TrialError
 
+from .distillation.comparable import MORE_HEADS, Shapes, check_depths, check_matches, unmatched
 from .distillation.general import (
     DEPENDENT,
     NONE,
@@ -35,16 +36,7 @@ from .distillation.general import (
 )
 from .distillation.language_models import in_teachers_place
 from .distillation.masked_text import unfit_in_place
-from .distillation.matches import (
-    GENERAL,
-    MORE_HEADS,
-    Match,
-    Shapes,
-    check_depths,
-    check_matches,
-    parse_matches,
-    unmatched,
-)
+from .distillation.matches import GENERAL, Match, parse_matches
 from .distillation.matching import Matching
 from .distillation.objective import (
     UNLABELLED_BATCH,

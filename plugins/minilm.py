@@ -27,8 +27,9 @@ from .distillation.augmentation import (
     augmented,
     augmenter,
 )
+from .distillation.comparable import Shapes, unmatched
 from .distillation.masked_text import MASKED_LM, unfit_in_place
-from .distillation.matches import Match, Shapes, unmatched
+from .distillation.matches import Match
 from .distillation.matching import Matching
 from .distillation.objective import (
     UNLABELLED_BATCH,

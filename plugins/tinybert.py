@@ -28,10 +28,11 @@ from .distillation.augmentation import (
     augmented,
     augmenter,
 )
+from .distillation.comparable import Shapes, unmatched
 from .distillation.language_models import in_teachers_place, language_objective, language_texts, learn_language
 from .distillation.layer_maps import layer_pairs, written_layers
 from .distillation.masked_text import unfit_in_place
-from .distillation.matches import Match, Shapes, unmatched
+from .distillation.matches import Match
 from .distillation.matching import Matching
 from .distillation.objective import Objective, text_missing
 from .distillation.soft_targets import SoftTerm, crf_missing, crf_space, tempered

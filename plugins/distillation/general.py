@@ -12,9 +12,10 @@ from torch import nn
 
 from compress_search import Candidate, Context, Dim, Params, Subject
 
+from .comparable import Shapes
 from .language_models import language_objective, language_texts, learn_language, with_holes
 from .masked_text import MASKED_LM
-from .matches import GENERAL, Shapes
+from .matches import GENERAL
 from .matching import Matching
 from .objective import UNLABELLED, Choice, Objective
 

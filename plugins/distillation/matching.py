@@ -15,7 +15,8 @@ from compress_search import ParameterGroup
 from compress_search.encoders import feature_shape
 from compress_search.losses import valid_tokens
 
-from .matches import Match, Shapes, check_matches
+from .comparable import Shapes, check_matches
+from .matches import Match
 
 
 class _Identity(nn.Linear):

@@ -268,6 +268,49 @@ class TestInGeneral:
     def faults(self, subject, **changes):
         return METHOD.faults(subject, settled(METHOD, subject, layers=2, **changes))
 
+    def test_each_phase_has_its_own_matches_and_its_part_of_the_budget(self):
+        candidate = tiny_candidate().replace(subject=self.subject())
+        context = tiny_context(candidate, steps=20)
+        matches = """
+        - {feature: q, loss: mse, phase: general}
+        - {student_layer: 2, teacher_layer: 4, phase: 1}
+        - {feature: v, loss: mse, phase: [general, 2]}
+        """
+        written = {"general": "text", "general_fraction": 0.5, "matching_fraction": 0.4}
+        params = settled(METHOD, candidate.subject, layers=2, matches=matches, **written)
+        terms = METHOD.evaluate(METHOD.apply(candidate, params, context), context)
+        assert set(terms) == {"general_q", "general_v", "hidden", "v", "soft", "hard"}
+        assert context.fits == [10, 4, 6]
+
+    @pytest.mark.parametrize(
+        ("traits", "written", "drawn"),
+        [
+            (("masked-lm",), {}, "training_batches"),
+            (("unlabelled",), {}, "unlabelled"),
+            (("masked-lm", "unlabelled"), {}, "unlabelled"),
+            (("masked-lm", "unlabelled"), {"general_unlabelled": False}, "training_batches"),
+        ],
+    )
+    def test_it_is_on_text_without_labels_where_there_is_some_and_no_label_is_seen(self, traits, written, drawn):
+        candidate = tiny_candidate()
+        candidate = candidate.replace(subject=candidate.subject.having(*traits))
+        context, asked, seen = tiny_context(candidate), [], []
+        if "masked-lm" not in traits:
+            context.masked_lm = lambda: None
+        for name in ("unlabelled", "training_batches"):
+            own = getattr(context, name)
+            setattr(context, name, lambda *size, own=own, name=name: (asked.append(name), own(*size))[1])
+        fit = context.fit
+
+        def watched(network, **options):
+            seen.append(options["batches"] and next(options["batches"]))
+            fit(network, **options)
+
+        context.fit = watched
+        METHOD.apply(candidate, settled(METHOD, candidate.subject, general="text", **written), context)
+        assert asked == [drawn]
+        assert set(seen[0]) == {"input_ids", "attention_mask", "token_type_ids"}
+
     def test_where_no_match_is_of_the_task_its_phases_are_one(self):
         found = [
             settled(METHOD, self.subject(), general="text", matches=self.SPOKEN, phases=phases, width=width)

@@ -7,8 +7,9 @@ from copy import deepcopy
 
 import pytest
 import torch
+from compress_search_plugins.distillation.comparable import Shapes, check_depths, check_matches
 from compress_search_plugins.distillation.layer_maps import layer_pairs
-from compress_search_plugins.distillation.matches import Match, Shapes, check_depths, check_matches, parse_matches
+from compress_search_plugins.distillation.matches import Match, parse_matches
 from compress_search_plugins.distillation.matching import Matching
 from compress_search_plugins.distillation.objective import Objective
 from torch import nn
