@@ -311,6 +311,55 @@ class TestInGeneral:
         assert asked == [drawn]
         assert set(seen[0]) == {"input_ids", "attention_mask", "token_type_ids"}
 
+    def test_alone_it_has_the_whole_budget(self):
+        candidate = tiny_candidate().replace(subject=self.subject())
+        context = tiny_context(candidate, steps=10)
+        nothing = {"hard_weight": 0.0, "logit_weight": 0.0}
+        params = settled(METHOD, candidate.subject, layers=2, general="text", matches=self.SPOKEN, **nothing)
+        assert not {"general_fraction", "matching_fraction"} & params.keys()
+        assert METHOD.evaluate(METHOD.apply(candidate, params, context), context).keys() == {"general_hidden"}
+        assert context.fits == [10]
+
+    @pytest.mark.parametrize("rate", [0.0, 0.5])
+    def test_matches_are_left_out_there_too(self, rate):
+        candidate = tiny_candidate().replace(subject=self.subject())
+        context, losses = tiny_context(candidate), []
+        fit = context.fit
+        context.fit = lambda network, **options: (losses.append(options["loss"]), fit(network, **options))
+        params = settled(METHOD, candidate.subject, layers=2, general="text", layer_dropout=rate)
+        METHOD.apply(candidate, params, context)
+        assert [loss.choose is not None for loss in losses] == [bool(rate)] * 2
+
+    @pytest.mark.parametrize(("general", "computed"), [("text", False), ("masked_text", True)])
+    def test_a_vocabularys_logits_are_computed_where_a_term_is_of_them(self, general, computed):
+        candidate = tiny_candidate().replace(subject=self.subject())
+        context, calls = tiny_context(candidate), []
+        models = [context.masked_lm()]
+        models[0].get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))
+        context.masked_lm = lambda: models[0]
+        METHOD.apply(candidate, settled(METHOD, candidate.subject, layers=2, general=general), context)
+        assert bool(calls) == computed
+
+    def test_classes_of_a_vocabulary_are_there_where_the_task_has_none(self):
+        candidate = tiny_candidate(task="text-regression")
+        candidate = candidate.replace(subject=candidate.subject.having("masked-lm"))
+        answers = "- {feature: logits, loss: kd_kl, phase: PHASE}"
+        for phase, fault in (("general", None), ("all", "kd_kl compares classes, and the task has none")):
+            matches = answers.replace("PHASE", phase)
+            params = settled(METHOD, candidate.subject, layers=2, general="text", matches=matches)
+            assert (fault or "") in METHOD.faults(candidate.subject, params).get("matches", "")
+            assert bool(METHOD.faults(candidate.subject, params)) == bool(fault)
+            if not fault:
+                METHOD.apply(candidate, params, tiny_context(candidate))
+
+    def test_a_language_model_that_cannot_be_compared_is_refused_before_any_training(self):
+        candidate = tiny_candidate().replace(subject=self.subject())
+        context = tiny_context(candidate)
+        context.masked_lm = tiny_context(tiny_candidate(hidden=16)).masked_lm
+        with pytest.raises(TrialError, match="match 1: hidden_mse cannot compare widths 32 and 16"):
+            METHOD.apply(candidate, settled(METHOD, candidate.subject, layers=2, general="text"), context)
+        assert context.fits == []
+
     def test_where_no_match_is_of_the_task_its_phases_are_one(self):
         found = [
             settled(METHOD, self.subject(), general="text", matches=self.SPOKEN, phases=phases, width=width)
