@@ -2,7 +2,7 @@
 
 Owns the phases of training: in general, from a masked language model where the study names one, then matches, then
 answers and labels. A strategy writes the matches from a few dimensions, or a study itself under ``matches``, as
-TextBrewer's and KnowledgeDistillation's configurations do::
+TextBrewer's and KnowledgeDistillation's configurations do (docs/matches.md)::
 
     layer_match:
       layers: 3
