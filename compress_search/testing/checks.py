@@ -6,7 +6,8 @@ The docstring of a check is the rule; the registry :data:`CHECKS` holds them in 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 
 import numpy as np
@@ -203,23 +204,31 @@ def survives_later_training(rehearsal: Rehearsal) -> None:
     """Shapes, shared weights and zeros are still there after a later step has trained the network."""
     if rehearsal.method.stage >= Stage.PRECISION:
         return  # nothing trains after these
-    for earlier in rehearsal.applications:
-        application = rehearsal.again(earlier)  # what is trained here is of no use to the other checks
+    for application in rehearsal.applications:
         network = application.result.network
         before = _baked(network)
-        zeros = _zeros(before)
-        tiny_context(application.result, seed=1).fit(network, learning_rate=0.01)
-        after = _baked(network)
+        with _trained_on(application.result):
+            after, changed = _baked(network), application.changed()
         require(
             shape_key(describe(after)) == shape_key(describe(before)),
             f"{application.title}: later training changes its shapes",
         )
-        revived = [
-            name for name, mask in zeros.items() if bool((dict(after.named_parameters())[name][mask] != 0).any())
-        ]
+        now = dict(after.named_parameters())
+        revived = [name for name, mask in _zeros(before).items() if bool((now[name][mask] != 0).any())]
         require(not revived, f"{application.title}: later training revives the zeros of {', '.join(revived[:3])}")
-        changed = application.changed()
         require(not changed, f"{application.title}: later training of its result changes {' and '.join(changed)}")
+
+
+@contextmanager
+def _trained_on(candidate: Candidate) -> Iterator[None]:
+    """The candidate after some training; afterwards it has its weights again, for the checks that come then."""
+    network = candidate.network
+    weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    tiny_context(candidate, seed=1).fit(network, learning_rate=0.01)
+    yield
+    for name, tensor in network.state_dict().items():
+        if name in weights and tensor.shape == weights[name].shape:
+            tensor.copy_(weights[name])
 
 
 @check
