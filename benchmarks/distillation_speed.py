@@ -54,6 +54,7 @@ from benchmarks.distillation_arms import (
 )
 from compress_search.data import Split
 from compress_search.method import Batch
+from compress_search.runtimes.probe import kernels
 
 OTHER = "TextBrewer"
 """Which way the others are compared with."""
@@ -289,7 +290,7 @@ def verdict(found: Mapping[str, Ran]) -> str:
     """Whether the targets hold."""
     told = []
     for name, target in TARGETS.items():
-        if ratios := faster(found[name], found.get(OTHER)):
+        if name in found and (ratios := faster(found[name], found.get(OTHER))):
             held = "held" if float(np.median(ratios)) >= target else "missed"
             told.append(f"{name}: {target:g} × {OTHER} {held} ({np.median(ratios):.2f})")
     return f"Targets: {'; '.join(told)}." if told else f"Targets: not looked at, {OTHER} is not there."
@@ -353,6 +354,17 @@ def page(
     return tables.write("distillation_speed", "How fast distillation is", content)
 
 
+def lacking() -> dict[str, str]:
+    """The ways that cannot be measured here, and why."""
+    found = {}
+    for name, (_, needs) in ARMS.items():
+        if missing := [module for module in needs if importlib.util.find_spec(module) is None]:
+            found[name] = f"{', '.join(missing)} is not installed"
+        elif "bf16" in name and "bf16" not in kernels():
+            found[name] = "the processor has no kernels for bfloat16"
+    return found
+
+
 @click.command()
 @click.argument("shared", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--rows", default=2048, show_default=True, help="Training texts.")
@@ -365,9 +377,10 @@ def main(shared: Path, rows: int, rounds: int, steps: int, quick: bool) -> None:
     disable_progress_bar()
     if quick:
         rows, rounds, steps = 256, 2, 2
-    names = [name for name, (_, needs) in ARMS.items() if all(map(importlib.util.find_spec, needs))]
-    for name in ARMS.keys() - set(names):
-        click.echo(f"{name} is left out: {', '.join(ARMS[name][1])} is not installed")
+    lacks = lacking()
+    for name, what in lacks.items():
+        click.echo(f"{name} is left out: {what}")
+    names = [name for name in ARMS if name not in lacks]
     with tempfile.TemporaryDirectory() as folder:
         setup = make(shared.resolve(), Path(folder), rows)
         cache = fill(replace(setup, attention=True))
