@@ -290,7 +290,9 @@ def verdict(found: Mapping[str, Ran]) -> str:
     """Whether the targets hold."""
     told = []
     for name, target in TARGETS.items():
-        if name in found and (ratios := faster(found[name], found.get(OTHER))):
+        if name not in found:
+            told.append(f"{name}: not measured here")
+        elif ratios := faster(found[name], found.get(OTHER)):
             held = "held" if float(np.median(ratios)) >= target else "missed"
             told.append(f"{name}: {target:g} × {OTHER} {held} ({np.median(ratios):.2f})")
     return f"Targets: {'; '.join(told)}." if told else f"Targets: not looked at, {OTHER} is not there."

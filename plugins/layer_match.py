@@ -130,7 +130,7 @@ class LayerMatch(Method):
             idle |= {"matches"} | settle(found, narrow)
         if told or student.layers <= subject.layers:  # of others ``faults`` tells
             matches = told or strategic(found, student.layers, subject.layers)
-            if most_at_once(found, matches) < 2:
+            if _most_at_once(found, matches) < 2:
                 found["layer_dropout"] = 0.0  # the last match of a step is never left out
         return {name: value for name, value in found.items() if name not in idle}
 
@@ -213,7 +213,7 @@ def _is_joint(params: Params, told: Sequence[Match]) -> bool:
     return not has_targets(params) and not params.get("unlabelled_text")
 
 
-def most_at_once(params: Params, matches: Sequence[Match]) -> int:
+def _most_at_once(params: Params, matches: Sequence[Match]) -> int:
     """How many matches a step of some phase has at most."""
     phases: list[set[str | int]] = [{1, 2}] if params["phases"] == "joint" else [{1}, {2}]
     if general_kind(params) != NONE:

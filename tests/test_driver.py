@@ -187,7 +187,7 @@ def test_a_full_disk_ends_the_run_and_is_held_against_no_recipe(
     ("executor", "numbers"),
     [
         ("local", [signal.SIGINT, signal.SIGKILL]),
-        ("ray", [signal.SIGTERM, signal.SIGKILL]),  # Ray has a handler of its own for SIGTERM
+        ("ray", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL]),  # Ray has a handler of its own for SIGTERM
     ],
     ids=["local", "ray"],
 )

@@ -225,10 +225,12 @@ def _trained_on(candidate: Candidate) -> Iterator[None]:
     network = candidate.network
     weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     tiny_context(candidate, seed=1).fit(network, learning_rate=0.01)
-    yield
-    for name, tensor in network.state_dict().items():
-        if name in weights and tensor.shape == weights[name].shape:
-            tensor.copy_(weights[name])
+    try:
+        yield
+    finally:
+        for name, tensor in network.state_dict().items():
+            if name in weights and tensor.shape == weights[name].shape:
+                tensor.copy_(weights[name])
 
 
 @check
