@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 
 from compress_search import Candidate, Params
 from compress_search.encoders import (
@@ -119,7 +120,9 @@ def test_maps_that_are_shared_in_other_company_stay_apart(bits: str, both: Both)
 def factored(candidate: Candidate) -> Candidate:
     """Queries of the first layer as a product of two matrices."""
     attention = layers(candidate.network)[0].attention.self
-    attention.query = LowRankLinear.like(attention.query, 4)
+    left, values, right = torch.linalg.svd(attention.query.weight.detach(), full_matrices=False)
+    bias = attention.query.bias.detach()
+    attention.query = LowRankLinear(left[:, :4] * values[:4], right[:4], bias)
     return candidate
 
 
