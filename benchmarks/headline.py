@@ -21,7 +21,7 @@ from benchmarks.ground import Ground
 from compress_search import driver
 from compress_search.finish import feasible
 from compress_search.report.reading import searched
-from compress_search.runtimes import lower
+from compress_search.runtimes.lowering import lower
 from compress_search.storage import Store, TrialRow
 from compress_search.study import Study, load_study
 

@@ -22,7 +22,8 @@ import yaml
 from benchmarks import tables
 from benchmarks.ground import Ground, Methods
 from compress_search.errors import StudyError, TrialError
-from compress_search.runtimes import lower, size_mb
+from compress_search.runtimes import size_mb
+from compress_search.runtimes.lowering import lower
 
 LENGTH = 64
 LAYERS = {"head_ratio": 0.0, "ffn_ratio": 0.0, "layer_ratio": 0.0, "recover": "none"}

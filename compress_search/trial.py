@@ -33,7 +33,9 @@ from compress_search.pipeline import (
     run_recipe,
 )
 from compress_search.records import Assignment, Failure, Report, Result, Rung, State
-from compress_search.runtimes import COMPILE, Artifact, lower
+from compress_search.runtimes import Artifact
+from compress_search.runtimes.engines import COMPILE
+from compress_search.runtimes.lowering import lower
 from compress_search.workbench import Brief, Shape, Workbench, write_atomically
 
 PROVISIONAL_MARGIN = 0.10

@@ -32,8 +32,9 @@ from compress_search.method import Stage
 from compress_search.pipeline import Materials
 from compress_search.recipe import Recipe, digest
 from compress_search.registry import PluginFile, Registry
-from compress_search.runtimes import Artifact, lower, size_mb
+from compress_search.runtimes import Artifact, size_mb
 from compress_search.runtimes.engines import CPU_SESSION
+from compress_search.runtimes.lowering import lower
 from compress_search.runtimes.onnx_export import GRAPHS
 from compress_search.study import Study
 from compress_search.teacher import (

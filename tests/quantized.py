@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from onnx import ModelProto, numpy_helper
 
 from compress_search import Candidate, Params
-from compress_search.runtimes import load_runner, lower
+from compress_search.runtimes import load_runner
+from compress_search.runtimes.lowering import lower
 from compress_search.runtimes.probe import kernels
 from compress_search.tasks import Task
 from compress_search.testing import tiny_batches, tiny_candidate, tiny_context

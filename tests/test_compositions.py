@@ -39,7 +39,9 @@ from compress_search.method import Batch, Stage
 from compress_search.pipeline import run_recipe
 from compress_search.plan import Plan
 from compress_search.recipe import Recipe, Step, settle
-from compress_search.runtimes import COMPILE, load_runner, lower, sparse_onnx
+from compress_search.runtimes import load_runner, sparse_onnx
+from compress_search.runtimes.engines import COMPILE
+from compress_search.runtimes.lowering import lower
 from compress_search.space import Dim, defaults, fix_experts, narrow, unmet
 from compress_search.study import load_study
 from compress_search.workbench import Workbench

@@ -26,7 +26,8 @@ from compress_search.measure import Bench
 from compress_search.pipeline import run_recipe
 from compress_search.recipe import Recipe, Step
 from compress_search.records import Assignment, Rung
-from compress_search.runtimes import Artifact, load_runner, lower, size_mb
+from compress_search.runtimes import Artifact, load_runner, size_mb
+from compress_search.runtimes.lowering import lower
 from compress_search.space import defaults
 from compress_search.study import load_study
 from compress_search.tasks import bounds

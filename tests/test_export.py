@@ -64,7 +64,7 @@ def make(tmp_path_factory, bench):
     from compress_search.candidate import Candidate
     from compress_search.data import tokenize_rows
     from compress_search.encoders import prune_heads, prune_neurons, subject_of
-    from compress_search.runtimes import lower
+    from compress_search.runtimes.lowering import lower
 
     folder = tmp_path_factory.mktemp("export")
     made = {}
@@ -131,7 +131,7 @@ def test_an_exported_model_cuts_and_pads_as_it_was_measured(bench, export, tmp_p
     from compress_search.candidate import Candidate
     from compress_search.data import tokenize_rows
     from compress_search.encoders import subject_of
-    from compress_search.runtimes import lower
+    from compress_search.runtimes.lowering import lower
 
     task, network, tokenizer = task_for("pairs"), tiny.tiny_network("pairs"), tiny.tiny_tokenizer()
     candidate = Candidate(network, tokenizer, subject_of(network, task.name))
@@ -163,7 +163,8 @@ def test_an_exported_model_cuts_and_pads_as_it_was_measured(bench, export, tmp_p
 def test_a_sparse_model_is_handed_over_as_small_as_it_was_measured(tmp_path, engine, forms, file):
     from compress_search.candidate import Candidate
     from compress_search.encoders import layers, parts, subject_of
-    from compress_search.runtimes import lower, size_mb
+    from compress_search.runtimes import size_mb
+    from compress_search.runtimes.lowering import lower
 
     task, network = task_for("text-classification"), tiny.tiny_network()
     for layer in layers(network):

@@ -455,7 +455,7 @@ def materials(tmp_path_factory):
     from compress_search.data import tokenize_rows
     from compress_search.data.rows import Rows
     from compress_search.encoders import subject_of
-    from compress_search.runtimes import lower
+    from compress_search.runtimes.lowering import lower
 
     folder = tmp_path_factory.mktemp("bench")
     tokenizer = tiny.tiny_tokenizer()
@@ -561,6 +561,15 @@ def test_a_larger_network_takes_more_memory(bench, materials):
     weights = (materials.large / "model.onnx").stat().st_size / 1e6
     assert 0 <= small < large
     assert weights <= large < 10 * weights
+
+
+@pytest.mark.slow
+def test_a_bench_of_onnx_files_loads_neither_torch_nor_transformers(bench, materials):
+    """They take seconds and memory, and two fresh processes tell a candidate's memory."""
+    request = {"artifact": str(materials.small), "split": str(materials.split), "batch_size": 1}
+    modules = bench._ask_fresh("memory", request, None)["modules"]
+    assert "onnxruntime" in modules
+    assert not {"torch", "transformers"} & set(modules)
 
 
 @pytest.mark.slow

@@ -24,8 +24,9 @@ from compress_search.encoders import (
     set_layers,
     subject_of,
 )
-from compress_search.runtimes import engines, lower, onnx_attention
+from compress_search.runtimes import engines, onnx_attention
 from compress_search.runtimes.layer_stacks import layer_stack, runner
+from compress_search.runtimes.lowering import lower
 from compress_search.runtimes.onnx_attention import fuse_attention
 from compress_search.runtimes.onnx_export import export
 from compress_search.testing import tiny_context

@@ -17,7 +17,7 @@ from compress_search.errors import TrialError
 from compress_search.method import Method, Stage
 from compress_search.pipeline import run_recipe
 from compress_search.recipe import Recipe, Step
-from compress_search.runtimes import lower
+from compress_search.runtimes.lowering import lower
 from compress_search.study import load_study
 from compress_search.tasks import IGNORED
 from compress_search.teacher.reading import cut, matching_places

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 
 from compress_search import Candidate, ExportError, TrialError
 from compress_search.encoders import FAMILIES, load, prune_heads, prune_neurons
-from compress_search.runtimes import Artifact, default_engine, engines, load_runner, lower, size_mb
+from compress_search.runtimes import Artifact, engines, load_runner, size_mb
 from compress_search.runtimes.deployed import load_deployed
 from compress_search.runtimes.engines import padded_width
+from compress_search.runtimes.lowering import default_engine, lower
 from compress_search.runtimes.onnx_export import export
 from compress_search.runtimes.probe import toolchain
 from compress_search.tasks import Task

@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from compress_search.data import Split
@@ -361,8 +360,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     faulthandler.enable()
     # the terminal's Ctrl-C reaches the whole group: what it means is for the driver to say
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(options.threads)
-    torch.set_num_interop_threads(1)
     station = Station(options.threads, options.device)
     for request in requests():
         replies.write(json.dumps(station.answer(request)) + "\n")

@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from torch import nn
-
-from compress_search.crf import Crf
-from compress_search.encoders import inputs, load_network
 from compress_search.runtimes.engines import CPU_SESSION, Bucketed, OnnxRunner, Runner, TorchRunner
 from compress_search.tasks import Task
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from compress_search.crf import Crf
 
 Form = Literal["onnx", "transformers", "manifest"]
 """``onnx``: model.onnx for ONNX Runtime. ``transformers``: config.json and safetensors for ``from_pretrained``.
@@ -57,6 +58,8 @@ def load_deployed(directory: Path, form: Form, task: Task, threads: int) -> Runn
     if form == "onnx":
         run = OnnxRunner(directory / ONNX_MODEL, threads, "cpu")
     else:
+        from compress_search.encoders import inputs, load_network
+
         network = _pretrained(directory, task) if form == "transformers" else load_network(directory)
         run = TorchRunner(network, inputs(network), threads, "cpu")
     buckets = settings.get("buckets")
@@ -66,7 +69,11 @@ def load_deployed(directory: Path, form: Form, task: Task, threads: int) -> Runn
 def deployed_crf(directory: Path) -> Crf | None:
     """The CRF that turns an exported model's logits into labels, if there is one."""
     plain = _settings(directory).get("crf")
-    return Crf.from_dict(plain) if plain else None
+    if not plain:
+        return None
+    from compress_search.crf import Crf
+
+    return Crf.from_dict(plain)
 
 
 def _settings(directory: Path) -> dict[str, Any]:
@@ -78,4 +85,4 @@ def _pretrained(directory: Path, task: Task) -> nn.Module:
     from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
     auto_class = AutoModelForTokenClassification if task.tokens else AutoModelForSequenceClassification
-    return cast(nn.Module, auto_class.from_pretrained(directory))
+    return cast("nn.Module", auto_class.from_pretrained(directory))

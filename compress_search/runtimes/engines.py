@@ -1,7 +1,8 @@
 """The engines: what loads an artefact's files and computes logits with them.
 
 Owns how each engine is set up, threads included, and the padding of batches to the widths it was prepared for.
-Knows nothing of artefact directories as wholes, of scores or of clocks.
+Knows nothing of artefact directories as wholes, of scores or of clocks. Engines import their libraries when they
+are set up.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from compress_search.encoders import manifest as manifests
-from compress_search.encoders import view
 from compress_search.errors import ExportError
 
 if TYPE_CHECKING:
@@ -97,7 +96,9 @@ class TorchRunner:
     def __init__(
         self, network: nn.Module, inputs: Sequence[str], threads: int, device: str, attention: str = "sdpa"
     ) -> None:
-        view.set_attention(network, attention)
+        from compress_search.encoders import set_attention
+
+        set_attention(network, attention)
         self.network, self.inputs = network.eval().requires_grad_(False).to(device), tuple(inputs)
         self.threads, self.device = threads, device
         self.compute: Callable[..., Any] = self.forward
@@ -193,7 +194,9 @@ def load_torch(
     weights: Path, inputs: Sequence[str], runtime: Mapping[str, Any], threads: int, device: str
 ) -> Runner:
     """The runner of the torch engines on a directory of weights, set up as ``runtime`` says."""
-    network, attention = manifests.load_network(weights), runtime.get("attention", "sdpa")
+    from compress_search.encoders import load_network
+
+    network, attention = load_network(weights), runtime.get("attention", "sdpa")
     if runtime["engine"] == TORCH:
         return TorchRunner(network, inputs, threads, device, attention)
     return CompiledRunner(

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from compress_search.candidate import Candidate, Subject
 from compress_search.encoders import bake, describe, shape_key, subject_of
 from compress_search.method import Stage
-from compress_search.runtimes import default_engine, load_runner, lower
+from compress_search.runtimes import load_runner
+from compress_search.runtimes.lowering import default_engine, lower
 from compress_search.space import Params, Space, in_order
 from compress_search.testing.rehearsal import Application, Rehearsal, require
 from compress_search.testing.tiny import tiny_batches, tiny_context

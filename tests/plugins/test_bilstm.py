@@ -25,7 +25,8 @@ from compress_search.encoders import (
 )
 from compress_search.losses import kl, mse_logits
 from compress_search.registry import Registry
-from compress_search.runtimes import load_runner, lower
+from compress_search.runtimes import load_runner
+from compress_search.runtimes.lowering import lower
 from compress_search.space import active, defaults
 from compress_search.testing import tiny_batches, tiny_candidate, tiny_context
 from compress_search.training import forward

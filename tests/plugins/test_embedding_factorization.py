@@ -34,7 +34,8 @@ from compress_search.encoders import (
     subject_of,
 )
 from compress_search.recipe import settle
-from compress_search.runtimes import load_runner, lower
+from compress_search.runtimes import load_runner
+from compress_search.runtimes.lowering import lower
 from compress_search.space import active, defaults, fix_experts
 from compress_search.testing import tiny_batches, tiny_candidate, tiny_context
 from tests.quantized import operators

@@ -39,7 +39,8 @@ from compress_search.encoders import (
     share_parts,
     subject_of,
 )
-from compress_search.runtimes import load_runner, lower, size_mb
+from compress_search.runtimes import load_runner, size_mb
+from compress_search.runtimes.lowering import lower
 from compress_search.space import defaults, narrow
 from compress_search.testing import tiny_batches, tiny_candidate, tiny_context
 from tests.factored import BASE, METHOD, applied, matrix, outputs, settings_of

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress_search.encoders import LowRankLinear, layers, parts, prune_neurons, subject_of
-from compress_search.runtimes import lower
+from compress_search.runtimes.lowering import lower
 from compress_search.testing import tiny_candidate, tiny_context
 from tests.factored import BASE, METHOD, applied, counted, matrix, outputs, settings_of
 from tests.quantized import CLASSIFICATION, INT8, distinct, stored_bytes

@@ -14,7 +14,8 @@ from compress_search_plugins.structured_pruning import StructuredPruning
 
 from compress_search import Candidate, TrialError
 from compress_search.encoders import subject_of
-from compress_search.runtimes import load_runner, lower
+from compress_search.runtimes import load_runner
+from compress_search.runtimes.lowering import lower
 from compress_search.testing import TinyContext, tiny_batches, tiny_candidate, tiny_context
 from tests.pruning import FAMILIES, inputs, layer_shapes, logits, parameters, recorded
 

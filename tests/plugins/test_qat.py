@@ -20,7 +20,8 @@ from torch.nn.utils import parametrize
 from compress_search import Candidate, Params
 from compress_search.encoders import layers, parts, prune_heads, read_features, set_layers, subject_of
 from compress_search.losses import hidden_mse
-from compress_search.runtimes import load_runner, lower
+from compress_search.runtimes import load_runner
+from compress_search.runtimes.lowering import lower
 from compress_search.testing import TinyContext, tiny_batches, tiny_candidate, tiny_context
 from tests.quantized import (
     CLASSIFICATION,

@@ -13,7 +13,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from compress_search import Candidate, Params, TrialError
-from compress_search.runtimes import Artifact, load_runner, lower
+from compress_search.runtimes import Artifact, load_runner
+from compress_search.runtimes.lowering import lower
 from compress_search.space import Dim, defaults, fix_experts, narrow, suggest
 from compress_search.testing import tiny_context
 from tests.quantized import CLASSIFICATION, CODEBOOKS, INT8, METHOD, PACKED, distinct, feed_of, params

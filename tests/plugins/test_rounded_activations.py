@@ -22,7 +22,8 @@ from onnxruntime import InferenceSession
 
 from compress_search import Candidate, Params
 from compress_search.encoders import subject_of
-from compress_search.runtimes import Artifact, load_runner, lower
+from compress_search.runtimes import Artifact, load_runner
+from compress_search.runtimes.lowering import lower
 from compress_search.testing import tiny_context
 from tests.quantized import (
     CLASSIFICATION,

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from compress_search.candidate import Candidate, Subject
 from compress_search.recipe import Recipe, Step, settle
-from compress_search.runtimes import Artifact, default_engine, load_runner, lower
+from compress_search.runtimes import Artifact, load_runner
+from compress_search.runtimes.lowering import default_engine, lower
 from compress_search.space import defaults, fix_experts
 from compress_search.tasks import Task
 from compress_search.testing import tiny_batches, tiny_candidate, tiny_context

@@ -33,7 +33,8 @@ from compress_search.encoders import (
     share_parts,
     subject_of,
 )
-from compress_search.runtimes import load_runner, lower, size_mb
+from compress_search.runtimes import load_runner, size_mb
+from compress_search.runtimes.lowering import lower
 from compress_search.space import active, defaults, fix_experts
 from compress_search.testing import TinyContext, tiny_batches, tiny_candidate, tiny_context
 from tests.quantized import operators

@@ -21,7 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compress_search.encoders import layers, parts, share_parts, subject_of
-from compress_search.runtimes import load_runner, lower
+from compress_search.runtimes import load_runner
+from compress_search.runtimes.lowering import lower
 from compress_search.space import defaults, fix_experts
 from compress_search.testing import tiny_candidate, tiny_context
 from tests.pruning import BASE, FAMILIES, inputs, layer_shapes, logits, parameters, recorded

@@ -27,7 +27,8 @@ from torch.nn.utils import parametrize
 from compress_search import Candidate, Subject, TrialError
 from compress_search.candidate import packed_bits
 from compress_search.encoders import bake, load_network, prune_neurons, subject_of
-from compress_search.runtimes import load_runner, lower, size_mb
+from compress_search.runtimes import load_runner, size_mb
+from compress_search.runtimes.lowering import lower
 from compress_search.space import active, defaults, in_order
 from compress_search.testing import tiny_batches, tiny_candidate, tiny_context
 from tests.pruning import parameters as pruning_parameters
