@@ -8,13 +8,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress_search.errors import StudyError
 from compress_search.executor import Factory
 from compress_search.recipe import Recipe, Step
 from compress_search.records import Assignment, Failure, Report, Result, Rung
-from compress_search.search import Search
+
+if TYPE_CHECKING:  # a worker process would take a second more to start
+    from compress_search.search import Search
 
 TIMES = {"total": 2.5}
 """What every scripted trial says it took."""
