@@ -123,7 +123,7 @@ def troubled(tiny_study: Study, tmp_path: Path, kinds: list[str], **search: Any)
 
 def test_a_method_in_trouble_costs_its_trial_only(tiny_study: Study, tmp_path: Path, executor: str) -> None:
     kinds = ["fine", "raises", "refuses", "nan", "oom", "dies-then-hangs"]
-    path = troubled(tiny_study, tmp_path, kinds, trial_minutes=0.15, retries=1)
+    path = troubled(tiny_study, tmp_path, kinds, trial_minutes=0.2, retries=1)
     said("run", path, "--executor", executor)
     trials = [trial for trial in report(path)["trials"] if trial.get("baseline") is None]
     ended = {trial["recipe"][0]["params"]["kind"]: trial for trial in trials if trial["state"] != "duplicate"}
@@ -245,7 +245,7 @@ def test_a_second_driver_is_refused(tiny_study: Study, tmp_path: Path, command: 
 @pytest.mark.usefixtures("here")
 def test_constraints_that_nothing_meets_name_the_closest_recipes(tiny_study: Study) -> None:
     path = tiny_study(
-        methods=["structured_pruning", "quantization"],
+        methods=["structured_pruning", "sharing"],
         constraints={"size_mb": "<= 0.001"},
         search={"trials": 1},
         training=TRAINING,

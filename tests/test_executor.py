@@ -217,7 +217,7 @@ def test_a_killed_driver_leaves_no_worker_behind(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     driver = subprocess.Popen([sys.executable, str(script), str(tmp_path)], env=environment)
     marker = tmp_path / "0-1"
-    _wait_until(marker.exists)
+    _wait_until(lambda: marker.exists() and marker.read_text() != "")
     worker = psutil.Process(int(marker.read_text()))
     driver.send_signal(signal.SIGKILL)
     driver.wait()

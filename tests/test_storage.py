@@ -395,8 +395,8 @@ def test_a_locked_sqlite_database_is_waited_for(tmp_path: Path) -> None:
     begin(store, "s")
     other = sqlite3.connect(tmp_path / "study.db", check_same_thread=False)
     other.execute("BEGIN EXCLUSIVE")
-    threading.Timer(0.4, other.rollback).start()
     started = time.monotonic()
+    threading.Timer(0.4, other.rollback).start()
     store.update_study("s", seconds=5.0)
     assert time.monotonic() - started > 0.3
     assert store.study("s").seconds == 5.0

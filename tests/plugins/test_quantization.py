@@ -217,7 +217,7 @@ def test_sixteen_bits_halve_the_file(kind: str, quantize: Quantize) -> None:
     assert size_mb(artifact) == pytest.approx(subject.megabytes, rel=0.02)
     assert subject.megabytes == candidate.subject.megabytes / 2
     assert all(torch.equal(value, before[name]) for name, value in candidate.network.state_dict().items())
-    assert argmax_agreement(candidate, artifact) >= 0.98
+    assert argmax_agreement(candidate, artifact, apart=0.2) == 1
 
 
 def test_bits_fall_as_promised() -> None:
@@ -236,11 +236,11 @@ def test_bits_fall_as_promised() -> None:
 
 @pytest.mark.parametrize(
     ("name", "least"),
-    [("dynamic_int8", 0.98), ("static_int8", 0.97), ("weight_only 8", 0.98), ("weight_only 4", 0.85)],
+    [("dynamic_int8", 0.98), ("static_int8", 0.98), ("weight_only 8", 0.99), ("weight_only 4", 0.88)],
 )
 def test_answers_stay_the_same(name: str, least: float, quantize: Quantize) -> None:
     candidate = distinct(layers=2, hidden=64)
-    assert argmax_agreement(candidate, quantize(candidate, SCHEMES[name])) >= least
+    assert argmax_agreement(candidate, quantize(candidate, SCHEMES[name]), apart=0.2) >= least
 
 
 def test_more_bits_err_less(quantize: Quantize) -> None:
