@@ -302,7 +302,7 @@ class Workbench:
         return "memory_mb" in {*self.study.objectives, *self.study.constraints}
 
     def _memory(self, directory: Path) -> float | None:
-        """Peak memory, which takes two more processes, where the study asks for it."""
+        """Peak memory, which takes processes of its own, where the study asks for it."""
         if not self._memory_counts:
             return None
         split = self.as_read(directory, "validation")

@@ -46,10 +46,19 @@ def latency(request: dict) -> dict:
     return {"cells": [[8, 1.0]], "samples": {**times, "cell": [0] * rounds}}
 
 
+def memory(request: dict) -> dict:
+    """150 MB, but 200 in the second process that is asked of an artefact in a folder that is there."""
+    place, peak = os.path.dirname(request["artifact"]), 150_000_000
+    if place:
+        open(os.path.join(place, str(os.getpid())), "w").close()
+        peak += 50_000_000 * (len(os.listdir(place)) == 2)
+    return {"peak": peak, "modules": ["json", "csv"]}
+
+
 RESULTS = {
     "score": score,
     "latency": latency,
-    "memory": lambda request: {"peak": 150_000_000, "modules": ["json", "csv"]},
+    "memory": memory,
     "empty": lambda request: {"peak": 100_000_000 if request["modules"] == ["json", "csv"] else 0},
 }
 

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compress_search.errors import BenchDied, BenchError
-from compress_search.measure import Bench, Latency, Score, summarize
+from compress_search.measure import MEMORY_RUNS, Bench, Latency, Score, summarize
 from compress_search.measure.bench import CELL_ROUNDS, TRIES, undisturbed
 from compress_search.measure.process import pinned
 from compress_search.tasks import Task
@@ -249,6 +249,11 @@ def test_memory_is_the_peak_above_that_of_an_empty_bench_with_the_same_modules(f
     before = fake.pid()
     assert fake.memory(Path("fine"), Path("split")) == pytest.approx(50.0)
     assert fake.pid() == before, "memory is measured in processes of its own"
+
+
+def test_of_several_peaks_the_largest_counts(fake, tmp_path):
+    assert fake.memory(tmp_path / "artifact", Path("split")) == pytest.approx(100.0)
+    assert len(list(tmp_path.iterdir())) == MEMORY_RUNS, "each in a process of its own"
 
 
 def test_every_numeric_library_is_pinned():
