@@ -569,12 +569,19 @@ def test_a_larger_network_takes_more_memory(bench, materials):
 
 
 @pytest.mark.slow
-def test_a_bench_of_onnx_files_loads_neither_torch_nor_transformers(bench, materials):
-    """They take seconds and memory, and two fresh processes tell a candidate's memory."""
+def test_memory_of_onnx_files_is_told_without_torch_and_transformers(bench, materials):
+    """They take seconds, in each of the processes that tell it."""
     request = {"artifact": str(materials.small), "split": str(materials.split), "batch_size": 1}
     modules = bench._ask_fresh("memory", request, None)["modules"]
     assert "onnxruntime" in modules
     assert not {"torch", "transformers"} & set(modules)
+
+
+@pytest.mark.slow
+def test_models_are_timed_in_a_process_that_has_every_engine_from_its_start(bench, materials):
+    bench.score(materials.small, materials.split, TASK, 16)
+    loaded = {Path(file.path).name for file in psutil.Process(bench._process._child.pid).memory_maps()}
+    assert "libtorch_cpu.so" in loaded
 
 
 def works(process: psutil.Process, patience: float) -> bool:

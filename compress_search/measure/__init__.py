@@ -299,7 +299,7 @@ class Bench:
             return _result(self._process.ask({"operation": operation, **request}, timeout))
 
     def _ask_fresh(self, operation: str, request: Mapping[str, Any], timeout: float | None) -> Any:
-        process = self._start()
+        process = self._start("--lean")
         try:
             return _result(process.ask({"operation": operation, **request}, timeout))
         finally:
@@ -310,9 +310,9 @@ class Bench:
             self._process.end()
             self._process = None
 
-    def _start(self) -> Process:
+    def _start(self, *others: str) -> Process:
         # -P: a module in the current directory must not shadow an installed one
-        options = ["--threads", str(self.threads), "--device", self.device]
+        options = ["--threads", str(self.threads), "--device", self.device, *others]
         return Process([sys.executable, "-P", "-m", self.module, *options], self.threads)
 
 

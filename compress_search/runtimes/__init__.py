@@ -1,8 +1,8 @@
 """Artefacts: directories that hold a candidate as it is deployed, and running what is in them.
 
 Owns the directory's layout and its record, and which of its files an engine loads; lowering.py writes them. Knows
-nothing of scores or clocks. Imports neither torch nor transformers, which take seconds, before an artefact needs
-them: most of the processes that run one run ONNX files.
+nothing of scores or clocks. Imports torch and transformers, which take seconds, for artefacts that need them:
+whoever runs an ONNX file needs neither.
 
     artifact.json    engine and its options, the task, the inputs (:class:`Artifact`)
     weights/         manifest, safetensors and tokenizer, as encoders.save writes them
