@@ -578,9 +578,10 @@ def test_memory_of_onnx_files_is_told_without_torch_and_transformers(bench, mate
 
 
 @pytest.mark.slow
-def test_models_are_timed_in_a_process_that_has_every_engine_from_its_start(bench, materials):
-    bench.score(materials.small, materials.split, TASK, 16)
-    loaded = {Path(file.path).name for file in psutil.Process(bench._process._child.pid).memory_maps()}
+def test_models_are_timed_in_a_process_that_has_every_engine_from_its_start(materials):
+    with Bench() as bench:
+        bench.score(materials.small, materials.split, TASK, 16)
+        loaded = {Path(file.path).name for file in psutil.Process(bench._process._child.pid).memory_maps()}
     assert "libtorch_cpu.so" in loaded
 
 

@@ -31,12 +31,8 @@ CALM_SPREAD = 1.5
 """How far the twin's median ratio may lie above its 10th percentile on a quiet machine."""
 
 MEMORY_RUNS = 3
-"""Fresh processes that run an artefact to tell its memory.
-
-Where the system happens to lay a process's heap decides what its allocator gives back before the peak: of one file
-with 43 MB of weights the same process peaked at 62, 80 or 85 MB, most often at the last, and always at 62 where
-addresses are not drawn at random.
-"""
+"""Fresh processes that run an artefact to tell its memory: where the system happens to lay a process's heap decides
+what its allocator gives back before the peak (decision 0006)."""
 
 SCORING_BATCH = 64
 """Examples in a batch of a model whose answers do not depend on an example's companions."""

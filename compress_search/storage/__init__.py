@@ -1,29 +1,22 @@
-"""The study's rows beside Optuna's: what a driver writes, and all that can be read back without a search.
+"""A study's trials beside Optuna's: what a driver writes, and all that can be read back without a search.
 
-Owns the queries on the ``cs_*`` tables. Knows nothing of what the rows mean for a search. One driver writes;
-anyone may read. Every write is an upsert keyed by (study, trial, …), so that a replay after a crash changes
-nothing.
+Owns the queries on the ``cs_*`` tables but those on the studies themselves, which are in studies.py. Knows nothing
+of what the rows mean for a search. One driver writes; anyone may read. Every write is an upsert keyed by (study,
+trial, …), so that a replay after a crash changes nothing.
 """
 
 from __future__ import annotations
 
-import os
-import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
-from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from sqlalchemy import String, cast, select
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from compress_search.errors import StorageError, StudyLocked
+from compress_search.errors import StorageError
 from compress_search.recipe import Recipe
 from compress_search.records import Assignment, Failure, Result, Rung
-from compress_search.storage.database import Database
-from compress_search.storage.lock import StudyLock, lock_for
 from compress_search.storage.stored import (
     LastAttempt,
     RungRow,
@@ -32,9 +25,9 @@ from compress_search.storage.stored import (
     attempt_result,
     plain,
     rung_row,
-    study_info,
     trial_row,
 )
+from compress_search.storage.studies import Studies, study_row
 from compress_search.storage.tables import (
     OPTUNA_STUDIES,
     OPTUNA_TRIALS,
@@ -42,7 +35,6 @@ from compress_search.storage.tables import (
     Base,
     MeasurementRow,
     ReportRow,
-    StudyRow,
     now,
 )
 
@@ -51,110 +43,11 @@ __all__ = ["LastAttempt", "RungRow", "Store", "StudyInfo", "TrialRow"]
 Row = TypeVar("Row", bound=Base)
 
 
-class Store(Database):
-    """The studies in a database; see :class:`compress_search.storage.database.Database` for its arguments."""
+class Store(Studies):
+    """The studies in a database, with their trials.
 
-    _lock: StudyLock | None = None
-
-    # ---- one driver ---------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def lock(self, name: str) -> Iterator[None]:
-        """Be the study's only driver inside the block.
-
-        Raises:
-            StudyLocked: there is another one; the text names it.
-        """
-        lock = lock_for(self._url, name)
-        if not self._acquire(lock):
-            raise StudyLocked(f"study {name!r} is already being run by {self._holder(name)}")
-        self._lock = lock
-        try:
-            yield
-        finally:
-            self._lock = None
-            lock.release()
-
-    def _acquire(self, lock: StudyLock) -> bool:
-        try:
-            return lock.acquire()
-        except SQLAlchemyError as error:
-            raise self._fault(error) from error
-
-    def renew_lock(self, name: str) -> None:
-        """Take the lock again if its connection broke.
-
-        Raises:
-            StudyLocked: another driver was faster, and the study is its own now.
-        """
-        if self._lock and not self._lock.held() and not self.patiently(self._lock.acquire):
-            raise StudyLocked(f"study {name!r} was taken over by {self._holder(name)}")
-
-    def _holder(self, name: str) -> str:
-        study = self.find(name) if self.exists else None
-        if study is None or not study.driver:
-            return "another process"
-        return "process {pid} on {host} since {since}".format(**study.driver)
-
-    # ---- the study ----------------------------------------------------------------------------------------------
-
-    def find(self, name: str) -> StudyInfo | None:
-        """What is stored of a study; None when there is none of this name."""
-
-        def work(session: Session) -> StudyInfo | None:
-            row = session.scalar(select(StudyRow).filter_by(name=name))
-            return None if row is None else study_info(row)
-
-        return self._run(work)
-
-    def study(self, name: str) -> StudyInfo:
-        """What is stored of a study.
-
-        Raises:
-            StorageError: there is no database, or no study of this name in it.
-        """
-        self.check()
-        found = self.find(name)
-        if found is None:
-            raise StorageError(f"no study named {name!r} in {self.safe_url}: it has not been run yet")
-        return found
-
-    def begin(self, name: str, **columns: Any) -> StudyInfo:
-        """Write down that this process drives the study now, and the given columns of its row.
-
-        A new study needs ``definition``, ``identity``, ``space_hash`` and ``subject``.
-
-        Raises:
-            StorageError: the study is new to us, but Optuna has one of this name: somebody else's.
-        """
-
-        def work(session: Session) -> StudyInfo:
-            row = session.scalar(select(StudyRow).filter_by(name=name))
-            if row is None:
-                self._refuse_stranger(session, name)
-                row = StudyRow(name=name, seconds=0.0, created=now(), **{"reference": {}, "environment": {}})
-                session.add(row)
-            for column, value in columns.items():
-                setattr(row, column, plain(value))
-            row.driver = _myself()
-            session.flush()
-            return study_info(row)
-
-        return self._run(work)
-
-    def _refuse_stranger(self, session: Session, name: str) -> None:
-        if session.scalar(select(OPTUNA_STUDIES.c.study_id).where(OPTUNA_STUDIES.c.study_name == name)):
-            raise StorageError(f"{self.safe_url}: holds another Optuna study named {name!r}; choose another name")
-
-    def update_study(self, name: str, **columns: Any) -> None:
-        """Set columns of a study's row: ``seconds``, ``reference``, ``environment``."""
-
-        def work(session: Session) -> None:
-            row = _study_row(session, name)
-            for column, value in columns.items():
-                setattr(row, column, plain(value))
-
-        self._run(work)
+    See :class:`compress_search.storage.database.Database` for its arguments.
+    """
 
     # ---- attempts -----------------------------------------------------------------------------------------------
 
@@ -166,7 +59,7 @@ class Store(Database):
             row = _upsert(
                 session,
                 AttemptRow,
-                study_id=_study_row(session, name).id,
+                study_id=study_row(session, name).id,
                 trial=assignment.number,
                 attempt=assignment.attempt,
             )
@@ -234,7 +127,7 @@ class Store(Database):
         )
 
         def work(session: Session) -> dict[int, LastAttempt]:
-            mine = AttemptRow.study_id == _study_row(session, name).id
+            mine = AttemptRow.study_id == study_row(session, name).id
             found: dict[int, LastAttempt] = {}
             query = select(*columns).where(mine).order_by(AttemptRow.trial, AttemptRow.attempt)
             for number, attempt, state, recipe, key, baseline in session.execute(query):
@@ -262,7 +155,7 @@ class Store(Database):
 
         def work(session: Session) -> None:
             row = _upsert(
-                session, ReportRow, study_id=_study_row(session, name).id, trial=rung.number, rung=rung.index
+                session, ReportRow, study_id=study_row(session, name).id, trial=rung.number, rung=rung.index
             )
             if row.attempt is None:
                 row.attempt, row.peer_group, row.kept = rung.attempt, group, kept
@@ -274,7 +167,7 @@ class Store(Database):
         """Every report of a study, in the order of their arrival."""
 
         def work(session: Session) -> list[RungRow]:
-            mine = ReportRow.study_id == _study_row(session, name).id
+            mine = ReportRow.study_id == study_row(session, name).id
             rows = session.scalars(select(ReportRow).where(mine).order_by(ReportRow.id))
             return [rung_row(row) for row in rows]
 
@@ -284,7 +177,7 @@ class Store(Database):
         """Write down raw samples, for example those of the final measurement; the last of a kind stands."""
 
         def work(session: Session) -> None:
-            _measure(session, _study_row(session, name).id, number, attempt, kind, data)
+            _measure(session, study_row(session, name).id, number, attempt, kind, data)
 
         self._run(work)
 
@@ -294,7 +187,7 @@ class Store(Database):
         """Raw measurements by trial and kind, of one trial or one kind if given."""
 
         def work(session: Session) -> dict[int, dict[str, Any]]:
-            query = select(MeasurementRow).where(MeasurementRow.study_id == _study_row(session, name).id)
+            query = select(MeasurementRow).where(MeasurementRow.study_id == study_row(session, name).id)
             if number is not None:
                 query = query.where(MeasurementRow.trial == number)
             if kind is not None:
@@ -331,20 +224,8 @@ class Store(Database):
         return found[0]
 
 
-def _myself() -> dict[str, Any]:
-    since = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
-
-
-def _study_row(session: Session, name: str) -> StudyRow:
-    row = session.scalar(select(StudyRow).filter_by(name=name))
-    if row is None:
-        raise StorageError(f"no study named {name!r}: it has not been run yet")
-    return row
-
-
 def _attempt_row(session: Session, name: str, number: int, attempt: int) -> AttemptRow:
-    key = {"study_id": _study_row(session, name).id, "trial": number, "attempt": attempt}
+    key = {"study_id": study_row(session, name).id, "trial": number, "attempt": attempt}
     return session.scalars(select(AttemptRow).filter_by(**key)).one()
 
 
@@ -364,7 +245,7 @@ def _measure(session: Session, study_id: int, number: int, attempt: int, kind: s
 
 def _trial_rows(session: Session, name: str, number: int | None = None) -> list[TrialRow]:
     """Every trial of a study by number, or the one of this number."""
-    study = _study_row(session, name).id
+    study = study_row(session, name).id
     states = _optuna_states(name)
     attempts = select(AttemptRow).filter_by(study_id=study).order_by(AttemptRow.trial, AttemptRow.attempt)
     reports = select(ReportRow).filter_by(study_id=study).order_by(ReportRow.id)

@@ -24,7 +24,7 @@ COST_MEANINGS = {
     "speedup": "the teacher's latency over the candidate's",
     "throughput": "examples a second",
     "size_mb": "MB (10⁶ bytes) of the files the runtime loads",
-    "memory_mb": "peak resident MB of the measuring process above its empty self",
+    "memory_mb": "peak resident MB of a process that runs it above an empty one, the largest of three",
 }
 
 

@@ -225,8 +225,8 @@ def _trained_on(candidate: Candidate) -> Iterator[None]:
     """The candidate after some training; afterwards it has its weights again, for the checks that come then."""
     network = candidate.network
     weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    tiny_context(candidate, seed=1).fit(network, learning_rate=0.01)
     try:
+        tiny_context(candidate, seed=1).fit(network, learning_rate=0.01)
         yield
     finally:
         for name, tensor in network.state_dict().items():
